@@ -1,0 +1,89 @@
+"""From settings to packed data, with and without the cache."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from moeforge.data import cache
+from moeforge.data.corpora import Files, split
+from moeforge.data.packing import Packed
+from moeforge.data.prepare import TextData, prepare
+from moeforge.data.tokenizers import BPE, Bytes, TokenizerFile
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
+    monkeypatch.setenv("MOEFORGE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "text.txt").write_text("the cat sat on the naïve mat\n\n" * 2000, encoding="utf-8")
+    return Files(path=str(tmp_path / "text.txt"))
+
+
+def entries(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "cache").glob("packed/*"))
+
+
+def assert_same(one: TextData, other: TextData) -> None:
+    for part in ("train", "validation"):
+        mine: Packed = getattr(one, part)
+        theirs: Packed = getattr(other, part)
+        assert mine.fingerprint == theirs.fingerprint
+        assert torch.equal(mine.starts, theirs.starts)
+        assert torch.equal(mine.byte_lengths, theirs.byte_lengths)
+    assert one.tokenizer.inner.to_str() == other.tokenizer.inner.to_str()
+    assert one.tokenizer.eos_id == other.tokenizer.eos_id
+
+
+def test_bytes_are_packed_without_a_cache(corpus: Files, tmp_path: Path) -> None:
+    data = prepare(corpus, Bytes())
+    train, validation = split(corpus)
+    assert data.train.num_bytes == sum(len(document.text.encode()) for document in train)
+    assert data.validation.num_bytes == sum(len(document.text.encode()) for document in validation)
+    assert not entries(tmp_path)
+
+
+def test_bpe_comes_back_from_the_cache(corpus: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = prepare(corpus, BPE(vocab_size=280))
+    assert len(entries(tmp_path)) == 1
+    monkeypatch.setattr("moeforge.data.prepare.pack", None)  # whatever packs now, fails
+    assert_same(made, prepare(corpus, BPE(vocab_size=280)))
+    with pytest.raises(TypeError):
+        prepare(corpus, BPE(vocab_size=281))
+
+
+def test_an_opened_tokenizer_is_used_as_it_is(corpus: Files, tmp_path: Path) -> None:
+    made = prepare(corpus, BPE(vocab_size=280))
+    made.tokenizer.save(tmp_path / "saved")
+    assert_same(made, prepare(corpus, made.tokenizer))
+    assert_same(made, prepare(corpus, TokenizerFile(path=str(tmp_path / "saved"))))
+
+
+def test_a_damaged_entry_is_made_again(corpus: Files, tmp_path: Path) -> None:
+    made = prepare(corpus, BPE(vocab_size=280))
+    (entry,) = entries(tmp_path)
+    file = entry / "train.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert cache.load(entry) is None
+    assert_same(made, prepare(corpus, BPE(vocab_size=280)))
+    assert cache.load(entry) is not None
+    assert entries(tmp_path) == [entry]
+
+
+def test_a_cache_that_cannot_be_written_only_warns(
+    corpus: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "taken").write_text("a file where the folder should be")
+    monkeypatch.setenv("MOEFORGE_CACHE", str(tmp_path / "taken"))
+    with pytest.warns(UserWarning, match="not cached"):
+        assert prepare(corpus, BPE(vocab_size=280)).train.num_tokens
+
+
+def test_other_texts_are_another_entry(corpus: Files) -> None:
+    assert cache.entry_folder("t", [["a", "b"], ["c"]]) == cache.entry_folder("t", [["a", "b"], ["c"]])
+    folders = {
+        cache.entry_folder("t", [["a", "b"], ["c"]]),
+        cache.entry_folder("t", [["a"], ["b", "c"]]),
+        cache.entry_folder("t", [["ab"], ["c"]]),
+        cache.entry_folder("u", [["a", "b"], ["c"]]),
+    }
+    assert len(folders) == 4
