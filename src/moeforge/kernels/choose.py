@@ -1,0 +1,39 @@
+"""Which engine runs, and why: one table, one rule, and the reason in words for ``moeforge doctor``."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from moeforge.errors import UserError
+from moeforge.kernels import grouped, streaming
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A pair of passes over the same operands; ``why_not`` names what it cannot run (None: it can)."""
+
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    why_not: Callable[[Tensor, Tensor, Tensor], str | None] = lambda x, up, down: None
+
+
+ENGINES: dict[str, Engine | None] = {
+    "reference": None,  # ordinary autograd: nothing to pair
+    "streaming": Engine(streaming.forward, streaming.backward),
+    "grouped": Engine(grouped.forward, grouped.backward, grouped.why_not),
+}
+
+
+def choose(x_TD: Tensor, up_EHD: Tensor, down_EDH: Tensor, wanted: str = "auto") -> tuple[str, str]:
+    """(engine, reason). ``wanted`` other than ``auto`` is obeyed or refused with a UserError, never replaced."""
+    if wanted not in ("auto", *ENGINES):
+        raise UserError(f"there is no engine '{wanted}'. Valid: auto, {', '.join(ENGINES)}")
+    refusal = grouped.why_not(x_TD, up_EHD, down_EDH)
+    if wanted != "auto":
+        if wanted == "grouped" and refusal:
+            raise UserError(f"engine 'grouped' cannot run here: {refusal}. Use engine=streaming")
+        return wanted, "asked for"
+    if x_TD.device.type == "cpu":
+        return "streaming", "on a CPU, chunks of rows that stay in cache"
+    return ("streaming", f"grouped cannot: {refusal}") if refusal else ("grouped", "one launch for all experts")

@@ -1,0 +1,72 @@
+"""The layer: y = mix(sum over edges of w * expert(x), shared(x)). It reads in one screen and names no paper."""
+
+from typing import Self
+
+from pydantic import SerializerFunctionWrapHandler, field_serializer, field_validator, model_validator
+from torch import Tensor, nn
+
+from moeforge.config import Config
+from moeforge.moe.bank import Bank, Experts
+from moeforge.moe.context import Context
+from moeforge.moe.route import Route, SoftRoute
+from moeforge.moe.router import Router, RouterConfig, Routing
+from moeforge.moe.shared import Shared, SharedConfig
+
+
+class MoEConfig(Config):
+    """One Mixture-of-Experts layer."""
+
+    experts: tuple[Experts, ...]
+    """One bank, or a list of banks (unequal widths, other kinds); the router numbers their experts in order."""
+    router: RouterConfig = RouterConfig()
+    """Who goes where."""
+    shared: SharedConfig | None = None
+    """The branch that every token takes."""
+
+    @field_validator("experts", mode="before")
+    @classmethod
+    def _one_bank_is_a_list(cls, value: object) -> object:
+        return value if isinstance(value, list | tuple) else (value,)
+
+    @field_serializer("experts", mode="wrap")
+    def _one_bank_is_no_list(self, value: tuple[Config, ...], dump: SerializerFunctionWrapHandler) -> object:
+        dumped = dump(value)
+        return dumped[0] if len(dumped) == 1 else dumped
+
+    @model_validator(mode="after")
+    def _selectable(self) -> Self:
+        if not self.experts:
+            raise ValueError("experts is empty: name at least one bank")
+        self.router.select.check(self.num_experts)
+        return self
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of all banks together."""
+        return sum(bank.num_experts for bank in self.experts)
+
+
+class MoE(nn.Module):
+    """Router, banks and shared branch. ``forward`` writes nothing to ``self``."""
+
+    def __init__(self, config: MoEConfig, d_model: int) -> None:
+        super().__init__()
+        self.config = config
+        self.router = Router(config.router, d_model, config.num_experts)
+        self.banks = nn.ModuleList(bank.build(d_model) for bank in config.experts)
+        self.shared = Shared(config.shared, d_model) if config.shared else None
+
+    def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Routing]:
+        """[..., D] -> ([..., D], what the router decided about the T flattened rows)."""
+        x_TD = x.flatten(0, -2)
+        routing = self.router(x_TD, context or Context())
+        return self.experts(x_TD, routing.route).view_as(x), routing
+
+    def experts(self, x_TD: Tensor, route: Route | SoftRoute) -> Tensor:
+        """[T, D] -> [T, D] once the route is known: the part that activation checkpointing may recompute."""
+        parts = route.split([bank.num_experts for bank in self.config.experts])
+        banks: list[Bank] = list(self.banks)  # type: ignore[arg-type]
+        y_TD = banks[0](x_TD, parts[0])
+        for bank, part in zip(banks[1:], parts[1:], strict=True):
+            y_TD = y_TD + bank(x_TD, part)
+        return y_TD if self.shared is None else self.shared(x_TD, y_TD)

@@ -1,0 +1,151 @@
+"""Balance losses against plain loops, and exactly right under gradient accumulation; the bias controller."""
+
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor
+
+from moeforge.moe import Context, Route, Router, RouterConfig, Routing
+from moeforge.moe.balance import ExpertBias, LoadBalancingLoss, ZLoss
+from moeforge.moe.select import TopK
+from moeforge.moe.weigh import Scores
+
+E, K = 5, 2
+Choices = Literal["all", "first"]
+
+
+def routing_of(logits_TE: Tensor) -> Routing:
+    """A softmax router's decision, in the type of the logits."""
+    probs_TE = logits_TE.softmax(1)
+    weights_TK, ids_TK = probs_TE.topk(K)
+    return Routing(Route.from_top_k(ids_TK, weights_TK, logits_TE.shape[1]), probs_TE, logits_TE)
+
+
+def by_loop(logits_TE: Tensor, choices: Choices) -> Tensor:
+    """E * sum f_i P_i, counted token by token."""
+    probs_TE, num_experts = logits_TE.softmax(1), logits_TE.shape[1]
+    chosen = [row.tolist() for row in probs_TE.topk(K if choices == "all" else 1).indices]
+    total = torch.zeros(())
+    for expert in range(num_experts):
+        count = sum(row.count(expert) for row in chosen)
+        total = total + count / sum(map(len, chosen)) * probs_TE[:, expert].mean()
+    return num_experts * total
+
+
+@pytest.mark.parametrize("choices", ["all", "first"])
+@pytest.mark.parametrize("over", ["batch", "micro_batch", "sequence"])
+def test_load_balancing_is_the_loop(over: Any, choices: Choices) -> None:
+    logits_TE = torch.randn(12, E)
+    loss = LoadBalancingLoss(over=over, choices=choices)
+    torch.testing.assert_close(loss(routing_of(logits_TE), 1), by_loop(logits_TE, choices))
+    parts = logits_TE.split(4) if over == "sequence" else [logits_TE]
+    expected = torch.stack([by_loop(part, choices) for part in parts]).mean()
+    torch.testing.assert_close(loss(routing_of(logits_TE), 3), expected)
+
+
+@pytest.mark.parametrize("over", ["batch", "sequence"])
+def test_an_even_load_costs_one(over: Any) -> None:
+    ids_TK = torch.arange(20).view(10, 2) % E
+    probs_TE = torch.full((10, E), 1 / E)
+    routing = Routing(Route.from_top_k(ids_TK, torch.ones(10, 2), E), probs_TE, probs_TE)
+    assert float(LoadBalancingLoss(over=over)(routing, 2)) == pytest.approx(1)
+    collapsed = Routing(routing.route, torch.eye(E)[[0] * 10])
+    assert float(LoadBalancingLoss(choices="first")(collapsed, 1)) == pytest.approx(E)
+
+
+def test_z_loss_is_the_loop() -> None:
+    logits_TE = 3 * torch.randn(7, E)
+    expected = sum(float(torch.log(torch.exp(row).sum())) ** 2 for row in logits_TE) / 7
+    assert float(ZLoss()(routing_of(logits_TE), 1)) == pytest.approx(expected)
+
+
+def accumulated(losses: list[Any], logits_TE: Tensor, sizes: list[int], sequences: list[int]) -> Tensor:
+    """The gradient of sum over micro-batches of share * loss, with the counts of the whole step."""
+    leaf = logits_TE.clone().requires_grad_()
+    routings = [routing_of(part) for part in leaf.split(sizes)]
+    for loss in losses:
+        counts = sum(loss.counts(routing) for routing in routings) if hasattr(loss, "counts") else None
+        for routing, size, batch_size in zip(routings, sizes, sequences, strict=True):
+            (size / len(leaf) * loss(routing, batch_size, counts)).backward(retain_graph=True)
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [LoadBalancingLoss(), LoadBalancingLoss(choices="first"), LoadBalancingLoss(over="sequence"), ZLoss()],
+    ids=repr,
+)
+def test_accumulation_gives_exactly_the_gradient_of_the_whole_batch(loss: Any) -> None:
+    logits_TE = torch.randn(24, E, dtype=torch.float64)
+    whole = accumulated([loss], logits_TE, [24], [6])
+    parts = accumulated([loss], logits_TE, [4, 12, 8], [1, 3, 2])
+    torch.testing.assert_close(parts, whole, rtol=1e-13, atol=1e-15)
+    assert bool(whole.any())
+
+
+def test_the_micro_batch_scope_counts_each_micro_batch_by_itself() -> None:
+    logits_TE = torch.randn(24, E, dtype=torch.float64)
+    loss = LoadBalancingLoss(over="micro_batch")
+    whole, parts = accumulated([loss], logits_TE, [24], [1]), accumulated([loss], logits_TE, [12, 12], [1, 1])
+    assert not torch.allclose(whole, parts)
+    alone = torch.cat([accumulated([loss], half, [12], [1]) / 2 for half in logits_TE.split(12)])
+    torch.testing.assert_close(parts, alone)
+
+
+def test_a_router_under_accumulation() -> None:
+    losses = (LoadBalancingLoss(), LoadBalancingLoss(over="sequence"), ZLoss())
+    for loss in losses:
+        router = Router(RouterConfig(losses=(loss,)), 6, E)
+        x_TD = torch.randn(20, 6)
+        whole = router.balance_losses(router(x_TD, Context(5)), 5)
+        (expected,) = torch.autograd.grad(sum(whole.values()), router.gate.weight)
+        routings = [router(part, Context(batch)) for part, batch in zip(x_TD.split([8, 12]), (2, 3), strict=True)]
+        counts = [router.counts(routing) for routing in routings]
+        assert list(counts[0]) == (["load_balancing_loss"] if loss is losses[0] else [])
+        step = {name: counts[0][name] + counts[1][name] for name in counts[0]}
+        values = [router.balance_losses(r, b, step)[loss.type] for r, b in zip(routings, (2, 3), strict=True)]
+        (gradient,) = torch.autograd.grad(0.4 * values[0] + 0.6 * values[1], router.gate.weight)
+        torch.testing.assert_close(gradient, expected)
+
+
+def biased_router(**parts: Any) -> Router:
+    return Router(RouterConfig(select=TopK(k=1), controller=ExpertBias(rate=0.25), losses=(), **parts), 4, 4)
+
+
+def test_the_bias_moves_against_the_load() -> None:
+    router = biased_router()
+    router.step(torch.tensor([10, 2, 5, 3]))
+    assert router.expert_bias is not None and router.expert_bias.tolist() == [-0.25, 0.25, 0.0, 0.25]
+    router.step(torch.tensor([0, 4, 0, 0]))
+    assert router.expert_bias.tolist() == [0.0, 0.0, 0.25, 0.5]
+
+
+def test_the_bias_sees_loads_that_bf16_cannot_tell_apart() -> None:
+    router = biased_router().bfloat16()
+    router.step(torch.tensor([1001, 1000, 1000, 999]))
+    assert router.expert_bias is not None and router.expert_bias.tolist() == [-0.25, 0.0, 0.0, 0.25]
+
+
+def test_the_bias_changes_who_is_chosen_and_no_weight() -> None:
+    router, x_TD = biased_router(weigh=Scores()), torch.randn(9, 4)
+    assert router.expert_bias is not None
+    before = router(x_TD, Context())
+    router.expert_bias[3] = 10.0
+    after = router(x_TD, Context())
+    assert before.route.counts.tolist() != [0, 0, 0, 9] and after.route.counts.tolist() == [0, 0, 0, 9]
+    torch.testing.assert_close(after.route.weight, after.probs[:, 3])
+    torch.testing.assert_close(after.probs, before.probs)
+    torch.testing.assert_close(after.logits, before.logits)
+
+
+def test_forward_never_moves_the_bias() -> None:
+    router = biased_router()
+    for _ in range(3):
+        router(torch.randn(9, 4), Context())
+    assert router.expert_bias is not None and router.expert_bias.tolist() == [0.0] * 4
+    assert "expert_bias" in router.state_dict() and not router.expert_bias.requires_grad
+    plain = Router(RouterConfig(), 4, 4)
+    plain.step(torch.tensor([1, 2, 3, 4]))
+    assert plain.expert_bias is None

@@ -1,0 +1,169 @@
+"""The layer against its brute-force twin: every part of every slot, forward and all gradients."""
+
+from typing import Any, get_args
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from torch import Tensor
+
+from moeforge.config import Activation
+from moeforge.kernels import ENGINES
+from moeforge.moe import MLPExperts, MoE, MoEConfig, Route, RouterConfig
+from moeforge.moe.bank import Experts
+from moeforge.moe.scores import Logits, Score, Sigmoid, Softmax
+from moeforge.moe.select import Select, TopK
+from moeforge.moe.shared import Coefficient, Gated, Mix, SharedConfig, Sum
+from moeforge.moe.weigh import Scores, SoftmaxChosen, Weigh
+from tests.moe import brute_force
+
+D = 8
+EXAMPLES: dict[type, list[Any]] = {
+    TopK: [TopK(k=1), TopK(k=2), TopK(k=3), TopK(k=2, num_groups=3, top_groups=2), TopK(k=1, num_groups=6)],
+    Softmax: [Softmax()],
+    Sigmoid: [Sigmoid()],
+    Logits: [Logits()],
+    Scores: [Scores(), Scores(normalize_weights=True), Scores(normalize_weights=True, weight_scale=2.5)],
+    SoftmaxChosen: [SoftmaxChosen(), SoftmaxChosen(weight_scale=0.5)],
+    MLPExperts: [MLPExperts(num_experts=6, d_expert=4, activation=name) for name in get_args(Activation)],
+    Sum: [Sum()],
+    Gated: [Gated()],
+    Coefficient: [Coefficient()],
+}
+
+
+def examples(slot: Any) -> list[Any]:
+    """Every example of every member of a slot: a member without one fails the collection of this file."""
+    return [example for member in brute_force.members(slot) for example in EXAMPLES[member]]
+
+
+def banks() -> list[list[Any]]:
+    """Each bank alone, and two of unequal width and kind in one layer."""
+    pair = [MLPExperts(num_experts=2, d_expert=12), MLPExperts(num_experts=4, d_expert=4, activation="relu")]
+    return [*([bank] for bank in examples(Experts)), pair]
+
+
+def build(seed: int = 0, **parts: Any) -> MoE:
+    torch.manual_seed(seed)
+    parts = {"experts": [EXAMPLES[MLPExperts][0]]} | parts
+    return MoE(MoEConfig(**parts), D)
+
+
+def assert_same(y: Tensor, expected: Tensor, inputs: list[Tensor], rtol: float = 1e-4, atol: float = 2e-5) -> None:
+    """Equal values, and equal gradients of a random projection of them at every input."""
+    torch.testing.assert_close(y, expected, rtol=rtol, atol=atol)
+    towards = torch.randn(y.shape, generator=torch.Generator().manual_seed(9))
+    ours = torch.autograd.grad((y * towards).sum(), inputs, allow_unused=True, materialize_grads=True)
+    theirs = torch.autograd.grad((expected * towards).sum(), inputs, allow_unused=True, materialize_grads=True)
+    for number, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+        torch.testing.assert_close(one, other, rtol=rtol, atol=atol * 5, msg=lambda m, n=number: f"input {n}: {m}")
+
+
+def assert_is_brute_force(moe: MoE, tokens: int = 7, seed: int = 1) -> None:
+    x_TD = torch.randn(tokens, D, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+    y_TD, _ = moe(x_TD)
+    assert_same(y_TD, brute_force.layer(moe, x_TD), [x_TD, *moe.parameters()])
+
+
+@pytest.mark.parametrize("weigh", examples(Weigh), ids=repr)
+@pytest.mark.parametrize("score", examples(Score), ids=lambda score: score.type)
+@pytest.mark.parametrize("select", examples(Select), ids=repr)
+def test_every_router_is_brute_force(select: Any, score: Any, weigh: Any) -> None:
+    assert_is_brute_force(build(router=RouterConfig(select=select, score=score, weigh=weigh)))
+
+
+ROUTERS = [RouterConfig(select=TopK(k=1)), RouterConfig(select=TopK(k=3), score=Sigmoid(), weigh=EXAMPLES[Scores][1])]
+
+
+@pytest.mark.parametrize("router", ROUTERS, ids=["top1", "top3"])
+@pytest.mark.parametrize("mix", [None, *examples(Mix)], ids=lambda mix: mix.type if mix else "alone")
+@pytest.mark.parametrize("experts", banks(), ids=lambda banks: "+".join(bank.activation for bank in banks))
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_bank_on_every_engine_is_brute_force(engine: str, experts: list[Any], mix: Any, router: Any) -> None:
+    shared = SharedConfig(num_shared_experts=2, d_expert=3, activation="geglu", mix=mix) if mix else None
+    moe = build(experts=[bank.replace(engine=engine) for bank in experts], router=router, shared=shared)
+    if moe.shared and moe.shared.gate is not None and moe.shared.gate.bias is not None:
+        torch.nn.init.normal_(moe.shared.gate.bias)
+    assert_is_brute_force(moe)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    tokens=st.integers(1, 20), width=st.integers(1, 9), experts=st.integers(1, 40), k=st.integers(1, 4), data=st.data()
+)
+def test_any_shape_is_brute_force(tokens: int, width: int, experts: int, k: int, data: st.DataObject) -> None:
+    cut = data.draw(st.integers(0, experts - 1))
+    sizes = [size for size in (cut, experts - cut) if size]
+    banks = [MLPExperts(num_experts=size, d_expert=width + number) for number, size in enumerate(sizes)]
+    moe = build(tokens, experts=banks, router=RouterConfig(select=TopK(k=min(k, experts))))
+    assert_is_brute_force(moe, tokens, seed=width)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(mask=st.integers(1, 12).flatmap(lambda t: st.lists(st.integers(0, 63), min_size=t, max_size=t)))
+@pytest.mark.parametrize("engine", ENGINES)
+def test_tokens_without_experts_and_experts_without_tokens(engine: str, mask: list[int]) -> None:
+    mask_TE = torch.tensor([[bool(row >> e & 1) for e in range(6)] for row in mask])
+    moe = build(experts=[MLPExperts(num_experts=size, d_expert=4, engine=engine) for size in (4, 2)])
+    x_TD = torch.randn(len(mask), D, requires_grad=True)
+    weights_TE = torch.randn(mask_TE.shape, requires_grad=True)
+    carry_T = torch.randn(len(mask), requires_grad=True)
+    y_TD = moe.experts(x_TD, Route.from_mask(mask_TE, weights_TE, carry_T))
+    expected_TD = brute_force.mix_experts(moe, x_TD, weights_TE * mask_TE) + carry_T[:, None] * x_TD
+    assert_same(y_TD, expected_TD, [x_TD, weights_TE, carry_T, *moe.banks.parameters()])
+
+
+def test_leading_dimensions_are_kept() -> None:
+    moe, x = build(), torch.randn(2, 3, 5, D)
+    y, routing = moe(x)
+    assert y.shape == x.shape and routing.route.num_tokens == 30
+    torch.testing.assert_close(y.flatten(0, 2), moe(x.flatten(0, 2))[0])
+
+
+def test_forward_writes_nothing_to_the_layer() -> None:
+    router = {"controller": {"type": "expert_bias"}, "losses": ["load_balancing_loss", "z_loss"]}
+    moe = build(router=router, shared={"d_expert": 4, "mix": "gated"})
+    state = {name: value.clone() for name, value in moe.state_dict().items()}
+    before = {name: dict(module.__dict__) for name, module in moe.named_modules()}
+    y, routing = moe(torch.randn(5, D, requires_grad=True))
+    (y.sum() + sum(moe.router.balance_losses(routing, 1).values())).backward()
+    assert before == {name: module.__dict__ for name, module in moe.named_modules()}
+    assert state.keys() == moe.state_dict().keys()
+    assert all(torch.equal(state[name], value) for name, value in moe.state_dict().items())
+
+
+def test_a_layer_runs_under_autocast_and_in_bf16() -> None:
+    moe, x = build(shared={"d_expert": 4}), torch.randn(6, D)
+    exact, _ = moe(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed, _ = moe(x)
+    torch.testing.assert_close(mixed.float(), exact, rtol=0.05, atol=0.05)
+    half, _ = moe.bfloat16()(x.bfloat16())
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), exact, rtol=0.1, atol=0.1)
+
+
+def test_one_bank_is_written_without_a_list() -> None:
+    bank = {"num_experts": 4, "d_expert": 8}
+    config = MoEConfig.model_validate({"experts": bank})
+    assert config == MoEConfig.model_validate({"experts": [bank]}) and config.num_experts == 4
+    assert isinstance(config.model_dump()["experts"], dict)
+    two = MoEConfig.model_validate({"experts": [bank, bank]})
+    assert two.num_experts == 8 and MoEConfig.model_validate(two.model_dump()) == two
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"experts": []}, "experts is empty"),
+        ({"router": {"select": {"type": "top_k", "k": 7}}}, "k = 7 is more than num_experts = 6"),
+        ({"router": {"select": {"type": "top_k", "num_groups": 4}}}, "not divisible by num_groups = 4"),
+        ({"router": {"select": {"type": "top_k", "num_groups": 2, "top_groups": 3}}}, "more than num_groups=2"),
+        ({"router": {"select": {"type": "top_k", "k": 4, "num_groups": 2}}}, "more than the 3 experts"),
+    ],
+)
+def test_impossible_layers_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        MoEConfig.model_validate({"experts": {"num_experts": 6, "d_expert": 4}} | changes)
