@@ -1,0 +1,143 @@
+"""The decoder's settings: one default layer, and what each layer changes of it."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from pydantic import Field, SerializerFunctionWrapHandler, field_serializer, model_validator
+
+from moeforge.config import Activation, Config, difference, merge, slot
+from moeforge.moe import MoEConfig
+
+
+class Normal(Config):
+    """Every matrix from N(0, std), those that write to the residual stream divided by sqrt(2 * num_layers)."""
+
+    type: Literal["normal"] = "normal"
+    std: float = Field(0.02, gt=0)
+    """DeepSeek-V2 and V3 use 0.006 (arXiv:2412.19437, section 4.2)."""
+
+
+class FanIn(Config):
+    """Every matrix from a normal of variance scale / fan-in, cut at two deviations."""
+
+    type: Literal["fan_in"] = "fan_in"
+    scale: float = Field(0.1, gt=0)
+    """Switch Transformer found 0.1 steadier than 1.0 (arXiv:2101.03961, section 2.4)."""
+
+
+Init = slot(Normal, FanIn)
+
+
+class LayerConfig(Config):
+    """What comes after attention in one layer: experts, or one MLP of width ``d_ff``."""
+
+    d_ff: int = Field(256, ge=1)
+    """Width of the MLP of a layer without experts."""
+    activation: Activation = "swiglu"
+    """Of that MLP."""
+    moe: MoEConfig | None = None
+    """The experts; null makes the layer dense."""
+
+
+class ModelConfig(LayerConfig):
+    """A decoder. ``d_ff``, ``activation`` and ``moe`` are the default layer; ``layers`` changes single ones."""
+
+    vocab_size: int | None = Field(None, ge=1)
+    """Null: as many as the tokenizer has."""
+    d_model: int = Field(64, ge=1)
+    """Width of the residual stream."""
+    num_layers: int = Field(4, ge=1)
+    """Decoder layers."""
+    num_heads: int = Field(4, ge=1)
+    """Query heads."""
+    num_kv_heads: int | None = Field(None, ge=1)
+    """Key and value heads; null: as many as query heads."""
+    head_dim: int | None = Field(None, ge=2)
+    """Null: d_model / num_heads."""
+    max_seq_len: int = Field(1024, ge=1)
+    """Longest context the model is meant for."""
+    rope_theta: float = Field(10000.0, gt=0)
+    """Base of the rotary position embedding."""
+    norm_eps: float = Field(1e-5, gt=0)
+    """Inside every RMSNorm."""
+    qk_norm: bool = False
+    """RMSNorm on queries and keys of each head, before rotation."""
+    tie_embeddings: bool = True
+    """The output matrix is the input embedding."""
+    init: Init = Normal()
+    """How weights start."""
+    first_dense_layers: int = Field(0, ge=0)
+    """This many layers at the bottom have no experts."""
+    moe_every: int = Field(1, ge=1)
+    """Of the layers above them, every so-manieth has experts, the last of each group."""
+    layers: dict[int, LayerConfig] = Field(default_factory=dict)
+    """By layer number from 0, what differs from the default layer: ``3: {moe: {experts: {num_experts: 32}}}``."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_layers(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping) or not isinstance(data.get("layers"), Mapping):
+            return data
+        default = _plain({name: data[name] for name in LayerConfig.model_fields if name in data})
+        pattern = data.get("first_dense_layers", 0), data.get("moe_every", 1)
+        layers = {}
+        for index, change in ((index, _plain(change)) for index, change in data["layers"].items()):
+            names_moe = isinstance(change, Mapping) and "moe" in change
+            inherits = names_moe or _has_experts(index, *pattern)
+            layers[index] = merge(default if inherits else {**default, "moe": None}, change)
+        return {**data, "layers": layers}
+
+    @field_serializer("layers", mode="wrap")
+    def _only_changes(self, value: dict[int, LayerConfig], dump: SerializerFunctionWrapHandler) -> object:
+        return {index: difference(self._default(index).model_dump(), layer) for index, layer in dump(value).items()}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.head_dim is None and self.d_model % self.num_heads:
+            raise ValueError(f"d_model = {self.d_model} is not divisible by num_heads = {self.num_heads}")
+        if self.size_of_head % 2:
+            raise ValueError(f"head_dim = {self.size_of_head} is odd; rotary positions need pairs")
+        if self.num_heads % self.num_key_heads:
+            raise ValueError(f"num_heads = {self.num_heads} is not divisible by num_kv_heads = {self.num_kv_heads}")
+        beyond = [index for index in self.layers if not 0 <= index < self.num_layers]
+        if beyond:
+            raise ValueError(f"layers names layer {beyond[0]}, but num_layers = {self.num_layers} (numbered from 0)")
+        if self.moe and not any(layer.moe for layer in self.all_layers):
+            raise ValueError("moe is set but no layer has experts: see first_dense_layers, moe_every and layers")
+        return self
+
+    @property
+    def size_of_head(self) -> int:
+        """``head_dim``, or what follows from the others."""
+        return self.head_dim or self.d_model // self.num_heads
+
+    @property
+    def num_key_heads(self) -> int:
+        """``num_kv_heads``, or what follows from the others."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def all_layers(self) -> list[LayerConfig]:
+        """Every layer's own config, from the bottom."""
+        return [self.layers.get(index) or self._default(index) for index in range(self.num_layers)]
+
+    def _default(self, index: int) -> LayerConfig:
+        """The layer as it is where ``layers`` says nothing."""
+        moe = self.moe if _has_experts(index, self.first_dense_layers, self.moe_every) else None
+        return LayerConfig(d_ff=self.d_ff, activation=self.activation, moe=moe)
+
+
+def _has_experts(index: Any, first_dense_layers: Any, moe_every: Any) -> bool:
+    """The pattern of dense and expert layers. True for what is no number yet: the fields' own checks refuse it."""
+    try:
+        above = int(index) - int(first_dense_layers)
+        return above >= 0 and (above + 1) % int(moe_every) == 0
+    except (TypeError, ValueError, ZeroDivisionError):
+        return True
+
+
+def _plain(value: Any) -> Any:
+    """Configs inside ``value`` as plain mappings, so that changes can be merged into them."""
+    if isinstance(value, Config):
+        return value.model_dump(exclude_unset=True)
+    return {key: _plain(below) for key, below in value.items()} if isinstance(value, Mapping) else value

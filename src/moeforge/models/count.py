@@ -1,0 +1,88 @@
+"""Parameters, FLOPs and memory of a config, counted on the meta device: nothing is allocated.
+
+Three conventions are in use for "parameters": all of them; without the input embedding; without input embedding and
+output matrix. All three are given, in total and active per token, so that any published number can be compared.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from moeforge.models.config import LayerConfig, ModelConfig
+from moeforge.models.decoder import Decoder
+from moeforge.moe import MoE
+
+
+@dataclass(frozen=True)
+class Count:
+    """Parameters by the three conventions."""
+
+    all: int
+    without_input_embedding: int
+    without_embeddings: int
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a model costs."""
+
+    total: Count
+    active: Count
+    """Parameters a token uses: every dense one, and of each bank the mean number of chosen experts."""
+    flops_per_token: int
+    """Forward pass at full context: two per active weight of a matrix, and attention over half the context."""
+    weight_bytes: int
+    optimizer_bytes: int
+    """Training with AdamW: float32 weights, gradients and two moments."""
+    kv_bytes_per_token: int
+
+
+def measure(config: ModelConfig, bytes_per_weight: int = 4, seq_len: int | None = None) -> Size:
+    """Counts ``config``; ``seq_len`` is the context that FLOPs are counted at (default: ``max_seq_len``)."""
+    with torch.device("meta"):
+        model = Decoder(config)
+    total, idle = sum(p.numel() for p in model.parameters()), sum(map(_idle, model.moe_layers.values()))
+    table = model.embedding.weight.numel()
+    attention = 2 * config.num_layers * config.num_heads * config.size_of_head * (seq_len or config.max_seq_len)
+    vectors = sum(p.numel() for p in model.parameters() if p.ndim < 2)
+    # The input embedding is a look-up; a tied one is still multiplied with, once, at the output.
+    multiplied = total - idle - vectors - (0 if config.tie_embeddings else table)
+    return Size(
+        total=_count(total, table, config),
+        active=_count(total - idle, table, config),
+        flops_per_token=2 * multiplied + attention,
+        weight_bytes=bytes_per_weight * total,
+        optimizer_bytes=16 * total,
+        kv_bytes_per_token=2 * bytes_per_weight * config.num_layers * config.num_key_heads * config.size_of_head,
+    )
+
+
+def _count(parameters: int, table: int, config: ModelConfig) -> Count:
+    """A tied table counts once: without the input embedding it is gone, as the output uses the same weights."""
+    output = 0 if config.tie_embeddings else table
+    return Count(parameters, parameters - table, parameters - table - output)
+
+
+def _idle(moe: MoE) -> int:
+    """Parameters of one layer that a token leaves unused on average, were every expert equally likely."""
+    used = moe.config.router.select.mean_experts(moe.config.num_experts) / moe.config.num_experts
+    return round(sum(p.numel() for p in moe.banks.parameters()) * (1 - used))
+
+
+def dense_twin(config: ModelConfig) -> ModelConfig:
+    """The dense decoder of the same shape whose FLOPs per token just reach those of ``config``.
+
+    Each layer with experts becomes an MLP wide enough for what router, chosen experts and shared branch cost; widths
+    round up, so that a comparison at equal FLOPs never favours the experts.
+    """
+    with torch.device("meta"):
+        model = Decoder(config.replace(vocab_size=config.vocab_size or 1))
+    layers = {index: layer for index, layer in config.layers.items() if layer.moe is None}
+    for index, moe in model.moe_layers.items():
+        layer = config.all_layers[index]
+        active = sum(p.numel() for p in moe.parameters() if p.ndim >= 2) - _idle(moe)
+        per_unit = config.d_model * (3 if layer.activation.endswith("glu") else 2)
+        layers[index] = LayerConfig(d_ff=math.ceil(active / per_unit), activation=layer.activation)
+    shape = {name: getattr(config, name) for name in ModelConfig.model_fields if name not in ("moe", "layers")}
+    return ModelConfig.model_validate({**shape, "first_dense_layers": 0, "moe_every": 1, "layers": layers})

@@ -1,0 +1,85 @@
+"""The decoder: token ids in, logits and every router's decision out."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from moeforge.models.attention import LayerCache, locate
+from moeforge.models.block import Block
+from moeforge.models.config import ModelConfig
+from moeforge.models.init import initialise
+from moeforge.moe import Context, MoE, Routing
+
+
+@dataclass(frozen=True)
+class Output:
+    """Of one forward pass."""
+
+    logits: Tensor
+    """[B, L, V]."""
+    routings: dict[int, Routing]
+    """By layer number, for layers with experts."""
+
+
+class Cache:
+    """Keys and values of every layer, so that each token is computed once."""
+
+    def __init__(self, model: "Decoder", batch_size: int, max_len: int) -> None:
+        like = model.embedding.weight
+        self.layers = [LayerCache(batch_size, model.config, max_len, like) for _ in model.blocks]
+
+    @property
+    def length(self) -> int:
+        """Tokens held."""
+        return self.layers[0].length
+
+
+class Decoder(nn.Module):
+    """Config-driven; each layer has its own experts or none. ``config.vocab_size`` must be set."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        if config.vocab_size is None:
+            raise ValueError("vocab_size is not set: take the tokenizer's")
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in config.all_layers)
+        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.output = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.recompute_activations = False
+        initialise(self, config)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position: Tensor | None = None,
+        document: Tensor | None = None,
+        cache: Cache | None = None,
+        step: int | None = None,
+    ) -> Output:
+        """[B, L] ids -> logits [B, L, V].
+
+        ``position`` and ``document`` [B, L] describe packed sequences: positions restart with each document, and no
+        token sees another document. With a ``cache`` the ids follow what it holds.
+        """
+        past = cache.length if cache else 0
+        if position is None:
+            position = torch.arange(past, past + input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        positions = locate(self.config, position, document, past)
+        context = Context(len(input_ids), input_ids.flatten(), position.flatten(), step=step)
+        x, routings = self.embedding(input_ids), {}
+        recompute = self.recompute_activations and torch.is_grad_enabled()
+        for index, block in enumerate(self.blocks):
+            x, routing = block(x, positions, context, cache.layers[index] if cache else None, recompute)
+            if routing is not None:
+                routings[index] = routing
+                context = Context(len(input_ids), context.token_ids, context.positions, routing.state, step)
+        x = self.norm(x)
+        logits = self.output(x) if self.output is not None else nn.functional.linear(x, self.embedding.weight)
+        return Output(logits, routings)
+
+    @property
+    def moe_layers(self) -> dict[int, MoE]:
+        """The layers with experts, by number; the keys of ``Output.routings``."""
+        return {index: block.moe for index, block in enumerate(self.blocks) if isinstance(block.moe, MoE)}

@@ -1,0 +1,30 @@
+"""How weights start: one rule for every matrix, whatever module it sits in."""
+
+import torch
+from torch import nn
+
+from moeforge.models.config import FanIn, ModelConfig
+
+WRITES_TO_RESIDUAL = ("o_proj", "down_proj")
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, config: ModelConfig) -> None:
+    """Matrices by ``config.init``, vectors as their module made them (norms one, biases zero)."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        elif parameter.ndim >= 2:
+            _matrix(name, parameter, config)
+
+
+def _matrix(name: str, weight: nn.Parameter, config: ModelConfig) -> None:
+    """A stack of experts [E, out, in] is initialised as E matrices: fan-in is the last dimension."""
+    init = config.init
+    if isinstance(init, FanIn):
+        # An embedding is read row by row, not summed over: its fan-in is d_model's, as the output matrix it is tied to.
+        std = (init.scale / weight.shape[-1]) ** 0.5
+        nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+        return
+    residual = any(part in name for part in WRITES_TO_RESIDUAL)
+    nn.init.normal_(weight, std=init.std / (2 * config.num_layers) ** 0.5 if residual else init.std)

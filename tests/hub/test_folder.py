@@ -1,0 +1,111 @@
+"""Model folders: nothing random after opening, nothing lost in saving, and a clear word when a folder is broken."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from moeforge.data.tokenizers import Bytes, Tokenizer, train_or_open
+from moeforge.errors import UserError
+from moeforge.hub import load, save
+from moeforge.hub.folder import write_whole
+from moeforge.models import Decoder, ModelConfig
+
+MOE = {
+    "experts": [{"num_experts": 3, "d_expert": 8}, {"num_experts": 1, "d_expert": 16, "activation": "relu"}],
+    "shared": {"d_expert": 8, "mix": "coefficient"},
+    "router": {"select": {"k": 2}, "controller": "expert_bias"},
+}
+
+
+@pytest.fixture
+def tokenizer() -> Tokenizer:
+    return train_or_open(Bytes(), [])
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tokenizer: Tokenizer) -> Path:
+    model = Decoder(config())
+    model.blocks[1].moe.router.expert_bias += torch.arange(4)
+    save(model, tokenizer, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def config(**changes: object) -> ModelConfig:
+    settings = {"vocab_size": 257, "d_model": 16, "num_layers": 2, "num_heads": 2, "moe": MOE, "first_dense_layers": 1}
+    return ModelConfig.model_validate(settings | changes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_saved_model_opens_exactly_as_it_was(tmp_path, tokenizer, dtype, tied):
+    model = Decoder(config(tie_embeddings=tied, qk_norm=True)).to(dtype).eval()
+    save(model, tokenizer, tmp_path / "m")
+    opened, read = load(tmp_path / "m")
+    assert opened.config == model.config and read.vocab_size == 257 and not opened.training
+    for (name, left), (other, right) in zip(model.state_dict().items(), opened.state_dict().items(), strict=True):
+        assert name == other and left.dtype == right.dtype and torch.equal(left, right)
+    ids = torch.randint(0, 257, (2, 9))
+    assert torch.equal(opened(ids).logits, model(ids).logits)
+
+
+def test_a_run_folder_stands_for_the_model_inside(folder):
+    assert load(folder.parent)[0].config == load(folder)[0].config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop("norm.weight"), "missing norm.weight"),
+        (lambda w: w.update(extra=torch.ones(1)), "unknown extra"),
+        (lambda w: w.update({"norm.weight": torch.ones(3)}), r"norm.weight is \[3\], the config wants \[16\]"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(folder, change, message):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(UserError, match=message):
+        load(folder)
+
+
+def test_a_file_cut_short_is_named(folder):
+    path = folder / "model.safetensors"
+    os.truncate(path, path.stat().st_size - 10)
+    with pytest.raises(UserError, match="model.safetensors is damaged or cut short"):
+        load(folder)
+
+
+def test_no_folder_no_config_other_type_bad_json(tmp_path, folder):
+    with pytest.raises(UserError, match="no model folder"):
+        load(tmp_path / "nowhere")
+    (folder / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    with pytest.raises(UserError, match="model_type is 'llama'"):
+        load(folder)
+    (folder / "config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match="cannot be read"):
+        load(folder)
+
+
+def test_a_tokenizer_of_another_size_is_refused(folder):
+    tree = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    tree["model"]["vocab_size"] = 300
+    (folder / "config.json").write_text(json.dumps(tree), encoding="utf-8")
+    with pytest.raises(UserError, match="vocab_size 300, its tokenizer 257"):
+        load(folder)
+
+
+def test_a_failed_write_leaves_the_old_folder_and_no_rubbish(folder):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def fill(fresh: Path) -> None:
+        (fresh / "config.json").write_text("half", encoding="utf-8")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match="No space left.*untouched"):
+        write_whole(folder, fill)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]

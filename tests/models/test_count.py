@@ -1,0 +1,87 @@
+"""Counts by hand, against real modules, and the dense twin."""
+
+import pytest
+
+from moeforge.config import build
+from moeforge.models import Decoder, ModelConfig, dense_twin, measure
+
+V, D, H, E, K = 11, 8, 6, 4, 2
+MOE = {"experts": {"num_experts": E, "d_expert": H}}
+
+
+def small(**changes: object) -> ModelConfig:
+    tree = {"vocab_size": V, "d_model": D, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "max_seq_len": 32}
+    return build(ModelConfig, tree | {"moe": MOE} | changes)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_by_hand(tied: bool) -> None:
+    size = measure(small(tie_embeddings=tied))
+    attention = D * D + 2 * (D * D // 2) + D * D
+    layer, experts = attention + E * D + 2 * D, E * 3 * D * H
+    inside = 2 * (layer + experts) + D
+    tables = V * D if tied else 2 * V * D
+    idle = 2 * (E - K) * 3 * D * H
+    total, active = size.total, size.active
+    assert total.all == inside + tables and active.all == total.all - idle
+    assert total.without_input_embedding == total.all - V * D
+    assert total.without_embeddings == inside and active.without_embeddings == inside - idle
+    matrices = 2 * (attention + E * D + K * 3 * D * H) + V * D
+    attended = 2 * 2 * 2 * D * 32 // 2
+    assert size.flops_per_token == 2 * matrices + attended
+    assert size.weight_bytes == 4 * total.all and size.optimizer_bytes == 16 * total.all
+    assert size.kv_bytes_per_token == 2 * 2 * 4 * 4
+    assert measure(small(tie_embeddings=tied), 2, 64).flops_per_token == 2 * matrices + 2 * attended
+    assert measure(small(tie_embeddings=tied), 2, 64).weight_bytes == 2 * total.all
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_embeddings": False, "qk_norm": True, "head_dim": 6},
+        {
+            "moe": {
+                "experts": [{"num_experts": 2, "d_expert": 3}, {"num_experts": 2, "d_expert": 9, "activation": "relu"}]
+            }
+        },
+        {"moe": MOE | {"shared": {"d_expert": 3, "mix": "coefficient"}}, "moe_every": 2},
+        {"layers": {0: {"moe": None, "d_ff": 5}}},
+    ],
+)
+def test_totals_are_those_of_the_real_model(changes: dict[str, object]) -> None:
+    config = small(**changes)
+    assert measure(config).total.all == sum(p.numel() for p in Decoder(config).parameters())
+
+
+REALISTIC = {
+    "vocab_size": 256,
+    "d_model": 64,
+    "num_layers": 6,
+    "moe_every": 2,
+    "d_ff": 256,
+    "moe": {
+        "experts": {"num_experts": 8, "d_expert": 256},
+        "shared": {"d_expert": 256, "mix": "coefficient"},
+        "router": {"select": {"type": "top_k", "k": 1}},
+    },
+    "layers": {3: {"moe": {"experts": {"num_experts": 16}}}, 5: {"moe": {"experts": {"num_experts": 32}}}},
+}
+
+
+def test_the_dense_twin_is_just_not_cheaper() -> None:
+    config = build(ModelConfig, REALISTIC)
+    twin = dense_twin(config)
+    assert not any(layer.moe for layer in twin.all_layers)
+    ratio = measure(twin).flops_per_token / measure(config).flops_per_token
+    assert 1 <= ratio < 1.01
+    assert measure(twin).total == measure(twin).active
+    assert (twin.d_model, twin.num_layers, twin.all_layers[0].d_ff) == (64, 6, 256)
+
+
+def test_the_dense_twin_keeps_dense_layers_and_an_open_vocabulary() -> None:
+    layers = REALISTIC["layers"] | {1: {"moe": None, "d_ff": 99, "activation": "relu"}}
+    config = build(ModelConfig, REALISTIC | {"layers": layers, "vocab_size": None})
+    twin = dense_twin(config)
+    assert twin.vocab_size is None and twin.all_layers[1] == config.all_layers[1]
+    assert twin.all_layers[3].d_ff > 256

@@ -1,0 +1,169 @@
+"""The decoder: cached decoding, packed documents, tied tables, and recomputed activations."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moeforge.config import build
+from moeforge.models import Cache, Decoder, ModelConfig
+from moeforge.moe import MoE, Router
+from tests.moe import brute_force
+
+VOCAB, LENGTH = 19, 9
+MOE = {"experts": {"num_experts": 6, "d_expert": 8}, "shared": {"d_expert": 8, "mix": "coefficient"}}
+SHAPES: dict[str, dict[str, Any]] = {
+    "moe": {"moe": MOE},
+    "dense": {"qk_norm": True},
+    "pyramid": {"moe": MOE, "first_dense_layers": 1, "layers": {2: {"moe": {"experts": {"num_experts": 12}}}}},
+}
+
+
+def decoder(shape: str = "moe", **changes: Any) -> Decoder:
+    """Large enough weights that every part shows in the logits."""
+    tree = {"vocab_size": VOCAB, "d_model": 16, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "d_ff": 24}
+    return Decoder(build(ModelConfig, tree | {"init": {"type": "normal", "std": 0.3}} | SHAPES[shape] | changes))
+
+
+def ids(batch_size: int = 2, length: int = LENGTH) -> Tensor:
+    return torch.randint(VOCAB, (batch_size, length))
+
+
+def assert_close(one: Tensor, other: Tensor) -> None:
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [[1] * LENGTH, [3, 1, 4, 1], [LENGTH], [5, 4]], ids=repr)
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_cached_decoding_is_the_full_pass(shape: str, sizes: list[int]) -> None:
+    model, input_ids = decoder(shape), ids()
+    cache = Cache(model, 2, LENGTH + 3)
+    logits = [model(part, cache=cache).logits for part in input_ids.split(sizes, dim=1)]
+    assert cache.length == LENGTH
+    assert_close(torch.cat(logits, 1), model(input_ids).logits)
+
+
+@torch.no_grad()
+def test_a_token_sees_none_after_it() -> None:
+    model, input_ids = decoder(), ids()
+    changed = input_ids.clone()
+    changed[:, 5:] = (changed[:, 5:] + 1) % VOCAB
+    one, other = model(input_ids).logits, model(changed).logits
+    assert_close(one[:, :5], other[:, :5])
+    assert not torch.allclose(one[:, 5:], other[:, 5:], atol=1e-2)
+
+
+@torch.no_grad()
+def test_a_packed_document_is_as_if_alone() -> None:
+    model, input_ids = decoder(), ids()
+    position = torch.tensor([[0, 1, 2, 3, 0, 1, 0, 1, 2], [0, 1, 2, 3, 4, 5, 6, 7, 0]])
+    document = torch.tensor([[0, 0, 0, 0, 1, 1, 2, 2, 2], [0, 0, 0, 0, 0, 0, 0, 0, 1]])
+    packed = model(input_ids, position, document).logits
+    for row in range(2):
+        for number in document[row].unique():
+            inside = document[row] == number
+            assert_close(packed[row, inside], model(input_ids[row : row + 1, inside]).logits[0])
+    assert not torch.allclose(packed, model(input_ids).logits, atol=1e-2)
+
+
+@torch.no_grad()
+def test_one_document_per_row_is_no_mask() -> None:
+    model, input_ids = decoder(), ids()
+    document = torch.tensor([[0], [1]]).expand(2, LENGTH)
+    assert torch.equal(model(input_ids, document=document).logits, model(input_ids).logits)
+
+
+def test_the_output_table_is_tied_or_its_own() -> None:
+    tied, free = decoder(), decoder(tie_embeddings=False)
+    assert tied.output is None and free.output is not None
+    assert sum(p.numel() for p in free.parameters()) - sum(p.numel() for p in tied.parameters()) == VOCAB * 16
+    assert "output.weight" in free.state_dict() and "output.weight" not in tied.state_dict()
+    free.load_state_dict(tied.state_dict() | {"output.weight": tied.embedding.weight})
+    input_ids = ids()
+    assert_close(free(input_ids).logits, tied(input_ids).logits)
+
+
+def test_routings_come_by_layer() -> None:
+    model = decoder("pyramid")
+    output = model(ids())
+    assert list(output.routings) == list(model.moe_layers) == [1, 2]
+    assert [routing.route.num_experts for routing in output.routings.values()] == [6, 12]
+    assert all(routing.route.num_tokens == 2 * LENGTH for routing in output.routings.values())
+
+
+@torch.no_grad()
+def test_a_block_of_the_decoder_adds_the_brute_force_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, input_ids = decoder("pyramid"), ids()
+    expected = model(input_ids).logits
+
+    def experts(self: MoE, x_TD: Tensor, route: object) -> Tensor:
+        return brute_force.layer(self, x_TD)
+
+    monkeypatch.setattr(MoE, "experts", experts)
+    assert_close(model(input_ids).logits, expected)
+
+
+def step(model: Decoder, input_ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss with its balance losses, and all gradients."""
+    model.zero_grad()
+    output = model(input_ids)
+    loss = torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten())
+    for index, routing in output.routings.items():
+        loss = loss + sum(model.moe_layers[index].router.balance_losses(routing, len(input_ids)).values())
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_recomputed_activations_change_nothing_and_route_once(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, forward = [], Router.forward
+
+    def counted(self: Router, *arguments: Any) -> Any:
+        calls.append(self)
+        return forward(self, *arguments)
+
+    monkeypatch.setattr(Router, "forward", counted)
+    model, input_ids = decoder(shape), ids()
+    loss, gradients = step(model, input_ids)
+    calls.clear()
+    model.recompute_activations = True
+    again, recomputed = step(model, input_ids)
+    assert calls == [moe.router for moe in model.moe_layers.values()]
+    assert torch.equal(loss, again) and gradients.keys() == recomputed.keys() == dict(model.named_parameters()).keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(recomputed[name], gradient, rtol=1e-5, atol=1e-6)
+
+
+def kept_bytes(model: Decoder, input_ids: Tensor) -> int:
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(input_ids)
+    assert output.logits.requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("shape", ["moe", "dense"])
+def test_recomputed_activations_are_not_kept(shape: str) -> None:
+    model, input_ids = decoder(shape), ids(8, 64)
+    plain = kept_bytes(model, input_ids)
+    model.recompute_activations = True
+    assert kept_bytes(model, input_ids) < 0.6 * plain
+
+
+def test_forward_writes_nothing_to_the_model() -> None:
+    model = decoder()
+    before = {name: dict(module.__dict__) for name, module in model.named_modules()}
+    model(ids())
+    assert before == {name: module.__dict__ for name, module in model.named_modules()}
+
+
+def test_a_decoder_needs_a_vocabulary() -> None:
+    with pytest.raises(ValueError, match="vocab_size is not set"):
+        Decoder(ModelConfig())
