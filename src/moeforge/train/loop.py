@@ -1,0 +1,176 @@
+"""The training loop: data in, steps, evaluation, checkpoints, and a model folder at the end."""
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from moeforge.config import to_yaml
+from moeforge.data.packing import Loader, evaluation_batches
+from moeforge.data.prepare import TextData, prepare
+from moeforge.errors import UserError
+from moeforge.evaluate import Score, bits_per_byte
+from moeforge.hub import save
+from moeforge.hub.folder import write_text
+from moeforge.kernels.allocator import keep_freed_memory
+from moeforge.models import Decoder
+from moeforge.train.checkpoint import Progress, checkpoints, load_checkpoint, save_checkpoint
+from moeforge.train.config import RunConfig
+from moeforge.train.metrics import Line, Metrics, step_line
+from moeforge.train.optimizer import build_optimizer, learning_rate
+from moeforge.train.progress import Display
+from moeforge.train.step import accumulate_gradients, apply_gradients
+
+
+class Run:
+    """One training run in its folder. Equal config and software give equal weights, also across a resume."""
+
+    def __init__(self, config: RunConfig, out: Path, data: TextData) -> None:
+        torch.manual_seed(config.seed)
+        self.out, self.data = out, data
+        self.device = torch.device(_device(config.device))
+        self.dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+        self.config = _with_vocabulary(config, data.tokenizer.vocab_size)
+        self.model = Decoder(self.config.model).to(self.device)
+        self.model.recompute_activations = config.recompute_activations
+        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.loader = Loader(data.train, config.batch_size, config.seq_len, config.seed)
+        self.progress = Progress()
+
+    def resume(self) -> None:
+        """Takes up the newest checkpoint. Raises UserError when there is none, or it is damaged or of another config."""
+        found = checkpoints(self.out / "checkpoints")
+        if not found:
+            raise UserError(f"{self.out} has no checkpoint to resume from")
+        self.progress, position = load_checkpoint(found[-1], self.model, self.optimizer, self.config)
+        if position.pop("fingerprint") != self.data.train.fingerprint:
+            raise UserError(f"{found[-1]} was trained on other text than {self.config.data.type} gives now")
+        self.loader.load_state(position)
+
+    def step(self) -> Line:
+        """One optimizer step; returns its metrics."""
+        start, config, done = time.perf_counter(), self.config, self.progress.step
+        lr = learning_rate(config.schedule, config.optimizer.lr, done, config.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        batches = [next(self.loader).to(self.device) for _ in range(config.accumulate)]
+        result = accumulate_gradients(self.model, batches, self.dtype, done)
+        apply_gradients(self.model, self.optimizer, result, config.optimizer.clip, done)
+        seconds = time.perf_counter() - start
+        self.progress.step += 1
+        self.progress.tokens += config.tokens_per_step
+        self.progress.seconds += seconds
+        return step_line(self.progress.step, result, lr, seconds, config.tokens_per_step)
+
+    def evaluate(self) -> Score:
+        """Bits per byte on ``eval_tokens`` of the validation text."""
+        config = self.config
+        batches = evaluation_batches(self.data.validation, config.batch_size, config.seq_len, config.eval_tokens)
+        return bits_per_byte(self.model, batches, self.dtype)
+
+    def checkpoint(self) -> Path:
+        """Saves where the run stands."""
+        position = {**self.loader.state(), "fingerprint": self.data.train.fingerprint}
+        folder = self.out / "checkpoints"
+        return save_checkpoint(folder, self.model, self.optimizer, self.progress, position, self.config)
+
+
+def train(
+    config: RunConfig,
+    out: Path,
+    resume: bool = False,
+    quiet: bool = False,
+    on_step: Callable[[Line], None] | None = None,
+    data: TextData | None = None,
+) -> Path:
+    """Trains ``config`` into the run folder ``out`` and returns its ``model`` folder.
+
+    ``data`` is what ``prepare`` makes of the config, for a caller that has it already.
+    Raises UserError on bad input, a non-finite loss, or a full disk; KeyboardInterrupt after saving a checkpoint.
+    """
+    if not resume and (out / "metrics.jsonl").exists():
+        raise UserError(f"{out} already holds a run: add --resume to go on with it, or name another folder with --out")
+    keep_freed_memory()
+    with Display(config.name, config.steps, 0, quiet) as display:
+        display.say(f"reading {config.data.type} ...")
+        run = Run(config, out, data or prepare(config.data, config.tokenizer))
+        if resume:
+            run.resume()
+            display.say(f"resumed at step {run.progress.step}")
+        _announce(run, display)
+        write_text(out / "config.yaml", to_yaml(run.config))
+        with Metrics(out, run.progress.step, config.tensorboard) as metrics:
+            _steps(run, metrics, display, on_step)
+    save(run.model, run.data.tokenizer, out / "model")
+    return out / "model"
+
+
+def _steps(run: Run, metrics: Metrics, display: Display, on_step: Callable[[Line], None] | None) -> None:
+    config, steps = run.config, run.config.steps
+    with _interruptible() as interrupted:
+        while run.progress.step < steps:
+            line = run.step()
+            done = run.progress.step
+            if done % config.eval_every == 0 or done == steps:
+                line["eval/bits_per_byte"] = run.evaluate().bits_per_byte
+            line["perf/total_seconds"], line["perf/total_tokens"] = run.progress.seconds, run.progress.tokens
+            metrics.write(line)
+            display.update(line)
+            if on_step:
+                on_step(line)
+            if done % config.save_every == 0 or done == steps or interrupted:
+                saved = run.checkpoint()
+            if interrupted and done < steps:
+                display.say(f"\nstopped; {saved} is saved. Go on with:\n  {resume_command(run.out)}")
+                raise KeyboardInterrupt
+
+
+def resume_command(out: Path) -> str:
+    """What to type to go on with the run in ``out``."""
+    return f"moeforge train {out / 'config.yaml'} --out {out} --resume"
+
+
+@contextmanager
+def _interruptible() -> Iterator[list[int]]:
+    """The list fills at the first Ctrl-C (or SIGTERM), so that the step can end; the second one acts at once."""
+    received: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        received.append(number)
+        signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _announce(run: Run, display: Display) -> None:
+    """Says what is on: sizes, data, and every loss that acts, with its weight."""
+    parameters = sum(p.numel() for p in run.model.parameters())
+    display.say(
+        f"{run.config.name}: {parameters:,} parameters, {len(run.data.train.ids):,} training tokens, "
+        f"{len(run.data.validation.ids):,} for validation, {run.config.tokens_per_step:,} per step, on {run.device}"
+    )
+    losses = {f"{loss.type} x {loss.weight:g}" for m in run.model.moe_layers.values() for loss in m.config.router.losses}
+    biases = {m.config.router.controller.type for m in run.model.moe_layers.values() if m.config.router.controller}
+    if run.model.moe_layers:
+        display.say(f"balance: {', '.join(sorted(losses | biases)) or 'nothing is on'}")
+
+
+def _with_vocabulary(config: RunConfig, size: int) -> RunConfig:
+    if config.model.vocab_size not in (None, size):
+        raise UserError(f"model.vocab_size = {config.model.vocab_size}, but the tokenizer has {size}: leave it out")
+    return config.replace(model=config.model.replace(vocab_size=size))
+
+
+def _device(wanted: str) -> str:
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("device = cuda, but this torch sees no GPU: use device=cpu")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+

@@ -1,0 +1,92 @@
+"""One optimizer step over its micro-batches: losses scaled once, by the tokens of the whole step."""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from moeforge.data.packing import Batch
+from moeforge.errors import UserError
+from moeforge.evaluate import summed_loss
+from moeforge.models import Decoder, Output
+from moeforge.train.diagnose import first_broken_gradient, first_broken_module
+
+
+@dataclass
+class StepResult:
+    """What one step measured."""
+
+    losses: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """``lm`` in nats per token, and each balance loss (unweighted, mean over layers)."""
+    tokens_per_expert: dict[int, Tensor] = field(default_factory=dict)
+    """By layer number, [E]."""
+    grad_norm: float = 0.0
+    """Before clipping."""
+
+
+def accumulate_gradients(model: Decoder, batches: list[Batch], dtype: torch.dtype, step: int) -> StepResult:
+    """Adds the gradient of the whole step's loss; the same whether the step is one micro-batch or many.
+
+    Raises UserError naming the layer when the loss is not finite.
+    """
+    result = StepResult()
+    targets = sum(batch.num_targets for batch in batches)
+    counts = _counts_of_step(model, batches, dtype, step)
+    for batch in batches:
+        share = batch.num_targets / targets
+        output = _run(model, batch, dtype, step)
+        loss = summed_loss(output, batch.labels) / targets
+        result.losses["lm"] += loss.item()
+        for index, routing in output.routings.items():
+            router = model.moe_layers[index].router
+            weights = {part.type: part.weight for part in router.config.losses}
+            for name, value in router.balance_losses(routing, len(batch.input_ids), counts.get(index)).items():
+                loss = loss + share * weights[name] * value
+                result.losses[name.removesuffix("_loss")] += share * value.item() / len(output.routings)
+            load = routing.route.counts.detach()
+            result.tokens_per_expert[index] = result.tokens_per_expert.get(index, 0) + load
+        if not torch.isfinite(loss):
+            where = first_broken_module(model, lambda batch=batch: _run(model, batch, dtype, step))
+            raise UserError(f"step {step + 1}: the loss is {loss.item()}; first non-finite output: {where}")
+        loss.backward()
+    return result
+
+
+def apply_gradients(model: Decoder, optimizer: torch.optim.Optimizer, result: StepResult, clip: float, step: int) -> None:
+    """Clips, updates the weights, then moves every router's bias once. Raises UserError on a non-finite gradient."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    result.grad_norm = norm.item()
+    if not torch.isfinite(norm):
+        where = first_broken_gradient(model)
+        raise UserError(f"step {step + 1}: the gradient norm is {result.grad_norm}; first non-finite: {where}")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for index, moe in model.moe_layers.items():
+        moe.router.step(result.tokens_per_expert[index])
+
+
+def _run(model: Decoder, batch: Batch, dtype: torch.dtype, step: int) -> Output:
+    device = batch.input_ids.device.type
+    with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        return model(batch.input_ids, batch.position, batch.document, step=step)
+
+
+def _counts_of_step(
+    model: Decoder, batches: list[Batch], dtype: torch.dtype, step: int
+) -> dict[int, dict[str, Tensor]]:
+    """Choices per expert over all micro-batches, for losses that need them before the first backward pass.
+
+    Their gradient cannot be put together from micro-batches otherwise; it costs one more forward pass, and only where
+    a step has several micro-batches and a loss is ``over: batch``.
+    """
+    wanting = any(getattr(loss, "over", "") == "batch" for m in model.moe_layers.values() for loss in m.config.router.losses)
+    if len(batches) == 1 or not wanting:
+        return {}
+    total: dict[int, dict[str, Tensor]] = defaultdict(dict)
+    with torch.no_grad():
+        for batch in batches:
+            for index, routing in _run(model, batch, dtype, step).routings.items():
+                for name, counts in model.moe_layers[index].router.counts(routing).items():
+                    total[index][name] = total[index].get(name, 0) + counts
+    return total
