@@ -1,0 +1,104 @@
+"""Streaming generation with a KV cache: a document that grows, token by token or by what a user adds."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from moeforge.data.tokenizers import Tokenizer
+from moeforge.errors import UserError
+from moeforge.generate.sample import Sampling, next_token
+from moeforge.generate.trace import choices
+from moeforge.models import Cache, Decoder
+
+Stop = Literal["end of document", "max_tokens", "context full"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One generated token."""
+
+    token_id: int
+    text: str
+    """What became printable with it; empty inside a character of several tokens."""
+    experts: dict[int, list[int]]
+    """By layer number, the experts of this token's own position: of the pass that read it, not the one before."""
+    stop: Stop | None = None
+    """Set on the last one: why there are no more."""
+
+
+class Writer:
+    """One document: ``read`` adds given text, ``write`` lets the model go on. Each token is computed once.
+
+    It starts with the end-of-document token, as every document does in training.
+    """
+
+    def __init__(self, model: Decoder, tokenizer: Tokenizer) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.max_len = model.config.max_seq_len
+        self._cache = Cache(model, 1, self.max_len)
+        self._unread = [tokenizer.eos_id]
+        self._logits = torch.empty(0)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the document, its start included."""
+        return self._cache.length + len(self._unread)
+
+    def read(self, text: str) -> None:
+        """Appends ``text``. Raises UserError, and appends nothing, when no room would be left to write."""
+        ids = self.tokenizer.encode(text)
+        if self.length + len(ids) >= self.max_len:
+            room = max(0, self.max_len - self.length - 1)
+            raise UserError(
+                f"the text has {len(ids)} tokens, but the context has room for {room} (max_seq_len = {self.max_len})"
+            )
+        self._unread += ids
+
+    def write(self, sampling: Sampling) -> Iterator[Step]:
+        """Streams tokens until the model ends the document, ``max_tokens``, or the context is full.
+
+        Each step comes after its token was read, so it carries that token's own experts and the document can go on
+        from there. Nothing comes when the model ends the document at once.
+        """
+        generator, stream = sampling.generator(), self.tokenizer.stream()
+        if self._unread:
+            self._feed(self._unread)
+            self._unread = []
+        token = next_token(self._logits, sampling, generator)
+        for count in range(1, sampling.max_tokens + 1):
+            if token == self.tokenizer.eos_id or self.length == self.max_len:
+                return
+            experts = self._feed([token])
+            following = next_token(self._logits, sampling, generator)
+            stop = self._stop(following, count == sampling.max_tokens)
+            yield Step(token, stream.push(token) + (stream.finish() if stop else ""), experts, stop)
+            token = following
+
+    def _stop(self, following: int, enough: bool) -> Stop | None:
+        if following == self.tokenizer.eos_id:
+            return "end of document"
+        if enough:
+            return "max_tokens"
+        return "context full" if self.length == self.max_len else None
+
+    @torch.no_grad()
+    def _feed(self, ids: list[int]) -> dict[int, list[int]]:
+        """Runs ``ids``; keeps the logits after the last of them and returns its experts."""
+        held = self._cache.length
+        try:
+            output = self.model(torch.tensor([ids], device=self.model.embedding.weight.device), cache=self._cache)
+        except BaseException:  # Ctrl-C too: some layers have stored these tokens, others have not
+            for layer in self._cache.layers:
+                layer.length = held
+            raise
+        self._logits = output.logits[0, -1]
+        return {layer: choice.experts for layer, choice in choices(output)[-1].items()}
+
+
+def generate(model: Decoder, tokenizer: Tokenizer, prompt: str, sampling: Sampling) -> Iterator[Step]:
+    """Continues ``prompt``, which may be empty. Raises UserError when it fills the model's context."""
+    writer = Writer(model, tokenizer)
+    writer.read(prompt)
+    return writer.write(sampling)

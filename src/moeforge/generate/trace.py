@@ -1,0 +1,61 @@
+"""Which experts every token of a text takes, in one forward pass."""
+
+from typing import NamedTuple
+
+import torch
+
+from moeforge.data.tokenizers import Tokenizer
+from moeforge.errors import UserError
+from moeforge.models import Decoder, Output
+from moeforge.moe.route import SoftRoute
+
+
+class Choice(NamedTuple):
+    """What one token got in one layer."""
+
+    experts: list[int]
+    """Heaviest first; empty when no expert took the token."""
+    weights: list[float]
+    """Combine weights, in the same order."""
+
+
+class Traced(NamedTuple):
+    """One token of a text."""
+
+    piece: str
+    """As ``Tokenizer.pieces`` shows it."""
+    choices: dict[int, Choice]
+    """By number of the layer: the routing at this token's own position, where it is the input."""
+
+
+@torch.no_grad()
+def trace(model: Decoder, tokenizer: Tokenizer, text: str) -> list[Traced]:
+    """Every token of ``text`` with its own experts. The start-of-document token is run, but not listed.
+
+    Raises UserError when the text is longer than the model's context.
+    """
+    ids = tokenizer.encode(text)
+    room = model.config.max_seq_len - 1
+    if len(ids) > room:
+        raise UserError(f"the text has {len(ids)} tokens, the model's context takes {room} (max_seq_len - 1)")
+    input_ids = torch.tensor([[tokenizer.eos_id, *ids]], device=model.embedding.weight.device)
+    by_token = choices(model(input_ids))[1:]
+    return [Traced(piece, chosen) for piece, chosen in zip(tokenizer.pieces(ids), by_token, strict=True)]
+
+
+def choices(output: Output) -> list[dict[int, Choice]]:
+    """Of each row of a forward pass, what every layer's router decided."""
+    count = output.logits.shape[0] * output.logits.shape[1]
+    rows: list[dict[int, Choice]] = [{} for _ in range(count)]
+    for layer, routing in output.routings.items():
+        route = routing.route
+        if isinstance(route, SoftRoute):
+            raise UserError(f"layer {layer} mixes all tokens into every expert: no token has experts of its own")
+        found: list[list[tuple[float, int]]] = [[] for _ in range(count)]
+        edges = zip(route.token.tolist(), route.weight.tolist(), route.expert.tolist(), strict=True)
+        for token, weight, expert in edges:
+            found[token].append((weight, expert))
+        for row, pairs in zip(rows, found, strict=True):
+            pairs.sort(key=lambda pair: (-pair[0], pair[1]))
+            row[layer] = Choice([expert for _, expert in pairs], [weight for weight, _ in pairs])
+    return rows

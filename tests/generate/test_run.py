@@ -1,0 +1,120 @@
+"""Streaming with the cache against recomputing the whole document for every token."""
+
+import pytest
+import torch
+
+from moeforge.data.tokenizers import Tokenizer
+from moeforge.errors import UserError
+from moeforge.generate import Sampling, Writer, generate
+from moeforge.generate.sample import next_token
+from moeforge.generate.trace import choices
+from moeforge.models import Decoder
+
+GREEDY = Sampling(temperature=0, max_tokens=20)
+
+
+@torch.no_grad()
+def from_scratch(model: Decoder, tokenizer: Tokenizer, prompt: str, sampling: Sampling) -> list[int]:
+    """Ids of the continuation, without any cache."""
+    ids, generator = [tokenizer.eos_id, *tokenizer.encode(prompt)], sampling.generator()
+    start = len(ids)
+    while len(ids) < min(start + sampling.max_tokens, model.config.max_seq_len):
+        token = next_token(model(torch.tensor([ids])).logits[0, -1], sampling, generator)
+        if token == tokenizer.eos_id:
+            break
+        ids.append(token)
+    return ids[start:]
+
+
+@pytest.mark.parametrize("prompt", ["", "x", "some prompt"])
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(seed=5, max_tokens=20)], ids=["greedy", "drawn"])
+def test_the_cache_changes_nothing(model, tokenizer, prompt, sampling):
+    steps = list(generate(model, tokenizer, prompt, sampling))
+    assert [step.token_id for step in steps] == from_scratch(model, tokenizer, prompt, sampling)
+    assert [step.stop is None for step in steps] == [True] * (len(steps) - 1) + [False]
+    assert len(steps) == 20 or steps[-1].stop == "end of document"
+
+
+def test_the_seed_decides(model, tokenizer):
+    def text(seed: int) -> str:
+        return "".join(step.text for step in generate(model, tokenizer, "a", Sampling(seed=seed, max_tokens=20)))
+
+    assert text(1) == text(1) != text(2)
+
+
+def test_streamed_text_is_the_decoded_text(model, tokenizer):
+    steps = list(generate(model, tokenizer, "a", Sampling(seed=3, temperature=2, max_tokens=40)))
+    assert "".join(step.text for step in steps) == tokenizer.decode([step.token_id for step in steps])
+
+
+def test_it_stops_where_the_model_ends_the_document(even_model, tokenizer):
+    for seed in range(60):
+        sampling = Sampling(temperature=1, seed=seed, max_tokens=30)
+        steps = list(generate(even_model, tokenizer, "a", sampling))
+        if steps and steps[-1].stop == "end of document":
+            break
+    else:
+        pytest.fail("no seed ended a document")
+    ids = [step.token_id for step in steps]
+    assert len(ids) < 30 and tokenizer.eos_id not in ids
+    assert ids == from_scratch(even_model, tokenizer, "a", sampling)
+
+
+def test_it_stops_when_the_context_is_full(model, tokenizer):
+    steps = list(generate(model, tokenizer, "abc", Sampling(temperature=0, max_tokens=1000)))
+    assert len(steps) == model.config.max_seq_len - 1 - 3
+    assert steps[-1].stop == "context full"
+    assert [step.token_id for step in steps] == from_scratch(model, tokenizer, "abc", GREEDY.replace(max_tokens=1000))
+
+
+def test_a_prompt_that_fills_the_context_is_refused(model, tokenizer):
+    room = model.config.max_seq_len - 2
+    assert len(list(generate(model, tokenizer, "a" * room, GREEDY))) == 1
+    with pytest.raises(UserError, match=f"the text has {room + 1} tokens, but the context has room for {room} "):
+        generate(model, tokenizer, "a" * (room + 1), GREEDY)
+
+
+def test_experts_are_those_of_the_tokens_own_position(model, tokenizer):
+    steps = list(generate(model, tokenizer, "abc", GREEDY))
+    ids = [tokenizer.eos_id, *b"abc", *(step.token_id for step in steps)]
+    wanted = choices(model(torch.tensor([ids])))[4:]
+    assert [step.experts for step in steps] == [{n: choice.experts for n, choice in row.items()} for row in wanted]
+    assert set(steps[0].experts) == {1, 2}
+
+
+def test_a_document_goes_on_after_a_turn(model, tokenizer):
+    writer = Writer(model, tokenizer)
+    writer.read("ab")
+    first = [step.token_id for step in writer.write(GREEDY.replace(max_tokens=5))]
+    writer.read("cd")
+    second = [step.token_id for step in writer.write(GREEDY.replace(max_tokens=5))]
+    ids = [tokenizer.eos_id, *b"ab", *first, *b"cd"]
+    for token in second:
+        assert model(torch.tensor([ids])).logits[0, -1].argmax() == token
+        ids.append(token)
+    assert writer.length == len(ids)
+
+
+def test_a_text_that_is_refused_leaves_the_document_as_it_was(model, tokenizer):
+    writer = Writer(model, tokenizer)
+    writer.read("ab")
+    with pytest.raises(UserError):
+        writer.read("c" * 100)
+    ids = [step.token_id for step in writer.write(GREEDY)]
+    assert ids == from_scratch(model, tokenizer, "ab", GREEDY)
+
+
+def test_a_pass_that_is_interrupted_leaves_the_document_as_it_was(model, tokenizer):
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    writer = Writer(model, tokenizer)
+    writer.read("ab")
+    steps = writer.write(GREEDY)
+    ids = [next(steps).token_id, next(steps).token_id]
+    hook = model.blocks[-1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        next(steps)
+    hook.remove()
+    ids += [step.token_id for step in writer.write(GREEDY.replace(max_tokens=18))]
+    assert ids == from_scratch(model, tokenizer, "ab", GREEDY)

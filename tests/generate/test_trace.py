@@ -1,0 +1,41 @@
+"""Every token's own experts against the router's own route."""
+
+import pytest
+import torch
+
+from moeforge.errors import UserError
+from moeforge.generate import trace
+from moeforge.generate.trace import choices
+
+
+def test_each_token_has_the_experts_of_its_row(model, tokenizer):
+    text = "def f(x): return 1"
+    found = trace(model, tokenizer, text)
+    assert "".join(token.piece for token in found) == text
+    routings = model(torch.tensor([[tokenizer.eos_id, *tokenizer.encode(text)]])).routings
+    for row, token in enumerate(found, start=1):
+        assert set(token.choices) == {1, 2}
+        for layer, choice in token.choices.items():
+            route = routings[layer].route
+            mine = route.token == row
+            wanted = dict(zip(route.expert[mine].tolist(), route.weight[mine].tolist(), strict=True))
+            assert dict(zip(choice.experts, choice.weights, strict=True)) == pytest.approx(wanted)
+            assert choice.weights == sorted(choice.weights, reverse=True)
+
+
+def test_it_unpacks_as_pairs(model, tokenizer):
+    ((piece, by_layer),) = trace(model, tokenizer, "a")
+    experts, weights = by_layer[2]
+    assert (piece, len(experts), len(weights)) == ("a", 2, 2)
+
+
+def test_rows_of_a_batch_are_counted_through(model):
+    ids = torch.arange(10).view(2, 5)
+    batched, alone = choices(model(ids)), choices(model(ids[1:]))
+    assert [row[1].experts for row in batched[5:]] == [row[1].experts for row in alone]
+
+
+def test_an_empty_text_has_no_tokens_and_a_long_one_is_refused(model, tokenizer):
+    assert trace(model, tokenizer, "") == []
+    with pytest.raises(UserError, match="the text has 48 tokens, the model's context takes 47"):
+        trace(model, tokenizer, "a" * 48)
