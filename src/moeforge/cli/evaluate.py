@@ -1,0 +1,104 @@
+"""``moeforge evaluate``: bits per byte of a model on held-out text."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moeforge.errors import UserError
+
+if TYPE_CHECKING:
+    from moeforge.data.tokenizers import Tokenizer
+    from moeforge.evaluate import Score
+    from moeforge.models import Decoder, ModelConfig
+    from moeforge.train import RunConfig
+
+SETTINGS = ("data", "seq_len", "batch_size", "dtype")
+"""Of a run's settings, those that an evaluation depends on."""
+
+
+def evaluate(
+    context: typer.Context,
+    model: Annotated[Path, typer.Argument(help="A model folder or a run folder.")],
+    *,
+    tokens: Annotated[str | None, typer.Option(help="At most this many, spread evenly.", show_default="all")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
+) -> None:
+    """Measure bits per byte and perplexity on the validation part of a corpus.
+
+    The corpus is the run's own, or the standard library; --data=stdlib or --data.path=FILE names another.
+    --seq_len, --batch_size and --dtype work as in training.
+    """
+    from moeforge.hub import load
+
+    _check(context.obj)
+    most = None if tokens is None else _count(tokens)
+    opened, tokenizer = load(model)
+    config = _config(model, opened.config, context.obj)
+    score = _score(opened, tokenizer, config, most)
+    found = {
+        "model": str(model),
+        "data": config.data.model_dump(),
+        "bits_per_byte": score.bits_per_byte,
+        "perplexity": score.perplexity,
+        "tokens": score.num_targets,
+        "bytes": score.num_bytes,
+    }
+    if as_json:
+        print(json.dumps(found))
+        return
+    print(f"{score.bits_per_byte:.4f} bits per byte, perplexity {score.perplexity:.3f} per token")
+    print(f"on {score.num_targets:,} tokens ({score.num_bytes:,} bytes) held out from {config.data.type}")
+
+
+def _check(settings: list[str]) -> None:
+    """Raises UserError for a setting that would change nothing."""
+    from moeforge.config import nearest
+
+    for text in settings:
+        name = text.removeprefix("--").partition("=")[0].partition(".")[0].replace("-", "_")
+        if name not in SETTINGS:
+            raise UserError(f"{text} changes no evaluation.{nearest(name, SETTINGS)} Valid: {', '.join(SETTINGS)}")
+
+
+def _config(folder: Path, model: "ModelConfig", settings: list[str]) -> "RunConfig":
+    """The run's settings, or the defaults, with ``settings`` laid on top."""
+    from moeforge.config import build, merge, override, read_yaml
+    from moeforge.train import RunConfig
+
+    file = folder / "config.yaml"
+    run = read_yaml(file) if file.exists() else {"seq_len": min(RunConfig().seq_len, model.max_seq_len)}
+    asked = override({}, settings)
+    data = asked.get("data")
+    if isinstance(data, dict) and "path" in data and "type" not in data:
+        asked["data"] = {"type": "files", **data}
+    base = {name: run[name] for name in SETTINGS if name in run}
+    return build(RunConfig, {**merge(base, asked), "model": model.model_dump()}, source="evaluate")
+
+
+def _count(text: str) -> int:
+    from pydantic import TypeAdapter, ValidationError
+
+    from moeforge.config import Count
+
+    try:
+        number = TypeAdapter(Count).validate_python(text)
+    except ValidationError as error:
+        raise UserError(f"--tokens={text} is no number of tokens; try 50000 or 50k") from error
+    if number < 1:
+        raise UserError(f"--tokens={text}: there must be at least one")
+    return number
+
+
+def _score(model: "Decoder", tokenizer: "Tokenizer", config: "RunConfig", tokens: int | None) -> "Score":
+    import torch
+
+    from moeforge.data.corpora import split
+    from moeforge.data.packing import evaluation_batches, pack
+    from moeforge.evaluate import bits_per_byte
+
+    _, validation = split(config.data)
+    batches = evaluation_batches(pack(validation, tokenizer), config.batch_size, config.seq_len, tokens)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return bits_per_byte(model, batches, torch.bfloat16 if config.dtype == "bfloat16" else torch.float32)

@@ -1,0 +1,103 @@
+"""What a model is made of and what it costs, as a mapping for programs and as tables for people."""
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from moeforge.cli.amounts import in_bytes, short
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from moeforge.models import LayerConfig, ModelConfig
+    from moeforge.train import RunConfig
+
+Tree = dict[str, Any]
+
+
+def with_vocabulary(config: "RunConfig") -> "ModelConfig":
+    """The run's model with ``vocab_size`` set; a BPE is not trained for it, but taken at its full size."""
+    from moeforge.data.tokenizers import BPE, train_or_open
+
+    if config.model.vocab_size is not None:
+        return config.model
+    known = isinstance(config.tokenizer, BPE)
+    size = config.tokenizer.vocab_size if known else train_or_open(config.tokenizer, ()).vocab_size
+    return config.model.replace(vocab_size=size)
+
+
+def describe(config: "ModelConfig", bytes_per_weight: int = 4, seq_len: int | None = None) -> Tree:
+    """Layers, parameters by the three conventions, FLOPs at ``seq_len`` (default: the longest) and memory."""
+    from moeforge.models import measure
+
+    context = seq_len or config.max_seq_len
+    size = measure(config, bytes_per_weight, context)
+    return {
+        "vocab_size": config.vocab_size,
+        "d_model": config.d_model,
+        "layers": [_layer(config, layer) for layer in config.all_layers],
+        "total_params": asdict(size.total),
+        "active_params": asdict(size.active),
+        "context": context,
+        "flops_per_token": size.flops_per_token,
+        "weight_bytes": size.weight_bytes,
+        "optimizer_bytes": size.optimizer_bytes,
+        "kv_bytes_per_token": size.kv_bytes_per_token,
+        "kv_bytes": size.kv_bytes_per_token * context,
+    }
+
+
+def _layer(config: "ModelConfig", layer: "LayerConfig") -> Tree:
+    shape = {"num_heads": config.num_heads, "num_kv_heads": config.num_key_heads, "head_dim": config.size_of_head}
+    if layer.moe is None:
+        return {**shape, "d_ff": layer.d_ff, "activation": layer.activation}
+    return {
+        **shape,
+        "experts": [bank.model_dump() for bank in layer.moe.experts],
+        "experts_per_token": layer.moe.router.select.mean_experts(layer.moe.num_experts),
+        "shared": layer.moe.shared.model_dump() if layer.moe.shared else None,
+    }
+
+
+def show(tree: Tree, console: "Console") -> None:
+    """Prints what ``describe`` found."""
+    console.print(_layers(tree), _parameters(tree), highlight=False)
+    context = f"context {tree['context']:,}"
+    console.print(f"FLOPs per token  {short(tree['flops_per_token'])}  (forward pass, {context})", highlight=False)
+    console.print(f"weights          {in_bytes(tree['weight_bytes'])}", highlight=False)
+    training = in_bytes(tree["optimizer_bytes"])
+    console.print(f"training         {training}  (float32 weights, gradients, two AdamW moments)", highlight=False)
+    cache = f"{in_bytes(tree['kv_bytes'])}  ({context}; {in_bytes(tree['kv_bytes_per_token'])} per token)"
+    console.print(f"KV cache         {cache}", highlight=False)
+
+
+def _layers(tree: Tree) -> "Table":
+    from rich.table import Table
+
+    table = Table("layer", "attention", "MLP or experts", "per token", "shared", title_justify="left")
+    for number, layer in enumerate(tree["layers"]):
+        heads = f"{layer['num_heads']} x {layer['head_dim']}"
+        if layer["num_kv_heads"] != layer["num_heads"]:
+            heads += f", {layer['num_kv_heads']} kv"
+        if "d_ff" in layer:
+            table.add_row(str(number), heads, f"dense {layer['d_ff']} {layer['activation']}", "", "")
+            continue
+        banks = " + ".join(f"{bank['num_experts']} x {_width(bank)}" for bank in layer["experts"])
+        shared = layer["shared"]
+        beside = f"{shared['num_shared_experts']} x {_width(shared)}, {shared['mix']['type']}" if shared else ""
+        table.add_row(str(number), heads, f"experts {banks}", f"{layer['experts_per_token']:g}", beside)
+    return table
+
+
+def _width(bank: Tree) -> str:
+    return " ".join(str(bank[name]) for name in ("d_expert", "activation") if name in bank) or str(bank.get("type"))
+
+
+def _parameters(tree: Tree) -> "Table":
+    from rich.table import Table
+
+    table = Table("parameters", "all", "without input embedding", "without both embeddings")
+    for name in ("total", "active"):
+        count = tree[f"{name}_params"]
+        table.add_row(name, *(f"{count[part]:,}" for part in count))
+    return table

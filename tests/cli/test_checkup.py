@@ -1,0 +1,49 @@
+"""What ``moeforge doctor`` finds out."""
+
+import json
+
+import pytest
+import torch
+
+from moeforge.cli.checkup import _cpu_flags, checkup, try_engine
+from moeforge.kernels import choose
+
+
+def test_every_engine_runs_here_in_both_types():
+    engines = checkup()["engines"]
+    for name in ("reference", "streaming", "grouped"):
+        assert engines[f"{name} cpu float32"] == "works"
+    weight = torch.empty(8, 64, 64)
+    picked, why = choose(torch.empty(1, 64), weight, weight)
+    assert engines["auto cpu"] == f"{picked}: {why}"
+
+
+def test_an_engine_that_does_not_exist_says_so():
+    assert try_engine("warp", "cpu", "float32").startswith("does not run: there is no engine 'warp'")
+
+
+def test_wrong_results_are_noticed(monkeypatch: pytest.MonkeyPatch):
+    from moeforge.kernels import streaming
+
+    right = streaming.activate
+    monkeypatch.setattr(streaming, "activate", lambda z, activation: 1.1 * right(z, activation))
+    assert try_engine("streaming", "cpu", "float32").startswith("WRONG")
+    assert try_engine("reference", "cpu", "float32") == "works"
+
+
+def test_flags_are_read_where_the_system_has_them(tmp_path):
+    file = tmp_path / "cpuinfo"
+    assert _cpu_flags(file).startswith("unknown")
+    file.write_text("flags : fpu avx2 amx_bf16\n")
+    assert _cpu_flags(file) == "avx2, amx_bf16"
+    file.write_text("flags : fpu\n")
+    assert _cpu_flags(file).startswith("none of")
+
+
+def test_the_command_prints_it_all(call):
+    code, out, _ = call("doctor")
+    assert code == 0
+    found = json.loads(call("doctor", "--json").out)
+    for section, facts in found.items():
+        assert section in out
+        assert [fact for fact in facts.values() if fact not in out] == []
