@@ -1,0 +1,81 @@
+"""Every command that the README and the docs show is run, in order, in a fresh folder; every example too."""
+
+import re
+import runpy
+import shlex
+import subprocess
+from contextlib import chdir, redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import pytest
+
+from moeforge.cli.main import main
+
+ROOT = Path(__file__).parents[2]
+ELSEWHERE = {
+    "make test": "it is what runs this test",
+    "make demo": "test_make_demo below runs it",
+    "pip install .": "the environment that runs this has done it",
+}
+
+
+def commands(page: str) -> list[str]:
+    """The lines of all bash blocks of a page."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line]
+
+
+def run(command: str, folder: Path) -> str:
+    """Output of one line. The program itself runs in this process: a new one would spend its time importing torch."""
+    words = shlex.split(command)
+    if words[0] == "moeforge":
+        with chdir(folder), StringIO() as out, redirect_stdout(out), redirect_stderr(out):
+            code = main(words[1:])
+            printed = out.getvalue()
+    else:
+        ended = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True, timeout=1200)
+        code, printed = ended.returncode, ended.stdout + ended.stderr
+    assert code == 0, f"{command}\n{printed}"
+    assert "Traceback" not in printed
+    return printed
+
+
+def run_python(path: Path, folder: Path) -> str:
+    """Output of one script, run as ``python path`` would."""
+    with chdir(folder), StringIO() as out, redirect_stdout(out), pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(path.parent))
+        runpy.run_path(str(path), run_name="__main__")
+        return out.getvalue()
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md", "docs/recipes.md"])
+def test_every_command_of_the_page_works(page, tmp_path):
+    found = commands(page)
+    assert found
+    for command in found:
+        if command not in ELSEWHERE:
+            printed = run(command, tmp_path)
+            assert printed.strip() or ">" in command, f"{command} printed nothing"
+
+
+def test_the_readme_has_the_two_commands():
+    assert {"make demo", "make test"} <= set(commands("README.md"))
+    assert "make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_the_python_of_the_readme_works(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    (tmp_path / "readme.py").write_text(code, encoding="utf-8")
+    assert "torch.Size([4, 10, 32])" in run_python(tmp_path / "readme.py", tmp_path)
+
+
+@pytest.mark.parametrize("example", sorted(path.name for path in (ROOT / "examples").glob("*.py")))
+def test_examples_run(example, tmp_path):
+    assert run_python(ROOT / "examples" / example, tmp_path).strip()
+
+
+def test_make_demo(tmp_path):
+    """The real target with fewer steps. With the recipe's own number it is ``make test-slow``'s."""
+    run(f"make -C {ROOT} demo DEMO='--steps=4 --out {tmp_path}/demo'", tmp_path)
+    assert (tmp_path / "demo" / "summary.json").exists() and (tmp_path / "demo" / "report.html").exists()
