@@ -27,7 +27,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "setting up .venv (a few minutes, once)"
 	@rm -f $@
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile \
 		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 

@@ -29,7 +29,9 @@ def ours(shape: dict[str, int], dtype: torch.dtype) -> torch.nn.Module:
         "router": {"select": {"k": shape["top_k"]}, "losses": []},
     }
     sizes = {"d_model": shape["d_model"], "num_layers": shape["num_layers"], "num_heads": shape["d_model"] // 32}
-    config = ModelConfig.model_validate({**sizes, "vocab_size": VOCABULARY, "qk_norm": True, "tie_embeddings": False, "moe": moe})
+    config = ModelConfig.model_validate(
+        {**sizes, "vocab_size": VOCABULARY, "qk_norm": True, "tie_embeddings": False, "moe": moe}
+    )
     return Decoder(config).to(dtype)
 
 

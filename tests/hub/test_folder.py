@@ -75,7 +75,7 @@ def test_weights_that_do_not_fit_are_named(folder, change, message):
 def test_a_file_cut_short_is_named(folder):
     path = folder / "model.safetensors"
     os.truncate(path, path.stat().st_size - 10)
-    with pytest.raises(UserError, match="model.safetensors is damaged or cut short"):
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged or cut short"):
         load(folder)
 
 
@@ -105,7 +105,7 @@ def test_a_failed_write_leaves_the_old_folder_and_no_rubbish(folder):
         (fresh / "config.json").write_text("half", encoding="utf-8")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(UserError, match="No space left.*untouched"):
+    with pytest.raises(UserError, match=r"No space left.*untouched"):
         write_whole(folder, fill)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in folder.parent.iterdir()] == ["model"]

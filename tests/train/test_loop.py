@@ -105,7 +105,10 @@ def first_steps(config: RunConfig, out: Path, stop: int, resume: bool) -> list[s
     with Metrics(out, run.progress.step, tensorboard=False) as metrics:
         while run.progress.step < stop:
             metrics.write(run.step())
-    lines = [{k: v for k, v in line.items() if not k.startswith(("perf/", "eval/"))} for line in read_metrics(out / "metrics.jsonl")]
+    lines = [
+        {k: v for k, v in line.items() if not k.startswith(("perf/", "eval/"))}
+        for line in read_metrics(out / "metrics.jsonl")
+    ]
     sums = [f"{name} {tensor.double().sum().item()!r}" for name, tensor in run.model.state_dict().items()]
     return [*map(json.dumps, lines), *sums]
 
@@ -180,14 +183,16 @@ def test_resume_without_a_checkpoint_and_a_folder_in_use(finished, tmp_path):
     config, out = finished
     with pytest.raises(UserError, match="no checkpoint"):
         train(config, tmp_path / "nothing", resume=True, quiet=True)
-    with pytest.raises(UserError, match="already holds a run.*--resume"):
+    with pytest.raises(UserError, match=r"already holds a run.*--resume"):
         train(config, out, quiet=True)
 
 
 def test_a_run_that_diverges_stops_and_keeps_the_last_good_checkpoint(tiny, tmp_path):
     config = tiny()
     out = tmp_path / "diverged"
-    wild = config.replace(steps=50, save_every=1, optimizer=config.optimizer.replace(lr=1e18), schedule="warmup_stable_decay")
+    wild = config.replace(
+        steps=50, save_every=1, optimizer=config.optimizer.replace(lr=1e18), schedule="warmup_stable_decay"
+    )
     with pytest.raises(UserError, match=r"step \d+: the (loss|gradient norm) is (nan|inf); first non-finite"):
         train(wild, out, quiet=True)
     kept = checkpoints(out / "checkpoints")

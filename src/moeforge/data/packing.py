@@ -32,6 +32,7 @@ class Packed:
 
     @property
     def num_tokens(self) -> int:
+        """N, end tokens included."""
         return len(self.ids)
 
     @cached_property

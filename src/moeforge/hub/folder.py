@@ -78,7 +78,9 @@ def save(model: Decoder, tokenizer: Tokenizer, folder: Path) -> None:
     """Writes the model folder; weights in the type they have."""
 
     def fill(fresh: Path) -> None:
-        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, fresh / "model.safetensors")
+        save_file(
+            {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, fresh / "model.safetensors"
+        )
         config = {
             "model_type": MODEL_TYPE,
             "moeforge_version": __version__,

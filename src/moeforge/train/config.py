@@ -126,7 +126,9 @@ class RunConfig(Config):
             raise ValueError(f"seq_len = {self.seq_len} is more than model.max_seq_len = {self.model.max_seq_len}")
         size, known = self.model.vocab_size, getattr(self.tokenizer, "vocab_size", None)
         if size is not None and known is not None and isinstance(self.tokenizer, BPE) and size != known:
-            raise ValueError(f"model.vocab_size = {size} but tokenizer.vocab_size = {known}; leave model.vocab_size out")
+            raise ValueError(
+                f"model.vocab_size = {size} but tokenizer.vocab_size = {known}; leave model.vocab_size out"
+            )
         return self
 
     @property

@@ -1,6 +1,7 @@
 """The training loop: data in, steps, evaluation, checkpoints, and a model folder at the end."""
 
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,7 +42,7 @@ class Run:
         self.progress = Progress()
 
     def resume(self) -> None:
-        """Takes up the newest checkpoint. Raises UserError when there is none, or it is damaged or of another config."""
+        """Takes up the newest checkpoint. Raises UserError when there is none, or it is damaged or does not fit."""
         found = checkpoints(self.out / "checkpoints")
         if not found:
             raise UserError(f"{self.out} has no checkpoint to resume from")
@@ -121,8 +122,7 @@ def _steps(run: Run, metrics: Metrics, display: Display, on_step: Callable[[Line
             display.update(line)
             if on_step:
                 on_step(line)
-            if done % config.save_every == 0 or done == steps or interrupted:
-                saved = run.checkpoint()
+            saved = run.checkpoint() if done % config.save_every == 0 or done == steps or interrupted else None
             if interrupted and done < steps:
                 display.say(f"\nstopped; {saved} is saved. Go on with:\n  {resume_command(run.out)}")
                 raise KeyboardInterrupt
@@ -142,7 +142,10 @@ def _interruptible() -> Iterator[list[int]]:
         received.append(number)
         signal.signal(number, before[number])
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # only the main thread may listen to signals
+        return
+    before = {int(number): signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
     finally:
@@ -157,7 +160,9 @@ def _announce(run: Run, display: Display) -> None:
         f"{run.config.name}: {parameters:,} parameters, {len(run.data.train.ids):,} training tokens, "
         f"{len(run.data.validation.ids):,} for validation, {run.config.tokens_per_step:,} per step, on {run.device}"
     )
-    losses = {f"{loss.type} x {loss.weight:g}" for m in run.model.moe_layers.values() for loss in m.config.router.losses}
+    losses = {
+        f"{loss.type} x {loss.weight:g}" for m in run.model.moe_layers.values() for loss in m.config.router.losses
+    }
     biases = {m.config.router.controller.type for m in run.model.moe_layers.values() if m.config.router.controller}
     if run.model.moe_layers:
         display.say(f"balance: {', '.join(sorted(losses | biases)) or 'nothing is on'}")
@@ -173,4 +178,3 @@ def _device(wanted: str) -> str:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError("device = cuda, but this torch sees no GPU: use device=cpu")
     return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
-

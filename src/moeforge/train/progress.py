@@ -18,7 +18,13 @@ class Display:
 
     def __init__(self, name: str, steps: int, done: int, quiet: bool = False) -> None:
         self.console = Console(stderr=True, quiet=quiet)
-        columns = ("{task.description}", BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn(), "{task.fields[note]}")
+        columns = (
+            "{task.description}",
+            BarColumn(24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            "{task.fields[note]}",
+        )
         shown = [TextColumn(column) if isinstance(column, str) else column for column in columns]
         self.bar = Bar(*shown, console=self.console, disable=quiet or not self.console.is_terminal)
         self.task = self.bar.add_task(name, total=steps, completed=done, note="")

@@ -53,7 +53,9 @@ def accumulate_gradients(model: Decoder, batches: list[Batch], dtype: torch.dtyp
     return result
 
 
-def apply_gradients(model: Decoder, optimizer: torch.optim.Optimizer, result: StepResult, clip: float, step: int) -> None:
+def apply_gradients(
+    model: Decoder, optimizer: torch.optim.Optimizer, result: StepResult, clip: float, step: int
+) -> None:
     """Clips, updates the weights, then moves every router's bias once. Raises UserError on a non-finite gradient."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
     result.grad_norm = norm.item()
@@ -80,7 +82,9 @@ def _counts_of_step(
     Their gradient cannot be put together from micro-batches otherwise; it costs one more forward pass, and only where
     a step has several micro-batches and a loss is ``over: batch``.
     """
-    wanting = any(getattr(loss, "over", "") == "batch" for m in model.moe_layers.values() for loss in m.config.router.losses)
+    wanting = any(
+        getattr(loss, "over", "") == "batch" for m in model.moe_layers.values() for loss in m.config.router.losses
+    )
     if len(batches) == 1 or not wanting:
         return {}
     total: dict[int, dict[str, Tensor]] = defaultdict(dict)
