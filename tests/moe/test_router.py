@@ -1,5 +1,6 @@
 """The router: float32 whatever surrounds it, ties by index, and parts that somebody else brings."""
 
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -70,6 +71,12 @@ def test_normalising_scores_that_underflowed_gives_zeros() -> None:
     assert torch.equal(weights_TK, torch.zeros(2, 2)) and bool(scores_TE.grad.isfinite().all())
 
 
+def test_normalised_weights_sum_to_one_whatever_the_sign() -> None:
+    scores_TE = torch.tensor([[-1.0, -3.0, -9.0], [4.0, 1.0, 0.0]])
+    weights_TK = Scores(normalize_weights=True)(scores_TE, TopK(k=2)(scores_TE))
+    torch.testing.assert_close(weights_TK, torch.tensor([[0.25, 0.75], [0.8, 0.2]]))
+
+
 def test_a_mask_selection_takes_what_ids_take() -> None:
     values_TE, ids_TK = torch.randn(6, 5), TopK(k=2)(torch.randn(6, 5)).ids
     by_ids = Selection(ids=ids_TK)
@@ -80,7 +87,7 @@ def test_a_mask_selection_takes_what_ids_take() -> None:
     assert torch.equal(Selection(mask=torch.zeros(1, 5, dtype=torch.bool)).softmax(values_TE[:1]), torch.zeros(1, 5))
 
 
-def test_somebody_elses_selector_runs_in_a_layer(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_somebody_elses_selector_runs_in_a_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "layer.yaml"
     path.write_text(
         f"experts: {{num_experts: 4, d_expert: 8}}\nrouter: {{select: {{type: '{THRESHOLD}', bar: 0.26}}}}\n"

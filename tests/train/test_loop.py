@@ -210,3 +210,11 @@ def test_bf16_recompute_accumulate_and_tensorboard_run_together(tiny, tmp_path):
     train(config, tmp_path / "run", quiet=True)
     assert len(losses(tmp_path / "run")) == 2
     assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
+def test_a_bpe_that_text_cannot_fill_trains_with_the_tokens_it_has(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOEFORGE_CACHE", str(tmp_path / "cache"))
+    config = tiny(steps=1, tokenizer={"type": "bpe", "vocab_size": 5000})
+    train(config, tmp_path / "run", quiet=True)
+    model, tokenizer = load(tmp_path / "run")
+    assert model.config.vocab_size == tokenizer.vocab_size < 5000

@@ -34,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _app(verbs: Iterable[str]) -> typer.Typer:
     """The program with these verbs; the others' files are not even read."""
-    app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+    # Plain help: rich would be half of the time that --help takes.
+    app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.callback()(_program)
     for verb in verbs:
         command = getattr(import_module(f"moeforge.cli.{verb}"), verb)

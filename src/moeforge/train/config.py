@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from moeforge.config import Config, Count, slot
 from moeforge.data.corpora import Corpus, Stdlib
-from moeforge.data.tokenizers import BPE, Bytes, TokenizerConfig
+from moeforge.data.tokenizers import Bytes, TokenizerConfig
 from moeforge.models import ModelConfig
 
 
@@ -99,11 +99,11 @@ class RunConfig(Config):
     """Save memory by computing activations again in the backward pass."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU where there is one."""
-    eval_every: int = Field(100, ge=1)
+    eval_every: Count = Field(100, ge=1)
     """Steps between evaluations; one more comes at the end."""
     eval_tokens: Count = Field(200_000, ge=1)
     """Validation tokens of each, spread over the whole text."""
-    save_every: int = Field(500, ge=1)
+    save_every: Count = Field(500, ge=1)
     """Steps between checkpoints; one more comes at the end."""
     keep_checkpoints: int = Field(2, ge=1)
     """Older ones are deleted."""
@@ -124,11 +124,6 @@ class RunConfig(Config):
     def _fits(self) -> Self:
         if self.seq_len > self.model.max_seq_len:
             raise ValueError(f"seq_len = {self.seq_len} is more than model.max_seq_len = {self.model.max_seq_len}")
-        size, known = self.model.vocab_size, getattr(self.tokenizer, "vocab_size", None)
-        if size is not None and known is not None and isinstance(self.tokenizer, BPE) and size != known:
-            raise ValueError(
-                f"model.vocab_size = {size} but tokenizer.vocab_size = {known}; leave model.vocab_size out"
-            )
         return self
 
     @property
