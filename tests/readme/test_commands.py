@@ -15,7 +15,7 @@ from moeforge.cli.main import main
 ROOT = Path(__file__).parents[2]
 ELSEWHERE = {
     "make test": "it is what runs this test",
-    "make demo": "test_make_demo below runs it",
+    "make demo": "test_make_demo below runs it, in make test-slow",
     "pip install .": "the environment that runs this has done it",
 }
 
@@ -75,7 +75,8 @@ def test_examples_run(example, tmp_path):
     assert run_python(ROOT / "examples" / example, tmp_path).strip()
 
 
+@pytest.mark.slow  # it evaluates both models on the whole held-out text
 def test_make_demo(tmp_path):
-    """The real target with fewer steps. With the recipe's own number it is ``make test-slow``'s."""
+    """The real target with fewer steps; ``tests/cli/test_demo.py`` runs the same on little text each time."""
     run(f"make -C {ROOT} demo DEMO='--steps=4 --out {tmp_path}/demo'", tmp_path)
     assert (tmp_path / "demo" / "summary.json").exists() and (tmp_path / "demo" / "report.html").exists()
