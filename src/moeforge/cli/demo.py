@@ -30,7 +30,7 @@ def demo(
     steps: Annotated[int | None, typer.Option(help="Training steps of each; default: the recipe's.", min=1)] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print only the result.")] = False,
 ) -> None:
-    """Train PR-MoE and its dense twin on Python's standard library, compare, write text, make a report: 5 minutes."""
+    """Train PR-MoE and its dense twin on Python's standard library, compare, write text, make a report."""
     from moeforge import recipes
 
     overrides = [f"--seed={seed}", *([f"--steps={steps}"] if steps else [])]
