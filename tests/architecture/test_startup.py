@@ -10,8 +10,6 @@ from pathlib import Path
 HEAVY = "torch numpy transformers tokenizers safetensors matplotlib datasets pyarrow jinja2 tensorboard".split()
 VERBS = "train generate chat evaluate analyze inspect recipes doctor demo".split()
 MAX_SECONDS, TRIES = 0.5, 20
-YARDSTICK_SECONDS = 0.25
-"""Assumed, not measured: four million turns of a short loop on an ordinary core. The bound stretches by it."""
 
 ASK_FOR_HELP = """
 import contextlib, io, json, sys
@@ -61,12 +59,9 @@ def cpu_seconds(command: list[str]) -> float:
 
 
 def test_help_answers_within_half_a_second() -> None:
-    """Of an ordinary core; one that is slower just now, by a yardstick taken beside it, gets that much longer."""
     command = [str(Path(sys.executable).with_name("moeforge")), "--help"]
-    yardstick = [sys.executable, "-c", "for i in range(4_000_000): i * i"]
     # Other work makes a run slower, never faster: one quick run shows that nothing heavy is in the way.
-    for _ in range(TRIES):
-        slowness = max(1.0, cpu_seconds(yardstick) / YARDSTICK_SECONDS)
-        if cpu_seconds(command) < MAX_SECONDS * slowness:
-            return
-    raise AssertionError(f"moeforge --help took more than {MAX_SECONDS} s of processor time in each of {TRIES} runs")
+    taken = []
+    while min(taken, default=MAX_SECONDS) >= MAX_SECONDS and len(taken) < TRIES:
+        taken.append(cpu_seconds(command))
+    assert min(taken) < MAX_SECONDS, f"seconds of processor time that moeforge --help took: {taken}"

@@ -1,10 +1,12 @@
-"""The two verbs of a kernel on edges: walking the segments, and summing rows back to their tokens."""
+"""What a kernel does with edges: walks the segments, evens their lengths, and sums rows back to their tokens."""
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from moeforge.kernels import sum_by_token
-from moeforge.kernels.edges import segments
+from moeforge.kernels.edges import pad_segments, segments
 from moeforge.moe import Route
 
 
@@ -26,3 +28,23 @@ def test_rows_come_back_to_their_tokens(k: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(summed_TD, expected_TD)
     without_slots = Route(route.token, route.weight, route.ends, route.num_tokens)
     torch.testing.assert_close(sum_by_token(rows_ND, without_slots), expected_TD)
+
+
+@given(counts=st.lists(st.one_of(st.integers(0, 40), st.integers(41, 700)), min_size=1, max_size=6))
+def test_padding_repeats_the_last_edge_without_weight(counts: list[int]) -> None:
+    ends = torch.tensor(counts).cumsum(0).to(torch.int32)
+    token_N = torch.randint(1000, (sum(counts),))
+    route = Route(token_N, torch.rand(len(token_N)) + 0.1, ends, 1000)
+    padded = pad_segments(route)
+    lengths = padded.ends.diff(prepend=torch.zeros(1, dtype=torch.int32)).tolist()
+    low, start = 0, 0
+    for count, length in zip(counts, lengths, strict=True):
+        assert count <= length <= count * 9 / 8 and (count > 16 or length == count)
+        assert len(f"{length:b}".rstrip("0")) <= 4, "more than eight lengths per power of two"
+        own = slice(low, low + length)
+        expected = token_N[start : start + count].tolist()
+        assert padded.token[own].tolist() == expected + expected[-1:] * (length - count)
+        assert torch.equal(padded.weight[own][:count], route.weight[start : start + count])
+        assert not padded.weight[own][count:].any()
+        low, start = low + length, start + count
+    assert low == len(padded.token) and torch.equal(padded.token[padded.place], token_N)

@@ -68,6 +68,11 @@ def test_attention_is_a_loop_over_heads(changes: dict[str, object], packed: bool
         torch.testing.assert_close(y[row], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_packed_documents_after_a_cache_are_refused() -> None:
+    with pytest.raises(ValueError, match="its own cache"):
+        locate(config_of(), torch.tensor([[3, 0]]), torch.tensor([[0, 1]]), past=3)
+
+
 def test_rotations_depend_on_distance_alone() -> None:
     config, query, key = config_of(), torch.randn(4), torch.randn(4)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from moeforge.config import Config, build, read_yaml, to_yaml
 from moeforge.errors import UserError
 from moeforge.moe import Context, MoE, MoEConfig, Route, Router, RouterConfig
+from moeforge.moe.balance import ExpertBias
 from moeforge.moe.select import Selection, TopK
 from moeforge.moe.weigh import Scores
 from tests.moe import brute_force
@@ -49,6 +50,16 @@ def test_decisions_are_float32_in_a_bf16_model() -> None:
     exact_TE = x_TD.float() @ router.gate.weight.float().T
     assert routing.logits.dtype == routing.route.weight.dtype == torch.float32
     torch.testing.assert_close(routing.logits, exact_TE)
+
+
+def test_the_selection_bias_stays_float32_in_a_bf16_model() -> None:
+    router = Router(RouterConfig(controller=ExpertBias(rate=0.001)), 32, 4)
+    router.step(torch.tensor([5, 1, 1, 1]))
+    router.bfloat16()
+    assert router.expert_bias is not None and router.expert_bias.dtype == torch.float32
+    for _ in range(300):
+        router.step(torch.tensor([5, 1, 1, 1]))  # bf16 would stop moving at 0.25, where its spacing is 0.002
+    torch.testing.assert_close(router.expert_bias, 0.301 * torch.tensor([-1.0, 1, 1, 1]))
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])

@@ -3,17 +3,16 @@
 
 def in_bytes(number: float) -> str:
     """``1.5 MB``: powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.4g} {unit}"
-        number /= 1000
-    return f"{number:,.4g} TB"
+    return _scaled(number, (" B", " kB", " MB", " GB", " TB"))
 
 
 def short(number: float) -> str:
     """``1.23M``: for counts of parameters and operations."""
-    for unit in ("", "k", "M", "G"):
-        if number < 1000:
-            return f"{number:.4g}{unit}"
-        number /= 1000
-    return f"{number:,.4g}T"
+    return _scaled(number, ("", "k", "M", "G", "T"))
+
+
+def _scaled(number: float, units: tuple[str, ...]) -> str:
+    power = 0
+    while number >= 1000 and power < len(units) - 1:
+        number, power = number / 1000, power + 1
+    return f"{number:,.4g}{units[power]}"

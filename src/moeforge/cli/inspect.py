@@ -32,7 +32,7 @@ def inspect(
 
 def _describe(what: str, settings: list[str]) -> dict[str, Any]:
     from moeforge.cli.sizes import describe, with_vocabulary
-    from moeforge.hub import load as load_model
+    from moeforge.hub import read_config
     from moeforge.recipes import load as load_recipe
 
     folder = Path(what)
@@ -40,5 +40,4 @@ def _describe(what: str, settings: list[str]) -> dict[str, Any]:
         return describe(with_vocabulary(load_recipe(what, settings)))
     if settings:
         raise UserError(f"{settings[0]}: a trained model's settings are fixed; only a recipe's can be changed")
-    model, _ = load_model(folder)
-    return describe(model.config, model.embedding.weight.element_size())
+    return describe(*read_config(folder))

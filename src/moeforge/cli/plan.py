@@ -67,11 +67,9 @@ def engines(config: "RunConfig", model: "ModelConfig") -> list[Tree]:
 
     from moeforge.kernels import choose
     from moeforge.moe.bank import MLPExperts
+    from moeforge.train import choose_device
 
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device = cuda, but this torch sees no GPU: use device=cpu")
-    device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
-    x_TD = torch.empty(1, model.d_model, dtype=getattr(torch, config.dtype), device=device)
+    x_TD = torch.empty(1, model.d_model, dtype=getattr(torch, config.dtype), device=choose_device(config.device))
     layers: dict[tuple[str, str], list[int]] = {}
     for number, layer in enumerate(model.all_layers):
         for bank in layer.moe.experts if layer.moe else ():

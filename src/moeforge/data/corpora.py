@@ -1,5 +1,6 @@
 """Where text comes from: the standard library, local files, or a Hugging Face dataset, split by a fixed hash."""
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
@@ -20,9 +21,9 @@ class Source(Config):
     validation_fraction: float = Field(0.05, gt=0, lt=1)
     """Share of the documents that is held out, chosen by a fixed hash of the document's name."""
 
+    @abstractmethod
     def documents(self) -> Iterator[Document]:
         """Every document, always in the same order."""
-        raise NotImplementedError(f"{type(self).__name__}.documents")
 
     def draw(self, name: str) -> float:
         """A fixed number in [0, 1) for a document; below ``validation_fraction`` it is held out."""

@@ -34,7 +34,7 @@ class Score:
 
 def summed_loss(output: Output, labels_BL: Tensor) -> Tensor:
     """Summed cross-entropy in nats over all labels that are not -100."""
-    logits = output.logits.float().flatten(0, 1)
+    logits = output.logits.to(torch.promote_types(output.logits.dtype, torch.float32)).flatten(0, 1)
     return F.cross_entropy(logits, labels_BL.flatten(), ignore_index=-100, reduction="sum")
 
 

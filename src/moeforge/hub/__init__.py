@@ -1,4 +1,5 @@
 """Model folders: the one format that every verb opens."""
 
 from moeforge.hub.folder import load as load
+from moeforge.hub.folder import read_config as read_config
 from moeforge.hub.folder import save as save

@@ -99,10 +99,8 @@ def load(folder: str | Path, device: str = "cpu") -> tuple[Decoder, Tokenizer]:
 
     Raises UserError when something is missing, cut short, or does not fit together.
     """
-    folder = Path(folder)
-    if (folder / "model" / "config.json").exists():
-        folder = folder / "model"
-    config = _read_config(folder)
+    folder = _inner(Path(folder))
+    config, _ = read_config(folder)
     tokenizer = Tokenizer.open(folder)
     if config.vocab_size != tokenizer.vocab_size:
         raise UserError(f"{folder}: the model has vocab_size {config.vocab_size}, its tokenizer {tokenizer.vocab_size}")
@@ -114,7 +112,14 @@ def load(folder: str | Path, device: str = "cpu") -> tuple[Decoder, Tokenizer]:
     return model.to(device).eval(), tokenizer
 
 
-def _read_config(folder: Path) -> ModelConfig:
+def _inner(folder: Path) -> Path:
+    """The model folder inside a run folder, or the folder itself."""
+    return folder / "model" if (folder / "model" / "config.json").exists() else folder
+
+
+def read_config(folder: Path) -> tuple[ModelConfig, int]:
+    """The model's config and the bytes of one weight, without its weights. Raises UserError as ``load`` does."""
+    folder = _inner(folder)
     path = folder / "config.json"
     try:
         tree: Tree = json.loads(path.read_text(encoding="utf-8"))
@@ -124,7 +129,10 @@ def _read_config(folder: Path) -> ModelConfig:
         raise UserError(f"{path} cannot be read: {error}") from error
     if tree.get("model_type") != MODEL_TYPE:
         raise UserError(f"{path}: model_type is {tree.get('model_type')!r}; this version opens '{MODEL_TYPE}' folders")
-    return build(ModelConfig, tree.get("model", {}), source=str(path))
+    dtype = getattr(torch, str(tree.get("dtype", "float32")), None)
+    if not isinstance(dtype, torch.dtype):
+        raise UserError(f"{path}: dtype {tree['dtype']!r} is none that torch knows")
+    return build(ModelConfig, tree.get("model", {}), source=str(path)), dtype.itemsize
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

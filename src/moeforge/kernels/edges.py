@@ -4,6 +4,7 @@ Shapes: T tokens, D d_model, H d_expert, E experts, K top_k, N edges.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -45,6 +46,43 @@ def segments(ends_E: Tensor) -> Iterator[tuple[int, int, int]]:
         if high > low:
             yield expert, low, high
         low = high
+
+
+@dataclass(frozen=True)
+class PaddedEdges:
+    """Edges with a few more of weight zero, so that segments come in few lengths."""
+
+    token: Tensor
+    weight: Tensor
+    ends: Tensor
+    num_tokens: int
+    place: Tensor
+    """[N] int64: where each edge of the original went."""
+    top_k: None = None
+    slot: None = None
+
+
+def pad_segments(edges: Edges) -> PaddedEdges:
+    """Lengthens each segment to one of eight lengths per power of two: by at most an eighth, up to 16 rows not at all.
+
+    oneDNN compiles a kernel for each number of rows that it meets, which costs far more than the few rows added here.
+    An added edge repeats its segment's last one, so an expert meets no row that was not sent to it anyway.
+    """
+    count_E = edges.ends.long().diff(prepend=edges.ends.new_zeros(1).long())
+    step_E = 1 << (torch.frexp(count_E.double()).exponent - 4).clamp_min(0).long()
+    length_E = (count_E + step_E - 1) // step_E * step_E
+    ends_E = length_E.cumsum(0)
+    expert_P = torch.arange(len(count_E), device=count_E.device).repeat_interleave(length_E)
+    row_P = torch.arange(len(expert_P), device=count_E.device) - (ends_E - length_E)[expert_P]
+    source_P = (edges.ends.long() - count_E)[expert_P] + torch.minimum(row_P, count_E[expert_P] - 1)
+    real_P = row_P < count_E[expert_P]
+    return PaddedEdges(
+        edges.token[source_P],
+        torch.where(real_P, edges.weight[source_P], 0),
+        ends_E.to(torch.int32),
+        edges.num_tokens,
+        real_P.nonzero().flatten(),
+    )
 
 
 def sum_by_token(values_ND: Tensor, edges: Edges) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moeforge.config import Activation
 from moeforge.kernels.choose import ENGINES, choose
-from moeforge.kernels.edges import Edges
+from moeforge.kernels.edges import Edges, pad_segments
 from moeforge.kernels.reference import reference
 
 
@@ -56,7 +56,8 @@ class _ExpertMLP(torch.autograd.Function):
     ) -> Tensor:
         engine = ENGINES[name]
         assert engine is not None
-        y_TD, z_NH = engine.forward(x_TD, edges, up, down, activation)
+        rows = pad_segments(edges) if _pads(x_TD) else edges
+        y_TD, z_NH = engine.forward(x_TD, rows, up, down, activation)
         ctx.save_for_backward(x_TD, weight_N, up, down, z_NH, edges.token, edges.ends, edges.slot)
         ctx.sizes, ctx.activation, ctx.engine = (edges.num_tokens, edges.top_k), activation, engine
         return y_TD
@@ -67,6 +68,12 @@ class _ExpertMLP(torch.autograd.Function):
         x_TD, weight_N, up, down, z_NH, token, ends, slot = ctx.saved_tensors
         num_tokens, top_k = ctx.sizes
         edges = _Saved(token, weight_N, ends, num_tokens, top_k, slot)
-        dy_TD = grad_outputs[0].contiguous()  # a broadcast gradient (y.sum()) has stride 0, which grouped_mm refuses
-        gradients = ctx.engine.backward(dy_TD, x_TD, z_NH, edges, up, down, ctx.activation)
-        return *gradients, None, None, None
+        padded = pad_segments(edges) if _pads(x_TD) else None
+        gradients = ctx.engine.backward(grad_outputs[0], x_TD, z_NH, padded or edges, up, down, ctx.activation)
+        dx_TD, dweight_N, *dmatrices = gradients
+        return dx_TD, dweight_N[padded.place] if padded else dweight_N, *dmatrices, None, None, None
+
+
+def _pads(x_TD: Tensor) -> bool:
+    """Whether matrix products are oneDNN's, which compiles one for every number of rows (see ``pad_segments``)."""
+    return x_TD.device.type == "cpu" and x_TD.dtype in (torch.bfloat16, torch.float16)

@@ -84,6 +84,8 @@ def locate(config: ModelConfig, position: Tensor, document: Tensor | None, past:
     if past and length > 1:
         mask = torch.ones(length, past + length, dtype=torch.bool, device=position.device).tril(past)
     if document is not None and bool((document != document[:, :1]).any()):
+        if past:
+            raise ValueError("packed documents cannot follow what a cache holds: give each document its own cache")
         causal = torch.ones(length, length, dtype=torch.bool, device=position.device).tril()
         mask = (document[:, None, :, None] == document[:, None, None, :]) & causal
     return Positions(angle.cos(), angle.sin(), mask)

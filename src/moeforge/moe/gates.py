@@ -10,7 +10,7 @@ from moeforge.moe.context import Context
 
 
 class LinearGate(nn.Module):
-    """logits = x W^T, in float32 whatever the model's type (Switch Transformer, arXiv:2101.03961, section 2.4)."""
+    """logits = x W^T, in float32 also in a bf16 model (Switch Transformer, arXiv:2101.03961, section 2.4)."""
 
     def __init__(self, d_model: int, num_experts: int) -> None:
         super().__init__()
@@ -18,8 +18,9 @@ class LinearGate(nn.Module):
         nn.init.trunc_normal_(self.weight, std=d_model**-0.5)
 
     def forward(self, x_TD: Tensor, context: Context) -> Tensor:
-        """[T, D] -> [T, E] float32."""
-        return nn.functional.linear(x_TD.float(), self.weight.float())
+        """[T, D] -> [T, E] float32; float64 stays."""
+        dtype = torch.promote_types(x_TD.dtype, torch.float32)
+        return nn.functional.linear(x_TD.to(dtype), self.weight.to(dtype))
 
 
 class Linear(Config):

@@ -1,6 +1,8 @@
 """Router: gate -> score -> select -> weigh. Its config is the pipeline; the module holds the gate and the bias."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from pydantic import Field
@@ -57,6 +59,14 @@ class Router(nn.Module):
         self.gate = config.gate.build(d_model, num_experts)
         bias = torch.zeros(num_experts) if config.controller else None
         self.register_buffer("expert_bias", bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """``model.bfloat16()`` moves the bias to another device at most: bf16 would swallow the controller's steps."""
+        bias = self.expert_bias
+        super()._apply(fn, recurse)
+        if bias is not None and self.expert_bias is not None:
+            self.expert_bias = bias.to(self.expert_bias.device)
+        return self
 
     def forward(self, x_TD: Tensor, context: Context) -> Routing:
         """[T, D] rows -> where they go."""

@@ -32,7 +32,7 @@ class Run:
     def __init__(self, config: RunConfig, out: Path, data: TextData) -> None:
         torch.manual_seed(config.seed)
         self.out, self.data = out, data
-        self.device = torch.device(_device(config.device))
+        self.device = choose_device(config.device)
         self.dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
         self.config = _with_vocabulary(config, data.tokenizer.vocab_size)
         self.model = Decoder(self.config.model).to(self.device)
@@ -174,7 +174,8 @@ def _with_vocabulary(config: RunConfig, size: int) -> RunConfig:
     return config.replace(model=config.model.replace(vocab_size=size))
 
 
-def _device(wanted: str) -> str:
+def choose_device(wanted: str) -> torch.device:
+    """Where ``device: auto | cpu | cuda`` runs. Raises UserError when it asks for a GPU that is not there."""
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError("device = cuda, but this torch sees no GPU: use device=cpu")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted)
