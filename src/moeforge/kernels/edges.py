@@ -49,20 +49,20 @@ def segments(ends_E: Tensor) -> Iterator[tuple[int, int, int]]:
 
 
 @dataclass(frozen=True)
-class PaddedEdges:
-    """Edges with a few more of weight zero, so that segments come in few lengths."""
+class EdgeTensors:
+    """Edges as tensors alone: what autograd can save, and what padding makes."""
 
     token: Tensor
     weight: Tensor
     ends: Tensor
     num_tokens: int
-    place: Tensor
-    """[N] int64: where each edge of the original went."""
-    top_k: None = None
-    slot: None = None
+    top_k: int | None = None
+    slot: Tensor | None = None
+    place: Tensor | None = None
+    """[N] int64, of padded edges: where each edge of the original went."""
 
 
-def pad_segments(edges: Edges) -> PaddedEdges:
+def pad_segments(edges: Edges) -> EdgeTensors:
     """Lengthens each segment to one of eight lengths per power of two: by at most an eighth, up to 16 rows not at all.
 
     oneDNN compiles a kernel for each number of rows that it meets, which costs far more than the few rows added here.
@@ -76,12 +76,12 @@ def pad_segments(edges: Edges) -> PaddedEdges:
     row_P = torch.arange(len(expert_P), device=count_E.device) - (ends_E - length_E)[expert_P]
     source_P = (edges.ends.long() - count_E)[expert_P] + torch.minimum(row_P, count_E[expert_P] - 1)
     real_P = row_P < count_E[expert_P]
-    return PaddedEdges(
+    return EdgeTensors(
         edges.token[source_P],
         torch.where(real_P, edges.weight[source_P], 0),
         ends_E.to(torch.int32),
         edges.num_tokens,
-        real_P.nonzero().flatten(),
+        place=real_P.nonzero().flatten(),
     )
 
 

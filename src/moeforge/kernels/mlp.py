@@ -6,7 +6,6 @@ arXiv:2512.14080), so neither the experts' outputs nor the gathered rows need to
 gated activation z is 2H values of 2 bytes: 4H bytes per edge, where the eager path keeps 4D + 8H.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from moeforge.config import Activation
 from moeforge.kernels.choose import ENGINES, choose
-from moeforge.kernels.edges import Edges, pad_segments
+from moeforge.kernels.edges import Edges, EdgeTensors, pad_segments
 from moeforge.kernels.reference import reference
 
 
@@ -37,18 +36,6 @@ def expert_mlp(
         return _ExpertMLP.apply(x_TD, edges.weight, up_EHD, down_EDH, edges, activation, name)
 
 
-@dataclass(frozen=True)
-class _Saved:
-    """The edges as the backward pass sees them: rebuilt from saved tensors, so that nothing outlives its graph."""
-
-    token: Tensor
-    weight: Tensor
-    ends: Tensor
-    num_tokens: int
-    top_k: int | None
-    slot: Tensor | None
-
-
 class _ExpertMLP(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -56,22 +43,22 @@ class _ExpertMLP(torch.autograd.Function):
     ) -> Tensor:
         engine = ENGINES[name]
         assert engine is not None
-        rows = pad_segments(edges) if _pads(x_TD) else edges
+        padded = pad_segments(edges) if _pads(x_TD) else None
+        rows, place = padded or edges, padded.place if padded else None
         y_TD, z_NH = engine.forward(x_TD, rows, up, down, activation)
-        ctx.save_for_backward(x_TD, weight_N, up, down, z_NH, edges.token, edges.ends, edges.slot)
-        ctx.sizes, ctx.activation, ctx.engine = (edges.num_tokens, edges.top_k), activation, engine
+        # Tensors alone: an edge object kept here would outlive its graph.
+        ctx.save_for_backward(x_TD, up, down, z_NH, rows.token, rows.weight, rows.ends, rows.slot, place)
+        ctx.sizes, ctx.activation, ctx.engine = (edges.num_tokens, rows.top_k), activation, engine
         return y_TD
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
-        x_TD, weight_N, up, down, z_NH, token, ends, slot = ctx.saved_tensors
-        num_tokens, top_k = ctx.sizes
-        edges = _Saved(token, weight_N, ends, num_tokens, top_k, slot)
-        padded = pad_segments(edges) if _pads(x_TD) else None
-        gradients = ctx.engine.backward(grad_outputs[0], x_TD, z_NH, padded or edges, up, down, ctx.activation)
+        x_TD, up, down, z_NH, token, weight_N, ends, slot, place = ctx.saved_tensors
+        rows = EdgeTensors(token, weight_N, ends, *ctx.sizes, slot)
+        gradients = ctx.engine.backward(grad_outputs[0], x_TD, z_NH, rows, up, down, ctx.activation)
         dx_TD, dweight_N, *dmatrices = gradients
-        return dx_TD, dweight_N[padded.place] if padded else dweight_N, *dmatrices, None, None, None
+        return dx_TD, dweight_N if place is None else dweight_N[place], *dmatrices, None, None, None
 
 
 def _pads(x_TD: Tensor) -> bool:
