@@ -85,6 +85,9 @@ def test_no_folder_no_config_other_type_bad_json(tmp_path, folder):
     (folder / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
     with pytest.raises(UserError, match="model_type is 'llama'"):
         load(folder)
+    (folder / "config.json").write_text('{"model_type": "moeforge", "dtype": "float7"}', encoding="utf-8")
+    with pytest.raises(UserError, match="dtype 'float7' is none that torch knows"):
+        load(folder)
     (folder / "config.json").write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match="cannot be read"):
         load(folder)

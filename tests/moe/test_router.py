@@ -53,13 +53,20 @@ def test_decisions_are_float32_in_a_bf16_model() -> None:
 
 
 def test_the_selection_bias_stays_float32_in_a_bf16_model() -> None:
-    router = Router(RouterConfig(controller=ExpertBias(rate=0.001)), 32, 4)
-    router.step(torch.tensor([5, 1, 1, 1]))
+    router, uneven = Router(RouterConfig(controller=ExpertBias(rate=0.001)), 32, 4), torch.tensor([5, 1, 1, 1])
+    router.step(uneven)
     router.bfloat16()
-    assert router.expert_bias is not None and router.expert_bias.dtype == torch.float32
     for _ in range(300):
-        router.step(torch.tensor([5, 1, 1, 1]))  # bf16 would stop moving at 0.25, where its spacing is 0.002
+        router.step(uneven)  # bf16 would stop moving at 0.25, where its spacing is 0.002
+    assert router.expert_bias is not None and router.expert_bias.dtype == torch.float32
     torch.testing.assert_close(router.expert_bias, 0.301 * torch.tensor([-1.0, 1, 1, 1]))
+
+
+def test_a_router_with_a_bias_can_be_made_without_memory_and_filled_later() -> None:
+    with torch.device("meta"):
+        router = Router(RouterConfig(controller=ExpertBias()), 32, 4)
+    filled = router.to_empty(device="cpu").expert_bias
+    assert filled is not None and filled.device.type == "cpu"
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Edges(Protocol):
-    """N weighted edges from tokens to experts, sorted by expert. ``moe.Route`` is the one implementation."""
+    """N weighted edges from tokens to experts, sorted by expert: what a router hands over is a ``moe.Route``."""
 
     @property
     def token(self) -> Tensor:

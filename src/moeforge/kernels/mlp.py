@@ -55,7 +55,8 @@ class _ExpertMLP(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         x_TD, up, down, z_NH, token, weight_N, ends, slot, place = ctx.saved_tensors
-        rows = EdgeTensors(token, weight_N, ends, *ctx.sizes, slot)
+        num_tokens, top_k = ctx.sizes
+        rows = EdgeTensors(token, weight_N, ends, num_tokens, top_k, slot)
         gradients = ctx.engine.backward(grad_outputs[0], x_TD, z_NH, rows, up, down, ctx.activation)
         dx_TD, dweight_N, *dmatrices = gradients
         return dx_TD, dweight_N if place is None else dweight_N[place], *dmatrices, None, None, None

@@ -61,10 +61,10 @@ class Router(nn.Module):
         self.register_buffer("expert_bias", bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """``model.bfloat16()`` moves the bias to another device at most: bf16 would swallow the controller's steps."""
+        """The bias keeps its type under ``model.bfloat16()``: bf16 would swallow the controller's steps."""
         bias = self.expert_bias
         super()._apply(fn, recurse)
-        if bias is not None and self.expert_bias is not None:
+        if bias is not None and self.expert_bias is not None and self.expert_bias.dtype != bias.dtype:
             self.expert_bias = bias.to(self.expert_bias.device)
         return self
 
