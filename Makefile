@@ -11,6 +11,9 @@ TORCH_INDEX ?=
 WORKERS ?= 2
 DEMO ?=
 
+# Without bytecode each process would compile torch's Python sources again.
+unexport PYTHONDONTWRITEBYTECODE
+
 BIN := .venv/bin
 READY := .venv/ready
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)

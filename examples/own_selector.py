@@ -5,12 +5,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moeforge.config import Config
-from moeforge.moe import MoE, MoEConfig
-from moeforge.moe.select import Selection
+from moeforge.moe import Context, MoE, MoEConfig
+from moeforge.moe.select import Selection, Selector
 
 
-class AboveMean(Config):
+class AboveMean(Selector):
     """Experts whose score is ``margin`` times the mean or more: as many as a token deserves, perhaps none."""
 
     type: Literal["own_selector:AboveMean"] = "own_selector:AboveMean"
@@ -23,7 +22,7 @@ class AboveMean(Config):
         """A guess, for counting active parameters before there is a model."""
         return num_experts / 4
 
-    def __call__(self, scores_TE: Tensor) -> Selection:
+    def __call__(self, scores_TE: Tensor, context: Context) -> Selection:
         """[T, E] scores -> a mask."""
         return Selection(mask=scores_TE >= self.margin * scores_TE.mean(-1, keepdim=True))
 

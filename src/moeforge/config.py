@@ -41,8 +41,11 @@ class Config(BaseModel):
         return type(self).model_validate({k: v.model_dump() if isinstance(v, Config) else v for k, v in fields.items()})
 
 
-def slot(*members: type[Config]) -> Any:
-    """The annotation of a slot: a union of configs by ``type``, open to third parties by ``module:Class``."""
+def slot(*members: type[Config], default: type[Config] | None = None) -> Any:
+    """The annotation of a slot: a union of configs by ``type``, open to third parties by ``module:Class``.
+
+    Settings without a ``type`` are those of ``default``, where there is one.
+    """
 
     def resolve(value: Any, handler: Any) -> Any:
         if isinstance(value, str):
@@ -51,6 +54,8 @@ def slot(*members: type[Config]) -> Any:
             return _import_config(value["type"]).model_validate(value)
         if isinstance(value, Config):
             return value
+        if isinstance(value, Mapping) and "type" not in value and default is not None:
+            value = {"type": default.model_fields["type"].default, **value}
         return handler(value)
 
     union: Any = reduce(operator.or_, members)

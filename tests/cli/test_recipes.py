@@ -16,6 +16,16 @@ def test_alone_it_lists_every_recipe(call):
     assert all(entry["title"] and entry["claim"] for entry in listed)
 
 
+def test_a_pattern_finds_recipes_by_name_claim_or_number(call):
+    def found(pattern):
+        return [entry["name"] for entry in json.loads(call("recipes", "list", pattern, "--json").out)]
+
+    assert found("Null Experts") == ["adamoe"] and found("2202.09368") == ["expert-choice"]
+    assert {"hash-layers", "word-experts"} <= set(found("token id"))
+    code, _, err = call("recipes", "list", "no such thing")
+    assert code == 2 and "no recipe has 'no such thing' in it" in err
+
+
 def test_show_prints_the_file_or_everything_that_follows_from_it(call):
     written = yaml.safe_load(call("recipes", "show", "pr-moe").out)
     resolved = yaml.safe_load(call("recipes", "show", "pr-moe", "--resolved").out)

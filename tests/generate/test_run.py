@@ -8,7 +8,7 @@ from moeforge.errors import UserError
 from moeforge.generate import Sampling, Writer, generate
 from moeforge.generate.sample import next_token
 from moeforge.generate.trace import choices
-from moeforge.models import Decoder
+from moeforge.models import Decoder, ModelConfig
 
 GREEDY = Sampling(temperature=0, max_tokens=20)
 
@@ -118,3 +118,13 @@ def test_a_pass_that_is_interrupted_leaves_the_document_as_it_was(model, tokeniz
     hook.remove()
     ids += [step.token_id for step in writer.write(GREEDY.replace(max_tokens=18))]
     assert ids == from_scratch(model, tokenizer, "ab", GREEDY)
+
+
+def test_routers_that_compare_tokens_write_only_when_asked(tokenizer: Tokenizer) -> None:
+    for router in ({"select": "expert_choice"}, {"capacity": [{"type": "capacity"}]}):
+        moe = {"experts": {"num_experts": 4, "d_expert": 8}, "router": router}
+        shape = {"vocab_size": 257, "d_model": 16, "num_layers": 2, "num_heads": 2, "layers": {1: {"moe": moe}}}
+        model = Decoder(ModelConfig.model_validate(shape)).eval()
+        with pytest.raises(UserError, match="in layers 1 a token's experts depend on the tokens after and beside it"):
+            generate(model, tokenizer, "a", GREEDY)
+        assert len(list(generate(model, tokenizer, "a", GREEDY, unsafe_batch_dependent=True))) > 0

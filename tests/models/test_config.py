@@ -136,7 +136,10 @@ def test_the_short_form_of_a_slot_is_its_default_member() -> None:
             "dexpert is not a setting. Did you mean",
         ),
         ({"moe": {"experts": {"num_experts": 4}}, "layers": {0: {"d_ff": 3}}}, "moe.experts.d_expert is missing"),
-        ({"moe": MOE | {"router": {"select": "topk"}}}, "moe.router.select.type: 'topk' is not a choice. Did you mean"),
+        (
+            {"moe": MOE | {"router": {"select": "topk"}}},
+            "moe.router.select: there is no type 'topk'. Did you mean 'top_k'",
+        ),
         ({"moe": MOE | {"router": {"losses": ["zloss"]}}}, "there is no type 'zloss'. Did you mean 'z_loss'?"),
         ({"layers": {"one": {}}}, "input should be a valid integer"),
         ({"moe": MOE, "moe_every": "x", "layers": {1: {}}}, "moe_every = 'x': input should be a valid integer"),

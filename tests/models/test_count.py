@@ -85,3 +85,22 @@ def test_the_dense_twin_keeps_dense_layers_and_an_open_vocabulary() -> None:
     twin = dense_twin(config)
     assert twin.vocab_size is None and twin.all_layers[1] == config.all_layers[1]
     assert twin.all_layers[3].d_ff > 256
+
+
+def test_a_look_up_is_no_multiplication_and_shared_factors_are_multiplied_with_for_each_expert() -> None:
+    gate = {"gate": {"type": "lookup", "by": "token", "num_ids": V}}
+    plain, looked_up = small(), small(moe=MOE | {"router": gate})
+    assert measure(plain).flops_per_token - measure(looked_up).flops_per_token == 2 * 2 * E * D  # two layers' gates
+    assert measure(looked_up).total.all == measure(plain).total.all + 2 * (V - D) * E
+    rank, bank = 3, {"type": "factorised", "num_experts": E, "d_expert": H, "rank": 3}
+    work = K * rank * (D + 2 * H + H + D)
+    factorised = measure(small(moe={"experts": bank}))
+    assert factorised.flops_per_token == measure(plain).flops_per_token + 2 * 2 * (work - K * 3 * D * H)
+    assert factorised.active.all <= factorised.total.all
+
+
+def test_experts_without_work_cost_nothing() -> None:
+    half = {"experts": [{"num_experts": E, "d_expert": H}, {"type": "zero", "num_experts": E}]}
+    size, plain = measure(small(moe=half)), measure(small())
+    gates = 2 * 2 * E * D
+    assert size.flops_per_token == plain.flops_per_token + gates - 2 * 2 * (K // 2) * 3 * D * H

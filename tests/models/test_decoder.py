@@ -9,7 +9,10 @@ from torch import Tensor
 from moeforge.config import build
 from moeforge.models import Cache, Decoder, ModelConfig
 from moeforge.moe import MoE, Router
+from moeforge.moe.select import Select
 from tests.moe import brute_force
+from tests.moe.brute_force import members
+from tests.moe.test_layer import EXAMPLES as SELECTS
 
 VOCAB, LENGTH = 19, 9
 MOE = {"experts": {"num_experts": 6, "d_expert": 8}, "shared": {"d_expert": 8, "mix": "coefficient"}}
@@ -53,6 +56,48 @@ def test_a_token_sees_none_after_it() -> None:
     one, other = model(input_ids).logits, model(changed).logits
     assert_close(one[:, :5], other[:, :5])
     assert not torch.allclose(one[:, 5:], other[:, 5:], atol=1e-2)
+
+
+ROUTERS = {f"{one.type}-{n}": {"select": one} for m in members(Select) for n, one in enumerate(SELECTS[m])}
+ROUTERS["soft"] = {"select": "soft", "score": "logits", "losses": []}
+ROUTERS["capacity"] = {
+    "select": {"k": 2},
+    "capacity": [{"type": "capacity", "capacity_factor": 0.5, "keep": "heaviest"}],
+}
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@torch.no_grad()
+def test_a_token_sees_none_after_it_unless_its_router_says_so(router: str) -> None:
+    torch.manual_seed(3)
+    moe = {"experts": {"num_experts": 6, "d_expert": 8}, "router": ROUTERS[router]}
+    model, input_ids = decoder(moe=moe).eval(), ids(3, 32)
+    changed = input_ids.clone()
+    changed[:, 16:] = (changed[:, 16:] + 1) % VOCAB
+    one, other = model(input_ids).logits[:, :16], model(changed).logits[:, :16]
+    assert torch.allclose(one, other, rtol=1e-4, atol=1e-4) != model.moe_layers[0].config.router.leaks
+
+
+@torch.no_grad()
+def test_a_router_that_reads_the_token_sends_it_to_the_same_experts_wherever_it_stands() -> None:
+    moe = MOE | {"router": {"gate": {"type": "linear", "reads": "token"}}}
+    model, input_ids = decoder(moe=moe, embedding_scale=3.0), ids(4, 30)
+    for routing in model(input_ids).routings.values():
+        taken: dict[int, set[tuple[int, ...]]] = {}
+        for token, experts in enumerate(routing.route.expert[routing.route.slot.argsort()].view(-1, 2).tolist()):
+            taken.setdefault(int(input_ids.flatten()[token]), set()).add(tuple(experts))
+        assert all(len(choices) == 1 for choices in taken.values()) and len(set.union(*taken.values())) > 3
+
+
+@torch.no_grad()
+def test_the_embedding_scale_multiplies_what_the_first_layer_gets() -> None:
+    model, input_ids = decoder("dense"), ids()
+    scaled = decoder("dense", embedding_scale=3.0, tie_embeddings=False)
+    scaled.load_state_dict({**model.state_dict(), "output.weight": model.embedding.weight})
+    larger = decoder("dense", tie_embeddings=False)
+    larger.load_state_dict({**model.state_dict(), "output.weight": model.embedding.weight})
+    larger.embedding.weight.mul_(3)
+    assert_close(scaled(input_ids).logits, larger(input_ids).logits)
 
 
 @torch.no_grad()

@@ -29,10 +29,21 @@ POINTWISE: dict[str, Callable[[Tensor], Tensor]] = {
 }
 POINTWISE |= {"swiglu": POINTWISE["silu"], "geglu": POINTWISE["gelu"]}
 
-SCORES: dict[str, Callable[[Tensor], Tensor]] = {
-    "softmax": lambda z: torch.exp(z) / torch.exp(z).sum(1, keepdim=True),
-    "sigmoid": lambda z: 1 / (1 + torch.exp(-z)),
-    "logits": lambda z: z,
+
+def _softmax(score: Any, z: Tensor) -> Tensor:
+    if score.standardize:
+        z = (z - z.mean(1, keepdim=True)) / z.std(1, keepdim=True)
+    z = z / score.temperature
+    size = z.shape[1] // score.num_groups
+    groups = [torch.exp(z[:, g * size : (g + 1) * size]) for g in range(score.num_groups)]
+    return torch.cat([group / group.sum(1, keepdim=True) for group in groups], 1)
+
+
+SCORES: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "softmax": _softmax,
+    "sigmoid": lambda score, z: 1 / (1 + torch.exp(-z)),
+    "relu": lambda score, z: torch.where(z > 0, z, 0.0),
+    "logits": lambda score, z: z,
 }
 
 
@@ -47,20 +58,74 @@ def mlp(x_TD: Tensor, up_HD: Tensor, down_DH: Tensor, activation: str) -> Tensor
     return torch.einsum("th,dh->td", a, down_DH)
 
 
+def ranked(scores: list[float]) -> list[int]:
+    """Experts, best first; ties by index."""
+    return sorted(range(len(scores)), key=lambda e: (-scores[e], e))
+
+
 def _top_k(select: Any, scores: list[float]) -> list[int]:
     size = len(scores) // select.num_groups
     groups = [list(range(g * size, (g + 1) * size)) for g in range(select.num_groups)]
     rank = [sum(sorted((scores[e] for e in group), reverse=True)[:2]) for group in groups]
-    best_groups = sorted(range(len(groups)), key=lambda g: (-rank[g], g))[: select.top_groups]
-    allowed = [e for g in best_groups for e in groups[g]]
-    return sorted(allowed, key=lambda e: (-scores[e], e))[: select.k]
+    allowed = {e for g in ranked(rank)[: select.top_groups] for e in groups[g]}
+    return [e for e in ranked(scores) if e in allowed][: select.k]
 
 
-SELECTS: dict[str, Callable[[Any, list[float]], list[int]]] = {"top_k": _top_k}
+def _top_per_group(select: Any, scores: list[float]) -> list[int]:
+    size = len(scores) // select.num_groups
+    starts = range(0, len(scores), size)
+    return [first + e for first in starts for e in ranked(scores[first : first + size])[: select.k]]
+
+
+def _confident(select: Any, scores: list[float]) -> list[int]:
+    best, *others = ranked(scores)[: select.k]
+    top = scores[best]
+    near = [e for e in others if top - scores[e] <= select.max_gap and scores[e] >= select.min_ratio * top]
+    return [best, *near]
+
+
+def _top_p(select: Any, scores: list[float]) -> list[int]:
+    order = ranked(scores)[: select.max_k or len(scores)]
+    needed = [n for n in range(len(order)) if sum(scores[e] for e in order[:n]) < select.p * sum(scores)]
+    return order[: max(1, len(needed))]
+
+
+def _threshold(select: Any, scores: list[float]) -> list[int]:
+    above = [e for e, score in enumerate(scores) if score > select.bar]
+    return above or ranked(scores)[: select.at_least]
+
+
+SELECTS: dict[str, Callable[[Any, list[float]], list[int]]] = {
+    "top_k": _top_k,
+    "top_per_group": _top_per_group,
+    "confident": _confident,
+    "top_p": _top_p,
+    "threshold": _threshold,
+    "uncertain": lambda select, scores: ranked(scores)[: select.k],  # as outside training
+    "sinkhorn": lambda select, scores: ranked(scores)[: select.k],  # as outside training
+}
+"""Per token; ``random`` and ``expert_choice`` do not choose per token and have tests of their own."""
+
+
+def expert_choice(select: Any, scores_TE: Tensor) -> list[list[int]]:
+    """Per token, from loops over experts: each takes its best ceil(k T / E) tokens."""
+    num_tokens, num_experts = scores_TE.shape
+    chosen: list[list[int]] = [[] for _ in range(num_tokens)]
+    for expert in range(num_experts):
+        for token in ranked(scores_TE[:, expert].tolist())[: math.ceil(select.k * num_tokens / num_experts)]:
+            chosen[token].append(expert)
+    return chosen
+
+
+def choices(select: Any, scores_TE: Tensor) -> list[list[int]]:
+    """Per token, which experts."""
+    if select.type == "expert_choice":
+        return expert_choice(select, scores_TE)
+    return [SELECTS[select.type](select, scores) for scores in scores_TE.tolist()]
 
 
 def _weigh_scores(weigh: Any, chosen: list[Tensor]) -> list[Tensor]:
-    total = sum(chosen) if weigh.normalize_weights else 1.0
+    total = sum(chosen) if weigh.normalize_weights and any(chosen) else 1.0
     return [weigh.weight_scale * score / total for score in chosen]
 
 
@@ -69,16 +134,23 @@ def _weigh_softmax(weigh: Any, chosen: list[Tensor]) -> list[Tensor]:
     return [weigh.weight_scale * torch.exp(score) / total for score in chosen]
 
 
-WEIGHS: dict[str, Callable[[Any, list[Tensor]], list[Tensor]]] = {"scores": _weigh_scores, "softmax": _weigh_softmax}
+def _weigh_ones(weigh: Any, chosen: list[Tensor]) -> list[Tensor]:
+    return [(1 + score - score.detach()) / (len(chosen) if weigh.average else 1) for score in chosen]
+
+
+WEIGHS: dict[str, Callable[[Any, list[Tensor]], list[Tensor]]] = {
+    "scores": _weigh_scores,
+    "softmax": _weigh_softmax,
+    "ones": _weigh_ones,
+}
 
 
 def combine_weights(moe: MoE, x_TD: Tensor) -> Tensor:
     """[T, E]: what each expert's output counts for each token; zero where it was not chosen."""
     config = moe.config.router
-    scores_TE = SCORES[config.score.type](x_TD @ moe.router.gate.weight.T)
+    scores_TE = SCORES[config.score.type](config.score, x_TD @ moe.router.gate.weight.T)
     rows = []
-    for scores_E in scores_TE:
-        chosen = SELECTS[config.select.type](config.select, scores_E.tolist())
+    for scores_E, chosen in zip(scores_TE, choices(config.select, scores_TE), strict=True):
         weights = WEIGHS[config.weigh.type](config.weigh, [scores_E[e] for e in chosen])
         row = [torch.zeros(()) for _ in scores_E]
         for expert, weight in zip(chosen, weights, strict=True):
@@ -92,7 +164,35 @@ def _mlp_bank(bank: Any, x_TD: Tensor) -> list[Tensor]:
     return [mlp(x_TD, up, down, bank.config.activation) for up, down in stacks]
 
 
-BANKS: dict[str, Callable[[Any, Tensor], list[Tensor]]] = {"mlp": _mlp_bank}
+def _factorised_bank(bank: Any, x_TD: Tensor) -> list[Tensor]:
+    scales = zip(bank.up_scale, bank.down_scale, strict=True)
+    up = [(bank.up_out @ torch.diag(u) @ bank.up_in, bank.down_out @ torch.diag(d) @ bank.down_in) for u, d in scales]
+    return [mlp(x_TD, up_HD, down_DH, bank.config.activation) for up_HD, down_DH in up]
+
+
+def _nested_bank(bank: Any, x_TD: Tensor) -> list[Tensor]:
+    def slices(width: int) -> tuple[Tensor, Tensor]:
+        return torch.cat([rows[:width] for rows in bank.gate_up_proj]), bank.down_proj[:, :width]
+
+    return [mlp(x_TD, *slices(width), bank.config.activation) for width in bank.config.widths]
+
+
+def _constant_bank(bank: Any, x_TD: Tensor) -> list[Tensor]:
+    outputs = []
+    for value, mix in zip(bank.value, bank.mix, strict=True):
+        a, b = torch.exp(x_TD @ mix.T).split(1, dim=1)
+        outputs.append((a * x_TD + b * value) / (a + b))
+    return outputs
+
+
+BANKS: dict[str, Callable[[Any, Tensor], list[Tensor]]] = {
+    "mlp": _mlp_bank,
+    "factorised": _factorised_bank,
+    "nested": _nested_bank,
+    "zero": lambda bank, x_TD: [torch.zeros_like(x_TD)] * bank.config.num_experts,
+    "copy": lambda bank, x_TD: [x_TD] * bank.config.num_experts,
+    "constant": _constant_bank,
+}
 
 MIXES: dict[str, Callable[[Tensor | None, Tensor, Tensor], Tensor]] = {
     "sum": lambda logits, routed, shared: routed + shared,

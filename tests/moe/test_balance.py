@@ -1,5 +1,7 @@
 """Balance losses against plain loops, and exactly right under gradient accumulation; the bias controller."""
 
+import math
+from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
@@ -7,9 +9,22 @@ import torch
 from torch import Tensor
 
 from moeforge.moe import Context, Route, Router, RouterConfig, Routing
-from moeforge.moe.balance import ExpertBias, LoadBalancingLoss, ZLoss
-from moeforge.moe.select import TopK
+from moeforge.moe.balance import (
+    BalanceLoss,
+    Controller,
+    EntropyLoss,
+    ExpertBias,
+    ImportanceLoss,
+    LoadBalancingLoss,
+    Overflow,
+    Sparsity,
+    SparsityLoss,
+    ZLoss,
+)
+from moeforge.moe.scores import Relu
+from moeforge.moe.select import Threshold, TopK
 from moeforge.moe.weigh import Scores
+from tests.moe.brute_force import members
 
 E, K = 5, 2
 Choices = Literal["all", "first"]
@@ -94,8 +109,90 @@ def test_the_micro_batch_scope_counts_each_micro_batch_by_itself() -> None:
     torch.testing.assert_close(parts, alone)
 
 
+def test_every_kind_is_tested_here() -> None:
+    assert set(members(BalanceLoss)) == {LoadBalancingLoss, ZLoss, ImportanceLoss, EntropyLoss, SparsityLoss}
+    assert set(members(Controller)) == {ExpertBias, Sparsity, Overflow}
+
+
+def test_importance_is_the_loop() -> None:
+    routing = routing_of(torch.randn(9, E))
+    sums = [sum(float(row[e]) for row in routing.probs) for e in range(E)]
+    mean = sum(sums) / E
+    expected = sum((s - mean) ** 2 for s in sums) / E / mean**2
+    assert float(ImportanceLoss()(routing, 1)) == pytest.approx(expected, rel=1e-4)
+    even = Routing(routing.route, torch.full((9, E), 1 / E))
+    assert float(ImportanceLoss()(even, 1)) == pytest.approx(0, abs=1e-9)
+
+
+def test_entropies_are_the_loop_and_their_difference_is_mutual_information() -> None:
+    routing = routing_of(torch.randn(9, E))
+
+    def entropy(shares: list[float]) -> float:
+        return -sum(p * math.log(p) for p in shares if p > 0)
+
+    of_token = sum(entropy(row.tolist()) for row in routing.probs) / 9
+    of_batch = entropy([float(routing.probs[:, e].mean()) for e in range(E)])
+    assert float(EntropyLoss()(routing, 1)) == pytest.approx(of_token, rel=1e-5)
+    assert float(EntropyLoss(token=0, batch=-1)(routing, 1)) == pytest.approx(-of_batch, rel=1e-5)
+    assert float(EntropyLoss(batch=-1)(routing, 1)) == pytest.approx(of_token - of_batch, rel=1e-4)
+    one_each = Routing(routing.route, torch.eye(E))  # each token sure, all experts used: log E
+    assert float(EntropyLoss(batch=-1)(one_each, 1)) == pytest.approx(-math.log(E), rel=1e-5)
+
+
+def test_sparsity_is_the_loop() -> None:
+    router = Router(RouterConfig(score=Relu(), select=Threshold(), losses=()), 6, E)
+    with torch.no_grad():
+        routing = router(torch.randn(20, 6), Context())
+    scores_TE = routing.scores
+    load = [sum(float(row[e] > 0) for row in scores_TE) for e in range(E)]
+    even = sum(load) / E
+    plain = sum(float(s) for row in scores_TE for s in row) / 20
+    paid = sum(float(row[e]) * load[e] / even for row in scores_TE for e in range(E)) / 20
+    assert float(SparsityLoss(even=False)(routing, 1)) == pytest.approx(plain, rel=1e-5)
+    assert float(SparsityLoss()(routing, 1)) == pytest.approx(paid, rel=1e-5)
+
+
+def test_dear_experts_pay_more_and_free_ones_are_judged_together() -> None:
+    routing = replace(routing_of(torch.randn(30, E)), cost=(1.0, 0.5, 0.5, 0.0, 0.0))
+    fraction = [int(c) / 60 for c in routing.choices]
+    mean_P = routing.probs.mean(0).tolist()
+    share = [*fraction[:3], *([(fraction[3] + fraction[4]) / 2] * 2)]
+    together = E * sum(f * p for f, p in zip(share, mean_P, strict=True))
+    assert float(LoadBalancingLoss(free="together")(routing, 1)) == pytest.approx(together, rel=1e-5)
+    dear = E * sum(f * p * c / 0.4 for f, p, c in zip(fraction, mean_P, routing.cost, strict=True))
+    assert float(LoadBalancingLoss(by_cost=True)(routing, 1)) == pytest.approx(dear, rel=1e-5)
+
+
+def test_a_bias_in_proportion_to_the_load() -> None:
+    bias_E = torch.zeros(4)
+    ExpertBias(rate=0.1, by="share")(bias_E, torch.tensor([10, 2, 5, 3]), 20)
+    assert bias_E.tolist() == pytest.approx([-0.1, 0.06, 0.0, 0.04])
+
+
+def test_the_weight_of_sparsity_steers_to_the_wanted_number_of_experts() -> None:
+    parts = {"score": Relu(), "select": Threshold(), "losses": (SparsityLoss(),), "controller": Sparsity(k=2)}
+    router = Router(RouterConfig(**parts), 6, E)
+    assert router.loss_weights == {"sparsity_loss": 1e-4}
+    router.step(torch.tensor([9, 9, 9, 9, 9]), 10)
+    assert router.loss_weights["sparsity_loss"] == pytest.approx(1.2e-4)
+    for _ in range(2):
+        router.step(torch.tensor([1, 1, 1, 1, 1]), 10)
+    assert router.loss_weights["sparsity_loss"] == pytest.approx(1e-4 / 1.2)
+    before = router.loss_weights
+    router.step(torch.tensor([4, 4, 4, 4, 4]), 10)
+    assert router.loss_weights == before, "exactly k: nothing moves"
+
+
+def test_the_weight_of_balance_follows_the_overflow() -> None:
+    scale = torch.ones(())
+    Overflow(memory=0.5, factor=2.0)(scale, torch.tensor([10, 2, 5, 3]), 20)  # 5 of 20 are over the even 5
+    assert float(scale) == pytest.approx(0.5 + 0.5 * 2.0 * 0.25)
+    Overflow(memory=0.0, factor=100.0, most=1.5)(scale, torch.tensor([20, 0, 0, 0]), 20)
+    assert float(scale) == pytest.approx(1.5)
+
+
 def test_a_router_under_accumulation() -> None:
-    losses = (LoadBalancingLoss(), LoadBalancingLoss(over="sequence"), ZLoss())
+    losses = (LoadBalancingLoss(), SparsityLoss(), LoadBalancingLoss(over="sequence"), ZLoss(), EntropyLoss())
     for loss in losses:
         router = Router(RouterConfig(losses=(loss,)), 6, E)
         x_TD = torch.randn(20, 6)
@@ -103,7 +200,7 @@ def test_a_router_under_accumulation() -> None:
         (expected,) = torch.autograd.grad(sum(whole.values()), router.gate.weight)
         routings = [router(part, Context(batch)) for part, batch in zip(x_TD.split([8, 12]), (2, 3), strict=True)]
         counts = [router.counts(routing) for routing in routings]
-        assert list(counts[0]) == (["load_balancing_loss"] if loss is losses[0] else [])
+        assert list(counts[0]) == ([loss.type] if loss in losses[:2] else [])
         step = {name: counts[0][name] + counts[1][name] for name in counts[0]}
         values = [router.balance_losses(r, b, step)[loss.type] for r, b in zip(routings, (2, 3), strict=True)]
         (gradient,) = torch.autograd.grad(0.4 * values[0] + 0.6 * values[1], router.gate.weight)
@@ -116,15 +213,15 @@ def biased_router(**parts: Any) -> Router:
 
 def test_the_bias_moves_against_the_load() -> None:
     router = biased_router()
-    router.step(torch.tensor([10, 2, 5, 3]))
+    router.step(torch.tensor([10, 2, 5, 3]), 20)
     assert router.expert_bias is not None and router.expert_bias.tolist() == [-0.25, 0.25, 0.0, 0.25]
-    router.step(torch.tensor([0, 4, 0, 0]))
+    router.step(torch.tensor([0, 4, 0, 0]), 4)
     assert router.expert_bias.tolist() == [0.0, 0.0, 0.25, 0.5]
 
 
 def test_the_bias_sees_loads_that_bf16_cannot_tell_apart() -> None:
     router = biased_router().bfloat16()
-    router.step(torch.tensor([1001, 1000, 1000, 999]))
+    router.step(torch.tensor([1001, 1000, 1000, 999]), 4000)
     assert router.expert_bias is not None and router.expert_bias.tolist() == [-0.25, 0.0, 0.0, 0.25]
 
 
@@ -147,5 +244,5 @@ def test_forward_never_moves_the_bias() -> None:
     assert router.expert_bias is not None and router.expert_bias.tolist() == [0.0] * 4
     assert "expert_bias" in router.state_dict() and not router.expert_bias.requires_grad
     plain = Router(RouterConfig(), 4, 4)
-    plain.step(torch.tensor([1, 2, 3, 4]))
+    plain.step(torch.tensor([1, 2, 3, 4]), 10)
     assert plain.expert_bias is None

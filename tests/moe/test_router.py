@@ -7,18 +7,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from moeforge.config import Config, build, read_yaml, to_yaml
+from moeforge.config import build, read_yaml, to_yaml
 from moeforge.errors import UserError
 from moeforge.moe import Context, MoE, MoEConfig, Route, Router, RouterConfig
 from moeforge.moe.balance import ExpertBias
-from moeforge.moe.select import Selection, TopK
+from moeforge.moe.select import Selection, Selector, TopK
 from moeforge.moe.weigh import Scores
 from tests.moe import brute_force
 
 THRESHOLD = "tests.moe.test_router:Threshold"
 
 
-class Threshold(Config):
+class Threshold(Selector):
     """Somebody else's selector: every expert whose score is above a bar, none included."""
 
     type: Literal["tests.moe.test_router:Threshold"] = THRESHOLD
@@ -31,7 +31,7 @@ class Threshold(Config):
     def mean_experts(self, num_experts: int) -> float:
         return num_experts / 2
 
-    def __call__(self, scores_TE: Tensor) -> Selection:
+    def __call__(self, scores_TE: Tensor, context: Context) -> Selection:
         return Selection(mask=scores_TE > self.bar)
 
 
@@ -54,10 +54,10 @@ def test_decisions_are_float32_in_a_bf16_model() -> None:
 
 def test_the_selection_bias_stays_float32_in_a_bf16_model() -> None:
     router, uneven = Router(RouterConfig(controller=ExpertBias(rate=0.001)), 32, 4), torch.tensor([5, 1, 1, 1])
-    router.step(uneven)
+    router.step(uneven, 8)
     router.bfloat16()
     for _ in range(300):
-        router.step(uneven)  # bf16 would stop moving at 0.25, where its spacing is 0.002
+        router.step(uneven, 8)  # bf16 would stop moving at 0.25, where its spacing is 0.002
     assert router.expert_bias is not None and router.expert_bias.dtype == torch.float32
     torch.testing.assert_close(router.expert_bias, 0.301 * torch.tensor([-1.0, 1, 1, 1]))
 
@@ -71,32 +71,32 @@ def test_a_router_with_a_bias_can_be_made_without_memory_and_filled_later() -> N
 
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_ties_go_to_the_lower_expert(k: int) -> None:
-    assert TopK(k=k)(torch.zeros(4, 40)).ids.tolist() == [list(range(k))] * 4
+    assert TopK(k=k)(torch.zeros(4, 40), Context()).ids.tolist() == [list(range(k))] * 4
     scores_TE = torch.tensor([[0.1, 0.3, 0.2, 0.3, 0.3]])
-    assert TopK(k=k)(scores_TE).ids.tolist() == [[1, 3, 4][:k]]
+    assert TopK(k=k)(scores_TE, Context()).ids.tolist() == [[1, 3, 4][:k]]
 
 
 def test_ties_between_groups_go_to_the_lower_group() -> None:
     select = TopK(k=2, num_groups=4, top_groups=1)
-    assert select(torch.zeros(3, 8)).ids.tolist() == [[0, 1]] * 3
-    assert select(torch.tensor([[0.0, 1.0, 0.9, 0.8, 0.1, 0.1, 0.9, 0.8]])).ids.tolist() == [[2, 3]]
+    assert select(torch.zeros(3, 8), Context()).ids.tolist() == [[0, 1]] * 3
+    assert select(torch.tensor([[0.0, 1.0, 0.9, 0.8, 0.1, 0.1, 0.9, 0.8]]), Context()).ids.tolist() == [[2, 3]]
 
 
 def test_normalising_scores_that_underflowed_gives_zeros() -> None:
     scores_TE = torch.zeros(2, 3, requires_grad=True)
-    weights_TK = Scores(normalize_weights=True)(scores_TE, TopK(k=2)(scores_TE))
+    weights_TK = Scores(normalize_weights=True)(scores_TE, TopK(k=2)(scores_TE, Context()), Context())
     weights_TK.sum().backward()
     assert torch.equal(weights_TK, torch.zeros(2, 2)) and bool(scores_TE.grad.isfinite().all())
 
 
 def test_normalised_weights_sum_to_one_whatever_the_sign() -> None:
     scores_TE = torch.tensor([[-1.0, -3.0, -9.0], [4.0, 1.0, 0.0]])
-    weights_TK = Scores(normalize_weights=True)(scores_TE, TopK(k=2)(scores_TE))
+    weights_TK = Scores(normalize_weights=True)(scores_TE, TopK(k=2)(scores_TE, Context()), Context())
     torch.testing.assert_close(weights_TK, torch.tensor([[0.25, 0.75], [0.8, 0.2]]))
 
 
 def test_a_mask_selection_takes_what_ids_take() -> None:
-    values_TE, ids_TK = torch.randn(6, 5), TopK(k=2)(torch.randn(6, 5)).ids
+    values_TE, ids_TK = torch.randn(6, 5), TopK(k=2)(torch.randn(6, 5), Context()).ids
     by_ids = Selection(ids=ids_TK)
     by_mask = Selection(mask=torch.zeros(6, 5, dtype=torch.bool).scatter(1, ids_TK, True))
     for verb in ("take", "softmax"):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from moeforge.data.tokenizers import Tokenizer
     from moeforge.generate import Sampling, Step
     from moeforge.models import Decoder
+
+UNSAFE = "Write although this model's routers compare tokens (expert choice, soft slots, capacity)."
 
 
 def generate(
@@ -32,8 +35,10 @@ def generate(
     show_experts: Annotated[bool, typer.Option("--show-experts", help="Colour each token by its expert.")] = False,
     layer: Annotated[int | None, typer.Option(help="Whose experts.", show_default="last with experts")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, with every token's experts.")] = False,
+    unsafe_batch_dependent: Annotated[bool, typer.Option("--unsafe-batch-dependent", help=UNSAFE)] = False,
 ) -> None:
     """Continue a text with a trained model."""
+    from moeforge.generate import generate as run
     from moeforge.hub import load
 
     if layer is not None and not show_experts:
@@ -44,10 +49,11 @@ def generate(
     sampling = read_sampling({**asked, "max_tokens": max_tokens, "seed": seed})
     text = _prompt(prompt)
     opened, tokenizer = load(model)
+    steps = run(opened, tokenizer, text, sampling, unsafe_batch_dependent)
     if as_json:
-        _print_json(opened, tokenizer, text, sampling)
+        _print_json(text, steps)
     else:
-        _stream(opened, tokenizer, text, sampling, Painter(opened, layer) if show_experts else None)
+        _stream(opened, tokenizer, text, steps, Painter(opened, layer) if show_experts else None)
 
 
 def read_sampling(asked: dict[str, float | None]) -> "Sampling":
@@ -64,22 +70,18 @@ def _prompt(prompt: str | None) -> str:
     return prompt or ""
 
 
-def _print_json(model: "Decoder", tokenizer: "Tokenizer", prompt: str, sampling: "Sampling") -> None:
-    from moeforge.generate import generate as run
-
-    steps = list(run(model, tokenizer, prompt, sampling))
+def _print_json(prompt: str, written: Iterator["Step"]) -> None:
+    steps = list(written)
     text = "".join(step.text for step in steps)
     stop = steps[-1].stop if steps else "end of document"
     print(json.dumps({"prompt": prompt, "text": text, "stop": stop, "steps": [asdict(step) for step in steps]}))
 
 
 def _stream(
-    model: "Decoder", tokenizer: "Tokenizer", prompt: str, sampling: "Sampling", painter: Painter | None
+    model: "Decoder", tokenizer: "Tokenizer", prompt: str, steps: Iterator["Step"], painter: Painter | None
 ) -> None:
-    from moeforge.generate import generate as run
     from moeforge.generate import trace
 
-    steps = run(model, tokenizer, prompt, sampling)
     if painter is None:
         _emit(prompt)
     else:

@@ -11,9 +11,21 @@ from moeforge import __version__
 from moeforge.cli.settings import Adjustable
 from moeforge.errors import UserError
 
-VERBS = ("train", "generate", "chat", "evaluate", "analyze", "inspect", "recipes", "doctor", "demo")
+VERBS = (
+    "train",
+    "generate",
+    "chat",
+    "evaluate",
+    "analyze",
+    "inspect",
+    "recipes",
+    "reproduce",
+    "compare",
+    "doctor",
+    "demo",
+)
 """Each is a module beside this one that holds a function, or a group of them, of the same name."""
-TAKE_SETTINGS = ("train", "evaluate", "inspect")
+TAKE_SETTINGS = ("train", "evaluate", "inspect", "reproduce", "compare")
 """These accept ``--dotted.name=value`` besides their own options."""
 
 

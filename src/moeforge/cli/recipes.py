@@ -22,14 +22,21 @@ def default(context: typer.Context) -> None:
 
 
 @recipes.command("list")
-def show_all(*, as_json: Json = False) -> None:
-    """List all recipes with their claims."""
+def show_all(
+    pattern: Annotated[str, typer.Argument(help="In name, title, claim or number.", show_default="all")] = "",
+    *,
+    as_json: Json = False,
+) -> None:
+    """List recipes with their claims."""
     from rich.console import Console
     from rich.table import Table
 
     from moeforge.recipes import RECIPES, load
 
     notes = {name: load(name).recipe for name in RECIPES}
+    notes = {name: note for name, note in notes.items() if pattern.lower() in f"{name} {note}".lower()}
+    if not notes:
+        raise UserError(f"no recipe has '{pattern}' in it; moeforge recipes lists all {len(RECIPES)}")
     if as_json:
         print(json.dumps([{"name": name, **(note.model_dump() if note else {})} for name, note in notes.items()]))
         return

@@ -31,10 +31,17 @@ class Step:
 class Writer:
     """One document: ``read`` adds given text, ``write`` lets the model go on. Each token is computed once.
 
-    It starts with the end-of-document token, as every document does in training.
+    It starts with the end-of-document token, as every document does in training. Raises UserError for a model whose
+    routers compare tokens, unless ``unsafe_batch_dependent``.
     """
 
-    def __init__(self, model: Decoder, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: Decoder, tokenizer: Tokenizer, unsafe_batch_dependent: bool = False) -> None:
+        leaking = [index for index, moe in model.moe_layers.items() if moe.config.router.leaks]
+        if leaking and not unsafe_batch_dependent:
+            raise UserError(
+                f"in layers {', '.join(map(str, leaking))} a token's experts depend on the tokens after and beside it, "
+                "so a text written token by token is not what was trained; --unsafe-batch-dependent writes it anyway"
+            )
         self.model, self.tokenizer = model, tokenizer
         self.max_len = model.config.max_seq_len
         self._cache = Cache(model, 1, self.max_len)
@@ -97,8 +104,10 @@ class Writer:
         return {layer: choice.experts for layer, choice in choices(output)[-1].items()}
 
 
-def generate(model: Decoder, tokenizer: Tokenizer, prompt: str, sampling: Sampling) -> Iterator[Step]:
-    """Continues ``prompt``, which may be empty. Raises UserError when it fills the model's context."""
-    writer = Writer(model, tokenizer)
+def generate(
+    model: Decoder, tokenizer: Tokenizer, prompt: str, sampling: Sampling, unsafe_batch_dependent: bool = False
+) -> Iterator[Step]:
+    """Continues ``prompt``, which may be empty. Raises UserError when it fills the model's context, and as Writer."""
+    writer = Writer(model, tokenizer, unsafe_batch_dependent)
     writer.read(prompt)
     return writer.write(sampling)

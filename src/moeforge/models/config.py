@@ -64,6 +64,8 @@ class ModelConfig(LayerConfig):
     """RMSNorm on queries and keys of each head, before rotation."""
     tie_embeddings: bool = True
     """The output matrix is the input embedding."""
+    embedding_scale: float = Field(1.0, gt=0)
+    """Multiplies what the embedding gives to the first layer; sqrt(d_model) in arXiv:1706.03762, section 3.4."""
     init: Init = Normal()
     """How weights start."""
     first_dense_layers: int = Field(0, ge=0)

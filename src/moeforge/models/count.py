@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from moeforge.models.config import LayerConfig, ModelConfig
 from moeforge.models.decoder import Decoder
@@ -47,10 +48,10 @@ def measure(config: ModelConfig, bytes_per_weight: int = 4, seq_len: int | None 
     attention = 2 * config.num_layers * config.num_heads * config.size_of_head * (seq_len or config.max_seq_len)
     vectors = sum(p.numel() for p in model.parameters() if p.ndim < 2)
     # The input embedding is a look-up; a tied one is still multiplied with, once, at the output.
-    multiplied = total - idle - vectors - (0 if config.tie_embeddings else table)
+    multiplied = total - idle - vectors - _looked_up(model) - (0 if config.tie_embeddings else table)
     return Size(
         total=_count(total, table, config),
-        active=_count(total - idle, table, config),
+        active=_count(total - max(0, idle), table, config),
         flops_per_token=2 * multiplied + attention,
         weight_bytes=bytes_per_weight * total,
         optimizer_bytes=16 * total,
@@ -65,9 +66,19 @@ def _count(parameters: int, table: int, config: ModelConfig) -> Count:
 
 
 def _idle(moe: MoE) -> int:
-    """Parameters of one layer that a token leaves unused on average, were every expert equally likely."""
-    used = moe.config.router.select.mean_experts(moe.config.num_experts) / moe.config.num_experts
-    return round(sum(p.numel() for p in moe.banks.parameters()) * (1 - used))
+    """Weights of one layer that a token is not multiplied with on average, were every expert equally likely.
+
+    Below zero where experts share weights: these are then multiplied with more than once.
+    """
+    num_experts, costs = moe.config.num_experts, moe.config.costs(moe.d_model)
+    used = moe.config.router.select.mean_experts(num_experts) * sum(costs) / num_experts
+    return round(sum(p.numel() for p in moe.banks.parameters()) - used)
+
+
+def _looked_up(model: nn.Module) -> int:
+    """Weights in tables that a token reads one row of: no multiplication."""
+    tables = (getattr(module, name) for module in model.modules() for name in getattr(module, "looked_up", ()))
+    return sum(table.numel() for table in tables)
 
 
 def dense_twin(config: ModelConfig) -> ModelConfig:
@@ -81,7 +92,7 @@ def dense_twin(config: ModelConfig) -> ModelConfig:
     layers = {index: layer for index, layer in config.layers.items() if layer.moe is None}
     for index, moe in model.moe_layers.items():
         layer = config.all_layers[index]
-        active = sum(p.numel() for p in moe.parameters() if p.ndim >= 2) - _idle(moe)
+        active = sum(p.numel() for p in moe.parameters() if p.ndim >= 2) - _idle(moe) - _looked_up(moe)
         per_unit = config.d_model * (3 if layer.activation.endswith("glu") else 2)
         layers[index] = LayerConfig(d_ff=math.ceil(active / per_unit), activation=layer.activation)
     shape = {name: getattr(config, name) for name in ModelConfig.model_fields if name not in ("moe", "layers")}

@@ -1,6 +1,6 @@
 """The decoder: token ids in, logits and every router's decision out."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -67,14 +67,16 @@ class Decoder(nn.Module):
         if position is None:
             position = torch.arange(past, past + input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         positions = locate(self.config, position, document, past)
-        context = Context(len(input_ids), input_ids.flatten(), position.flatten(), step=step)
         x, routings = self.embedding(input_ids), {}
+        if self.config.embedding_scale != 1.0:
+            x = x * self.config.embedding_scale
+        context = Context(len(input_ids), input_ids.flatten(), x.flatten(0, 1), positions=position.flatten(), step=step)
         recompute = self.recompute_activations and torch.is_grad_enabled()
         for index, block in enumerate(self.blocks):
             x, routing = block(x, positions, context, cache.layers[index] if cache else None, recompute)
             if routing is not None:
                 routings[index] = routing
-                context = Context(len(input_ids), context.token_ids, context.positions, routing.state, step)
+                context = replace(context, router_state=routing.state)
         x = self.norm(x)
         logits = self.output(x) if self.output is not None else nn.functional.linear(x, self.embedding.weight)
         return Output(logits, routings)

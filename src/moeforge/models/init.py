@@ -10,12 +10,13 @@ WRITES_TO_RESIDUAL = ("o_proj", "down_proj")
 
 @torch.no_grad()
 def initialise(model: nn.Module, config: ModelConfig) -> None:
-    """Matrices by ``config.init``, vectors as their module made them (norms one, biases zero)."""
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            nn.init.zeros_(parameter)
-        elif parameter.ndim >= 2:
-            _matrix(name, parameter, config)
+    """Matrices by ``config.init``; vectors, and what a module lists as ``initialised``, as their module made them."""
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.ndim >= 2 and name not in getattr(module, "initialised", ()):
+                _matrix(f"{prefix}.{name}", parameter, config)
 
 
 def _matrix(name: str, weight: nn.Parameter, config: ModelConfig) -> None:

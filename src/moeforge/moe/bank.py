@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from moeforge.config import Activation, Config, slot
 from moeforge.kernels import expert_mlp
-from moeforge.kernels.activation import is_gated
+from moeforge.kernels.activation import activate, is_gated
 from moeforge.moe.route import Route, SoftRoute
 
 
@@ -31,10 +31,8 @@ class MLPBank(Bank):
         super().__init__()
         self.config = config
         width = config.d_expert * (1 + is_gated(config.activation))
-        self.gate_up_proj = nn.Parameter(torch.empty(config.num_experts, width, d_model))
-        self.down_proj = nn.Parameter(torch.empty(config.num_experts, d_model, config.d_expert))
-        for weight in self.parameters():
-            nn.init.trunc_normal_(weight, std=weight.shape[-1] ** -0.5)
+        self.gate_up_proj = matrix(config.num_experts, width, d_model)
+        self.down_proj = matrix(config.num_experts, d_model, config.d_expert)
 
     def rows(self, rows_ND: Tensor, ends_E: Tensor) -> Tensor:
         """[N, D] -> [N, D], every row an edge of weight one to itself."""
@@ -69,5 +67,206 @@ class MLPExperts(Config):
         """The module."""
         return MLPBank(self, d_model)
 
+    def costs(self, d_model: int) -> list[int]:
+        """Multiplications per row, of each expert."""
+        return [d_model * self.d_expert * (2 + is_gated(self.activation))] * self.num_experts
 
-Experts = slot(MLPExperts)
+
+class FactorisedBank(Bank):
+    """Expert e's matrices are U diag(s_e) V with U and V shared by all (a CP form, arXiv:2402.12550).
+
+    One more expert costs one vector of length ``rank`` per matrix.
+    """
+
+    initialised = ("up_scale", "down_scale")
+
+    def __init__(self, config: "FactorisedExperts", d_model: int) -> None:
+        super().__init__()
+        self.config = config
+        width, rank = config.d_expert * (1 + is_gated(config.activation)), config.rank
+        self.up_in, self.up_out = matrix(rank, d_model), matrix(width, rank)
+        self.down_in, self.down_out = matrix(rank, config.d_expert), matrix(d_model, rank)
+        # Around one: every expert starts as its own variation of the shared matrix.
+        self.up_scale = nn.Parameter(1 + torch.randn(config.num_experts, rank))
+        self.down_scale = nn.Parameter(1 + torch.randn(config.num_experts, rank))
+
+    def rows(self, rows_ND: Tensor, ends_E: Tensor) -> Tensor:
+        """[N, D] -> [N, D]."""
+        expert_N, linear = expert_of(ends_E, len(rows_ND)), nn.functional.linear
+        up = linear(linear(rows_ND, self.up_in) * self.up_scale[expert_N], self.up_out)
+        hidden_NH = activate(up, self.config.activation)
+        return linear(linear(hidden_NH, self.down_in) * self.down_scale[expert_N], self.down_out).to(rows_ND.dtype)
+
+
+class FactorisedExperts(Config):
+    """MLPs whose matrices share their factors: many experts in few parameters."""
+
+    type: Literal["factorised"] = "factorised"
+    num_experts: int = Field(8, ge=1)
+    """How many."""
+    d_expert: int = Field(ge=1)
+    """Width of each."""
+    rank: int = Field(32, ge=1)
+    """Of each matrix."""
+    activation: Activation = "swiglu"
+    """Names ending in ``glu`` are gated."""
+
+    def build(self, d_model: int) -> Bank:
+        """The module."""
+        return FactorisedBank(self, d_model)
+
+    def costs(self, d_model: int) -> list[int]:
+        """Multiplications per row, of each expert."""
+        width = self.d_expert * (1 + is_gated(self.activation))
+        return [self.rank * (2 * d_model + width + self.d_expert)] * self.num_experts
+
+
+class NestedBank(Bank):
+    """One MLP; expert e is its first ``widths[e]`` hidden units (arXiv:2407.19985): no weights of its own."""
+
+    def __init__(self, config: "NestedExperts", d_model: int) -> None:
+        super().__init__()
+        self.config = config
+        self.gates = 1 + is_gated(config.activation)
+        self.gate_up_proj = matrix(self.gates, max(config.widths), d_model)
+        self.down_proj = matrix(d_model, max(config.widths))
+
+    def rows(self, rows_ND: Tensor, ends_E: Tensor) -> Tensor:
+        """[N, D] -> [N, D]."""
+        outputs = []
+        for width, part in zip(self.config.widths, rows_ND.tensor_split(ends_E[:-1].cpu().long()), strict=True):
+            up = nn.functional.linear(part, self.gate_up_proj[:, :width].flatten(0, 1))
+            hidden = activate(up, self.config.activation)
+            outputs.append(nn.functional.linear(hidden, self.down_proj[:, :width]))
+        return torch.cat(outputs)
+
+
+class NestedExperts(Config):
+    """Slices of one MLP, from cheap to whole."""
+
+    type: Literal["nested"] = "nested"
+    widths: tuple[int, ...]
+    """Hidden units of each expert."""
+    activation: Activation = "swiglu"
+    """Names ending in ``glu`` are gated."""
+
+    @property
+    def num_experts(self) -> int:
+        """How many."""
+        return len(self.widths)
+
+    def build(self, d_model: int) -> Bank:
+        """The module."""
+        return NestedBank(self, d_model)
+
+    def costs(self, d_model: int) -> list[int]:
+        """Multiplications per row, of each expert."""
+        return [d_model * width * (2 + is_gated(self.activation)) for width in self.widths]
+
+
+class ZeroBank(Bank):
+    """Experts that compute nothing and give nothing (AdaMoE, arXiv:2406.13233; MoE++, arXiv:2410.07348)."""
+
+    def __init__(self, config: "ZeroExperts") -> None:
+        super().__init__()
+        self.config = config
+
+    def rows(self, rows_ND: Tensor, ends_E: Tensor) -> Tensor:
+        """Zeros."""
+        return torch.zeros_like(rows_ND)
+
+    def forward(self, x_TD: Tensor, route: Route | SoftRoute) -> Tensor:
+        """Zeros, without a row gathered, but for what the route carries."""
+        zeros_TD = torch.zeros_like(x_TD)
+        return zeros_TD if isinstance(route, SoftRoute) else route.add_carry(zeros_TD, x_TD)
+
+
+class ZeroExperts(Config):
+    """A token that chooses one of these leaves that choice empty."""
+
+    type: Literal["zero"] = "zero"
+    num_experts: int = Field(1, ge=1)
+    """How many."""
+
+    def build(self, d_model: int) -> Bank:
+        """The module."""
+        return ZeroBank(self)
+
+    def costs(self, d_model: int) -> list[int]:
+        """None."""
+        return [0] * self.num_experts
+
+
+class CopyBank(Bank):
+    """Experts that give back what they get (MoE++, arXiv:2410.07348)."""
+
+    def __init__(self, config: "CopyExperts") -> None:
+        super().__init__()
+        self.config = config
+
+    def rows(self, rows_ND: Tensor, ends_E: Tensor) -> Tensor:
+        """The rows."""
+        return rows_ND
+
+
+class CopyExperts(Config):
+    """A token that chooses one of these skips that choice's work."""
+
+    type: Literal["copy"] = "copy"
+    num_experts: int = Field(1, ge=1)
+    """How many."""
+
+    def build(self, d_model: int) -> Bank:
+        """The module."""
+        return CopyBank(self)
+
+    def costs(self, d_model: int) -> list[int]:
+        """None."""
+        return [0] * self.num_experts
+
+
+class ConstantBank(Bank):
+    """a x + b v_e, (a, b) = softmax(W_e x) and v_e learned (MoE++, arXiv:2410.07348)."""
+
+    def __init__(self, config: "ConstantExperts", d_model: int) -> None:
+        super().__init__()
+        self.config = config
+        self.value = matrix(config.num_experts, d_model)
+        self.mix = matrix(config.num_experts, 2, d_model)
+
+    def rows(self, rows_ND: Tensor, ends_E: Tensor) -> Tensor:
+        """[N, D] -> [N, D]."""
+        expert_N = expert_of(ends_E, len(rows_ND))
+        share_N2 = torch.einsum("nd,nkd->nk", rows_ND, self.mix.to(rows_ND.dtype)[expert_N]).softmax(-1)
+        return share_N2[:, :1] * rows_ND + share_N2[:, 1:] * self.value.to(rows_ND.dtype)[expert_N]
+
+
+class ConstantExperts(Config):
+    """A learned vector each, mixed with the row itself."""
+
+    type: Literal["constant"] = "constant"
+    num_experts: int = Field(1, ge=1)
+    """How many."""
+
+    def build(self, d_model: int) -> Bank:
+        """The module."""
+        return ConstantBank(self, d_model)
+
+    def costs(self, d_model: int) -> list[int]:
+        """Multiplications per row, of each expert."""
+        return [2 * d_model] * self.num_experts
+
+
+def expert_of(ends_E: Tensor, num_rows: int) -> Tensor:
+    """[N] int64: the expert of each row of a sorted list."""
+    return torch.searchsorted(ends_E.long(), torch.arange(num_rows, device=ends_E.device), right=True)
+
+
+def matrix(*shape: int) -> nn.Parameter:
+    """A weight whose last dimension is summed over."""
+    return nn.Parameter(nn.init.trunc_normal_(torch.empty(*shape), std=shape[-1] ** -0.5))
+
+
+Experts = slot(
+    MLPExperts, FactorisedExperts, NestedExperts, ZeroExperts, CopyExperts, ConstantExperts, default=MLPExperts
+)

@@ -1,6 +1,7 @@
 """What a router may want to know besides the rows themselves. Most ignore it."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -13,9 +14,23 @@ class Context:
     """B: the T rows are B sequences of T / B rows each."""
     token_ids: Tensor | None = None
     """[T] int64."""
+    embedded: Tensor | None = None
+    """[T, D]: the tokens' embeddings, as the first layer gets them."""
     positions: Tensor | None = None
     """[T] int64: position inside the document."""
     router_state: Tensor | None = None
     """What the previous MoE layer's router handed on."""
     step: int | None = None
     """Optimizer steps done, while training."""
+    ids: Mapping[str, Tensor] = field(default_factory=dict)
+    """[T] int64 by kind (``task``, ``domain``, ``modality``): what the rows are known to be."""
+    cost: tuple[float, ...] | None = None
+    """Of each expert, its work as a share of the dearest one's; 0 for no work. Set by the router."""
+    training: bool = False
+    """Set by the router from its own mode: noise and dropping may differ."""
+
+
+def hashed(ids: Tensor, seed: int) -> Tensor:
+    """int64 ids -> int64 below 2^16 that look random and never change."""
+    mixed = (ids + 1 + seed) * 0x9E3779B1 % (1 << 32)
+    return (mixed ^ (mixed >> 15)) * 0x5EBCA6B5 % (1 << 32) >> 16

@@ -37,7 +37,7 @@ class MoEConfig(Config):
     def _selectable(self) -> Self:
         if not self.experts:
             raise ValueError("experts is empty: name at least one bank")
-        self.router.select.check(self.num_experts)
+        self.router.check(self.num_experts)
         return self
 
     @property
@@ -45,14 +45,18 @@ class MoEConfig(Config):
         """Experts of all banks together."""
         return sum(bank.num_experts for bank in self.experts)
 
+    def costs(self, d_model: int) -> list[int]:
+        """Multiplications per row, of each expert."""
+        return [cost for bank in self.experts for cost in bank.costs(d_model)]
+
 
 class MoE(nn.Module):
     """Router, banks and shared branch. ``forward`` writes nothing to ``self``."""
 
     def __init__(self, config: MoEConfig, d_model: int) -> None:
         super().__init__()
-        self.config = config
-        self.router = Router(config.router, d_model, config.num_experts)
+        self.config, self.d_model = config, d_model
+        self.router = Router(config.router, d_model, config.num_experts, config.costs(d_model))
         self.banks = nn.ModuleList(bank.build(d_model) for bank in config.experts)
         self.shared = Shared(config.shared, d_model) if config.shared else None
 

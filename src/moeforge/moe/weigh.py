@@ -1,11 +1,13 @@
 """Weigh: scores of the chosen experts -> combine weights."""
 
-from typing import Literal
+from typing import Literal, Self
 
 import torch
+from pydantic import model_validator
 from torch import Tensor
 
 from moeforge.config import Config, slot
+from moeforge.moe.context import Context
 from moeforge.moe.select import Selection
 
 
@@ -17,9 +19,19 @@ class Scores(Config):
     """Divide by the sum over the chosen experts. After softmax scores this equals a softmax over the chosen ones."""
     weight_scale: float = 1.0
     """Multiplies every weight."""
+    over: Literal["chosen", "computed"] = "chosen"
+    """What is normalised over: every chosen expert, or only those that compute something (arXiv:2406.13233)."""
 
-    def __call__(self, scores_TE: Tensor, selection: Selection) -> Tensor:
+    @model_validator(mode="after")
+    def _does_something(self) -> Self:
+        if self.over == "computed" and not self.normalize_weights:
+            raise ValueError("over: computed does nothing without normalize_weights: true")
+        return self
+
+    def __call__(self, scores_TE: Tensor, selection: Selection, context: Context) -> Tensor:
         """[T, E] scores -> weights in the shape of ``selection.take``."""
+        if self.over == "computed" and context.cost is not None:
+            scores_TE = torch.where(scores_TE.new_tensor(context.cost) > 0, scores_TE, 0)
         weights = selection.take(scores_TE)
         if self.normalize_weights:
             # A sum of scores is zero only where every chosen score underflowed; the guard keeps that row at zero.
@@ -35,10 +47,24 @@ class SoftmaxChosen(Config):
     weight_scale: float = 1.0
     """Multiplies every weight."""
 
-    def __call__(self, scores_TE: Tensor, selection: Selection) -> Tensor:
+    def __call__(self, scores_TE: Tensor, selection: Selection, context: Context) -> Tensor:
         """[T, E] scores (use ``score: logits``) -> weights in the shape of ``selection.take``."""
         weights = selection.softmax(scores_TE)
         return weights if self.weight_scale == 1.0 else weights * self.weight_scale
 
 
-Weigh = slot(Scores, SoftmaxChosen)
+class Ones(Config):
+    """Weight one each, or their mean, with the gradient of the score itself: straight-through (arXiv:1308.3432)."""
+
+    type: Literal["ones"] = "ones"
+    average: bool = False
+    """Divide by the number of chosen experts, as a gate that keeps any number does (arXiv:2405.14297)."""
+
+    def __call__(self, scores_TE: Tensor, selection: Selection, context: Context) -> Tensor:
+        """[T, E] scores -> weights in the shape of ``selection.take``."""
+        chosen, passed = selection.take(torch.ones_like(scores_TE)), selection.take(scores_TE)
+        weights = chosen + (passed - passed.detach())
+        return weights / chosen.sum(-1, keepdim=True).clamp_min(1) if self.average else weights
+
+
+Weigh = slot(Scores, SoftmaxChosen, Ones, default=Scores)

@@ -59,6 +59,17 @@ class WarmupStableDecay(Config):
 Schedule = slot(Cosine, WarmupStableDecay)
 
 
+class Against(Config):
+    """What a recipe is compared with, at equal steps: another recipe, or the same with some settings changed."""
+
+    recipe: str | None = None
+    """Its name; null: the recipe itself."""
+    settings: tuple[str, ...] = ()
+    """``--dotted.name=value``, laid on top."""
+    by: Literal["bits_per_byte", "experts_per_token", "load_entropy"] = "bits_per_byte"
+    """What the claim is about. Bits per byte and experts per token should be lower, load entropy higher."""
+
+
 class RecipeNote(Config):
     """What a recipe is evidence for."""
 
@@ -72,6 +83,12 @@ class RecipeNote(Config):
     """What the paper says, that this run can show."""
     check: str
     """How to see it here."""
+    against: Against = Against(recipe="dense")
+    """What ``moeforge reproduce`` compares it with."""
+    differs: str | None = None
+    """Where the recipe departs from the paper."""
+    needs_scale: str | None = None
+    """Why the claim may not show at a size that runs here, where that is known."""
     expected: str
     """What came out when we did, measured."""
 

@@ -21,6 +21,8 @@ class StepResult:
     """``lm`` in nats per token, and each balance loss (unweighted, mean over layers)."""
     tokens_per_expert: dict[int, Tensor] = field(default_factory=dict)
     """By layer number, [E]."""
+    num_tokens: int = 0
+    """Rows that went through the routers."""
     grad_norm: float = 0.0
     """Before clipping."""
 
@@ -36,15 +38,16 @@ def accumulate_gradients(model: Decoder, batches: list[Batch], dtype: torch.dtyp
     for batch in batches:
         share = batch.num_targets / targets
         output = _run(model, batch, dtype, step)
+        result.num_tokens += batch.input_ids.numel()
         loss = summed_loss(output, batch.labels) / targets
         result.losses["lm"] += loss.item()
         for index, routing in output.routings.items():
             router = model.moe_layers[index].router
-            weights = {part.type: part.weight for part in router.config.losses}
+            weights = router.loss_weights
             for name, value in router.balance_losses(routing, len(batch.input_ids), counts.get(index)).items():
                 loss = loss + share * weights[name] * value
                 result.losses[name.removesuffix("_loss")] += share * value.item() / len(output.routings)
-            load = routing.route.counts.detach()
+            load = routing.choices
             result.tokens_per_expert[index] = result.tokens_per_expert.get(index, 0) + load
         if not torch.isfinite(loss):
             where = first_broken_module(model, lambda batch=batch: _run(model, batch, dtype, step))
@@ -65,7 +68,7 @@ def apply_gradients(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     for index, moe in model.moe_layers.items():
-        moe.router.step(result.tokens_per_expert[index])
+        moe.router.step(result.tokens_per_expert[index], result.num_tokens)
 
 
 def _run(model: Decoder, batch: Batch, dtype: torch.dtype, step: int) -> Output:
@@ -88,7 +91,8 @@ def _counts_of_step(
     if len(batches) == 1 or not wanting:
         return {}
     total: dict[int, dict[str, Tensor]] = defaultdict(dict)
-    with torch.no_grad():
+    # The same random numbers come again in the passes that count: a noisy router must choose as it did here.
+    with torch.random.fork_rng(), torch.no_grad():
         for batch in batches:
             for index, routing in _run(model, batch, dtype, step).routings.items():
                 for name, counts in model.moe_layers[index].router.counts(routing).items():

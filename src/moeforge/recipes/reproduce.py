@@ -1,0 +1,155 @@
+"""A paper's claim beside what came out here: a recipe and what it is compared with, over several seeds."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from moeforge.config import build, override
+from moeforge.data.packing import evaluation_batches
+from moeforge.data.prepare import TextData, prepare
+from moeforge.errors import UserError
+from moeforge.evaluate import bits_per_byte
+from moeforge.hub import load as open_model
+from moeforge.models import measure
+from moeforge.recipes.catalogue import load_tree
+from moeforge.train import RunConfig, train
+from moeforge.train.loop import Run
+from moeforge.train.metrics import Line, read_metrics
+
+Verdict = Literal["shows", "does not show here", "needs scale"]
+LAST = 50
+"""Steps at the end of a run that loads are averaged over."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One finished run in numbers."""
+
+    bits_per_byte: float
+    """Of the whole validation text."""
+    experts_per_token: float
+    """Experts that compute something, mean over the layers with experts and the last steps; 1 for a dense model."""
+    load_entropy: float
+    """Of all experts' loads, divided by log E, mean over layers and the last steps; 1 for a dense model."""
+    steps: int
+    tokens: int
+    flops_per_token: int
+    active_params: int
+    total_params: int
+    seconds: float
+    working: dict[int, list[bool]]
+    """By layer number, which experts compute something."""
+
+
+def arms(name: str, changes: Sequence[str] = ()) -> dict[str, RunConfig]:
+    """The recipe's run and the one it is compared with, ``changes`` laid on both. Raises UserError.
+
+    Recipes are listed under their own name, and under "<name>, changed" where only settings differ.
+    """
+    tree = load_tree(name)
+    ours = build(RunConfig, override(tree, changes), source=name)
+    if ours.recipe is None:
+        raise UserError(f"{name} has no recipe: with claim and comparison, so there is nothing to reproduce")
+    against = ours.recipe.against
+    base = load_tree(against.recipe) if against.recipe else tree
+    other = build(RunConfig, override(base, [*against.settings, *changes]), source=f"{name}, recipe.against")
+    label = against.recipe if against.recipe and not against.settings else f"{other.name}, changed"
+    if label == ours.name:
+        raise UserError(f"{name}: recipe.against is the recipe itself; name another one, or settings that differ")
+    return {ours.name: ours, label: other}
+
+
+def measured(config: RunConfig, out: Path, data: TextData) -> Measured:
+    """Trains ``config`` into ``out``, or goes on where an earlier attempt stopped, and reads the result from disk."""
+    if not (out / "model" / "config.json").exists():
+        train(config, out, resume=(out / "checkpoints").exists(), data=data)
+    model, _ = open_model(out)
+    lines = read_metrics(out / "metrics.jsonl")
+    size = measure(config.model.replace(vocab_size=model.config.vocab_size), seq_len=config.seq_len)
+    score = bits_per_byte(model, evaluation_batches(data.validation, config.batch_size, config.seq_len))
+    last = lines[-LAST:]
+    working = {index: [cost > 0 for cost in moe.config.costs(moe.d_model)] for index, moe in model.moe_layers.items()}
+    return Measured(
+        bits_per_byte=score.bits_per_byte,
+        experts_per_token=statistics.fmean(experts_per_token(line, working, config) for line in last),
+        load_entropy=statistics.fmean(mean_of(line, "moe/load_entropy/") for line in last),
+        steps=config.steps,
+        tokens=config.steps * config.tokens_per_step,
+        flops_per_token=size.flops_per_token,
+        active_params=size.active.all,
+        total_params=size.total.all,
+        seconds=sum(line["perf/seconds"] for line in lines),
+        working=working,
+    )
+
+
+def mean_of(line: Line, prefix: str) -> float:
+    """Mean of a line's values whose name starts so; 1 where there are none."""
+    values = [value for name, value in line.items() if name.startswith(prefix)]
+    return statistics.fmean(values) if values else 1.0
+
+
+def experts_per_token(line: Line, working: dict[int, list[bool]], config: RunConfig) -> float:
+    """Mean over layers of the experts that a token was computed by in one step; 1 for a dense model."""
+    loads = {index: line[f"moe/tokens_per_expert/layer_{index:02d}"] for index in working}
+    per_layer = [
+        sum(load for load, works in zip(loads[index], working[index], strict=True) if works) for index in working
+    ]
+    return statistics.fmean(per_layer) / config.tokens_per_step if per_layer else 1.0
+
+
+def seconds_per_step(config: RunConfig, data: TextData, out: Path) -> float:
+    """Median of a few steps, nothing kept."""
+    run, times = Run(config, out, data), []
+    for _ in range(5):
+        start = time.perf_counter()
+        run.step()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def gain(by: str, ours: Measured, other: Measured) -> float:
+    """How far ahead ``ours`` is in what the claim is about: above zero where the paper says so."""
+    sign = -1 if by == "load_entropy" else 1
+    return sign * (getattr(other, by) - getattr(ours, by))
+
+
+def verdict(gains: Sequence[float], needs_scale: str | None = None) -> Verdict:
+    """``shows`` when the mean gain is above twice its standard error (for one seed: above zero)."""
+    error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
+    if statistics.fmean(gains) > 2 * error:
+        return "shows"
+    return "needs scale" if needs_scale else "does not show here"
+
+
+def reproduce(
+    name: str, seeds: Sequence[int], out: Path, changes: Sequence[str] = (), say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Trains both arms for every seed into ``out`` and returns claim, numbers and verdict."""
+    runs: dict[str, list[Measured]] = {}
+    for seed in seeds:
+        for label, config in arms(name, [*changes, f"--seed={seed}"]).items():
+            data = prepare(config.data, config.tokenizer)
+            say(f"seed {seed}: {label}, {config.steps} steps")
+            run = measured(config, out / f"{label.replace(', ', '-')}-{seed}", data)
+            runs.setdefault(label, []).append(run)
+            say(f"seed {seed}: {label}: {run.bits_per_byte:.4f} bits per byte")
+    note = next(iter(arms(name, changes).values())).recipe
+    assert note is not None
+    ours, other = runs.values()
+    gains = [gain(note.against.by, a, b) for a, b in zip(ours, other, strict=True)]
+    return {
+        "recipe": name,
+        "arxiv": note.arxiv,
+        "claim": note.claim,
+        "differs": note.differs,
+        "by": note.against.by,
+        "changes": list(changes),
+        "seeds": list(seeds),
+        "gain": gains,
+        "verdict": verdict(gains, note.needs_scale),
+        "runs": {label: [asdict(run) for run in each] for label, each in runs.items()},
+    }

@@ -1,0 +1,179 @@
+"""Every gate against loops over tokens and experts, and what each one promises."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from moeforge.moe import Context, MLPExperts, MoE, MoEConfig, Router, RouterConfig
+from moeforge.moe.gates import MLP, Cosine, Distance, Gate, Hash, Linear, Lookup, Recurrent, TwoLevel
+from moeforge.moe.select import TopK
+from tests.moe.brute_force import members
+
+D, E, T = 8, 6, 5
+X_TD = torch.randn(T, D, generator=torch.Generator().manual_seed(3))
+EMBEDDED_TD = torch.randn(T, D, generator=torch.Generator().manual_seed(4))
+CONTEXT = Context(
+    token_ids=torch.tensor([3, 1, 3, 900, 7]), embedded=EMBEDDED_TD, ids={"task": torch.tensor([0, 1, 1, 0, 2])}
+)
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    return sum((p * q for p, q in zip(a, b, strict=True)), torch.zeros(()))
+
+
+def cosine(gate: Any, x: Tensor, e: int, t: int) -> Tensor:
+    rows = x if gate.project is None else torch.stack([dot(row, x) for row in gate.project])
+    w = gate.weight[e]
+    value = dot(rows, w) / (dot(rows, rows).sqrt() * dot(w, w).sqrt())
+    return (value - (0 if gate.bar is None else gate.bar[e])) * torch.exp(gate.scale)
+
+
+def mlp(gate: Any, x: Tensor, e: int, t: int) -> Tensor:
+    hidden = [dot(row, x) for row in gate.up]
+    return dot(torch.stack([h / (1 + torch.exp(-h)) for h in hidden]), gate.weight[e])
+
+
+def two_level(gate: Any, x: Tensor, e: int, t: int) -> Tensor:
+    def log_share(rows: Tensor, which: int) -> Tensor:
+        values = torch.stack([dot(row, x) for row in rows])
+        return torch.log(torch.exp(values[which]) / torch.exp(values).sum())
+
+    return log_share(gate.group, e // len(gate.place)) + log_share(gate.place, e % len(gate.place))
+
+
+def recurrent(gate: Any, x: Tensor, e: int, t: int) -> Tensor:
+    cell, rows = gate.cell, torch.stack([dot(row, x) for row in gate.project])
+    ours = (cell.weight_ih @ rows + cell.bias_ih).chunk(3)
+    below = cell.bias_hh.chunk(3)  # the first layer's state is zero
+    update = torch.sigmoid(ours[1] + below[1])
+    return dot((1 - update) * torch.tanh(ours[2] + torch.sigmoid(ours[0] + below[0]) * below[2]), gate.weight[e])
+
+
+def lookup(gate: Any, x: Tensor, e: int, t: int) -> Tensor:
+    ids = CONTEXT.token_ids if gate.by == "token" else CONTEXT.ids["task"]
+    return gate.table[ids[t], e] + (0 if gate.weight is None else dot(x, gate.weight[e]))
+
+
+def linear(gate: Any, x: Tensor, e: int, t: int) -> Tensor:
+    token = EMBEDDED_TD[t]
+    return dot(token / (dot(token, token) / D).sqrt() if gate.of_token else x, gate.weight[e])
+
+
+LOGITS: dict[str, Any] = {
+    "linear": linear,
+    "cosine": cosine,
+    "mlp": mlp,
+    "two_level": two_level,
+    "recurrent": recurrent,
+    "distance": lambda gate, x, e, t: -dot(x - gate.centre[e], x - gate.centre[e]) / math.sqrt(D),
+    "lookup": lookup,
+}
+EXAMPLES: dict[type, list[Any]] = {
+    Linear: [Linear(), Linear(orthogonal=True), Linear(frozen=True), Linear(previous=True), Linear(reads="token")],
+    Cosine: [Cosine(), Cosine(d_route=3, thresholds=True)],
+    MLP: [MLP(width=7)],
+    TwoLevel: [TwoLevel(num_groups=2), TwoLevel(num_groups=3)],
+    Recurrent: [Recurrent(d_route=4)],
+    Distance: [Distance()],
+    Lookup: [Lookup(num_ids=3), Lookup(num_ids=3, rows=True), Lookup(by="token", num_ids=901, rows=True)],
+    Hash: [],  # has no logits to compare: see below
+}
+
+
+@pytest.mark.parametrize("config", [example for member in members(Gate) for example in EXAMPLES[member]], ids=repr)
+def test_every_gate_is_its_loop(config: Any) -> None:
+    torch.manual_seed(1)
+    gate = config.build(D, E)
+    logits_TE, _ = gate(X_TD, CONTEXT)
+    logits = LOGITS[config.type]
+    expected = torch.stack([logits(gate, x, e, t) for t, x in enumerate(X_TD) for e in range(E)]).view(T, E)
+    torch.testing.assert_close(logits_TE, expected, rtol=1e-4, atol=1e-5)
+    learned = [p for p in gate.parameters() if p.requires_grad]
+    if not learned:
+        assert config.frozen
+        return
+    towards_TE = torch.randn(T, E)
+    ours = torch.autograd.grad((logits_TE * towards_TE).sum(), learned, allow_unused=True, materialize_grads=True)
+    theirs = torch.autograd.grad((expected * towards_TE).sum(), learned, allow_unused=True, materialize_grads=True)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", [example for member in members(Gate) for example in EXAMPLES[member]], ids=repr)
+def test_every_gate_decides_in_float32_in_a_bf16_model(config: Any) -> None:
+    logits_TE, state = config.build(D, E).bfloat16()(X_TD.bfloat16(), CONTEXT)
+    assert logits_TE.dtype == torch.float32 and (state is None or state.dtype == torch.float32)
+
+
+def test_a_hash_sends_a_token_id_to_one_expert_whatever_surrounds_it() -> None:
+    router = Router(RouterConfig(gate=Hash(), select=TopK(k=1), losses=()), D, E)
+    ids_T = torch.arange(3000)
+    route = router(torch.randn(3000, D), Context(token_ids=ids_T)).route
+    assert torch.equal(route.weight, torch.ones(3000))
+    assert route.counts.min() > 350, "a hash that leaves an expert without ids is none"
+    expert_T = torch.empty(3000, dtype=torch.long)
+    expert_T[route.token] = route.expert
+    alone = router(torch.randn(1, D), Context(token_ids=torch.tensor([1234]))).route
+    assert alone.expert.tolist() == [expert_T[1234].item()]
+
+
+def test_a_frozen_gate_stays_and_its_experts_learn() -> None:
+    router = RouterConfig(gate=Linear(frozen=True), losses=())
+    layer = MoE(MoEConfig(experts=(MLPExperts(num_experts=E, d_expert=4),), router=router), D)
+    layer(X_TD)[0].sum().backward()
+    assert layer.router.gate.weight.grad is None
+    assert layer.banks[0].down_proj.grad.abs().sum() > 0
+
+
+def test_the_state_of_a_gate_reaches_the_next_layer() -> None:
+    for config in (Recurrent(d_route=4), Linear(previous=True)):
+        first, second = config.build(D, E), config.build(D, E)
+        _, state = first(X_TD, CONTEXT)
+        with_state, _ = second(X_TD, Context(router_state=state))
+        without, _ = second(X_TD, Context())
+        assert not torch.allclose(with_state, without)
+        changed = state.clone()
+        changed[3] += 1  # another token's state: nothing else may move
+        moved_T = (second(X_TD, Context(router_state=changed))[0] != with_state).any(1)
+        assert moved_T.tolist() == [False, False, False, True, False]
+
+
+def test_orthogonal_rows_and_the_weights_of_two_levels() -> None:
+    weight = Linear(orthogonal=True).build(D, E).weight
+    torch.testing.assert_close(weight @ weight.T, torch.eye(E), rtol=1e-5, atol=1e-5)
+    assert sum(p.numel() for p in TwoLevel(num_groups=4).build(D, 32).parameters()) == D * (4 + 8)
+
+
+def test_cosine_does_not_see_the_length_of_a_row() -> None:
+    gate = Cosine().build(D, E)
+    torch.testing.assert_close(gate(X_TD, CONTEXT)[0], gate(X_TD * 7, CONTEXT)[0])
+
+
+@pytest.mark.parametrize(
+    ("router", "message"),
+    [
+        ({"gate": {"type": "two_level", "num_groups": 4}}, "not divisible by gate.num_groups = 4"),
+        ({"gate": "hash"}, "gate: hash learns nothing, so nothing can balance it; set losses: \\[\\]"),
+        ({"gate": {"type": "linear", "frozen": True}}, "gate: linear learns nothing"),
+        ({"score": {"type": "softmax", "num_groups": 4}}, "not divisible by score.num_groups = 4"),
+    ],
+)
+def test_gates_that_cannot_work_are_refused(router: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        MoEConfig.model_validate({"experts": {"num_experts": E, "d_expert": 4}, "router": router})
+
+
+@pytest.mark.parametrize(
+    ("gate", "message"),
+    [
+        (Hash(), "needs the token ids"),
+        (Linear(reads="token"), "needs the tokens' embeddings"),
+        (Lookup(num_ids=2, by="domain"), "needs domain ids in the context; it has none"),
+    ],
+)
+def test_what_a_gate_misses_is_named(gate: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        gate.build(D, E)(X_TD, Context())

@@ -1,0 +1,54 @@
+"""Every recipe: its model trains a step, its comparison exists, and its note says what is needed."""
+
+import pytest
+import torch
+
+from moeforge.data.packing import Batch
+from moeforge.models import Decoder
+from moeforge.recipes import RECIPES, load
+from moeforge.recipes.reproduce import arms
+from moeforge.train import RunConfig
+from moeforge.train.optimizer import build_optimizer
+from moeforge.train.step import accumulate_gradients, apply_gradients
+
+VOCAB = 101
+
+
+def batch(rows: int = 2, length: int = 24) -> Batch:
+    ids, position = torch.randint(VOCAB, (rows, length + 1)), torch.arange(length).expand(rows, length)
+    document = torch.zeros(rows, length, dtype=torch.int32)
+    return Batch(ids[:, :-1], ids[:, 1:], document, position, num_bytes=rows * length)
+
+
+def small(name: str) -> RunConfig:
+    config = load(name)
+    return config.replace(model=config.model.replace(vocab_size=VOCAB))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_trains_a_step(name: str) -> None:
+    torch.manual_seed(0)
+    config = small(name)
+    model = Decoder(config.model)
+    optimizer = build_optimizer(model, config.optimizer)
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    result = accumulate_gradients(model, [batch(), batch()], torch.float32, step=0)
+    apply_gradients(model, optimizer, result, clip=1.0, step=0)
+    still = [name for name, weight in model.named_parameters() if torch.equal(weight, before[name])]
+    frozen = [name for name, weight in model.named_parameters() if not weight.requires_grad]
+    first_router = [name for name in still if name.endswith("previous")][:1]  # nothing lies below the first layer
+    assert still == [name for name in before if name in {*frozen, *first_router}]
+    assert 3 < result.losses["lm"] < 7
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_has_a_comparison_and_a_full_note(name: str) -> None:
+    if name == "dense":
+        return  # it is what the others are compared with
+    ours, other = arms(name).values()
+    note = ours.recipe
+    assert note is not None
+    assert any(command in note.check for command in (f"moeforge reproduce {name}", "moeforge train", "moeforge demo"))
+    assert note.arxiv and note.title and note.claim.endswith(".")
+    assert ours.steps * ours.tokens_per_step == other.steps * other.tokens_per_step
+    assert ours.model != other.model or ours.accumulate != other.accumulate

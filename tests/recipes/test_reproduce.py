@@ -1,0 +1,101 @@
+"""Reproducing a claim: both arms trained for real on a little text, numbers read from disk, and the verdict."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moeforge.cli.main import main
+from moeforge.errors import UserError
+from moeforge.recipes.reproduce import Measured, arms, gain, verdict
+
+RECIPE = """
+extends: adamoe
+name: mine
+recipe:
+  title: A paper
+  arxiv: "2406.13233"
+  claim: Null experts save work.
+  check: moeforge reproduce mine.yaml
+  against: {settings: ["--model.moe.experts=[{num_experts: 8, d_expert: 16}]"], by: experts_per_token}
+  expected: not measured yet
+batch_size: 2
+seq_len: 32
+steps: 12
+tokenizer: bytes
+data: {type: files, path: PATH}
+model:
+  d_model: 16
+  num_layers: 1
+  num_heads: 2
+  moe: {experts: [{num_experts: 8, d_expert: 16}, {type: zero, num_experts: 8}]}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("\n\n".join(f"paragraph {n} of {n * 7} words" for n in range(300)))
+    file = tmp_path / "mine.yaml"
+    file.write_text(RECIPE.replace("PATH", str(tmp_path / "text.txt")))
+    return file
+
+
+def test_claim_and_result_stand_side_by_side(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reproduce", str(recipe), "--seeds", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "Null experts save work." in shown and "benchmarks/reproduce/mine.json" in shown
+    found = json.loads(Path("benchmarks/reproduce/mine.json").read_text())
+    ours, other = found["runs"]["mine"], found["runs"]["mine, changed"]
+    assert found["seeds"] == [0, 1] and len(ours) == len(other) == 2
+    assert all(run["experts_per_token"] == 4 for run in other), "four of eight real ones"
+    assert all(1 < run["experts_per_token"] < 3 for run in ours), "null experts are not counted"
+    assert found["gain"] == pytest.approx([4 - run["experts_per_token"] for run in ours])
+    assert found["verdict"] == "shows" and "shows: gain in experts per token" in shown
+    assert 1 < ours[0]["bits_per_byte"] < 9 and ours[0]["tokens"] == 12 * 64
+    stamps = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("model/model.safetensors")}
+    assert len(stamps) == 4
+    assert main(["reproduce", str(recipe), "--seeds", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["gain"] == found["gain"]
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps, "what is there is read, not trained again"
+
+
+def test_minutes_shorten_both_runs(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reproduce", str(recipe), "--seeds=1", "--minutes=600", "--json"]) == 0
+    runs = json.loads(capsys.readouterr().out)["runs"]
+    assert {run["steps"] for each in runs.values() for run in each} == {12}, "never more than the recipe asks for"
+    assert main(["reproduce", str(recipe), "--minutes=0.000001"]) == 2
+    assert "minutes are too few for 3 seeds" in capsys.readouterr().err
+    assert main(["reproduce", str(recipe), "--minutes=1", "--steps=3"]) == 2
+    assert "--minutes sets the number of steps" in capsys.readouterr().err
+
+
+def test_what_has_no_comparison(tmp_path: Path) -> None:
+    file = tmp_path / "plain.yaml"
+    file.write_text("steps: 3\n")
+    with pytest.raises(UserError, match="has no recipe: with claim and comparison"):
+        arms(str(file))
+    with pytest.raises(UserError, match=r"recipe\.against is the recipe itself"):
+        arms("dense")
+
+
+def test_gains_point_where_the_claim_points() -> None:
+    def run(bits: float, experts: float, entropy: float) -> Measured:
+        return Measured(bits, experts, entropy, 1, 1, 1, 1, 1, 1.0, {})
+
+    better, worse = run(1.0, 1.0, 0.9), run(1.5, 2.0, 0.5)
+    assert [gain(by, better, worse) for by in ("bits_per_byte", "experts_per_token", "load_entropy")] == [0.5, 1.0, 0.4]
+
+
+@pytest.mark.parametrize(
+    ("gains", "expected"),
+    [
+        ([0.1], "shows"),
+        ([-0.1], "does not show here"),
+        ([0.1, 0.12, 0.08], "shows"),
+        ([0.1, -0.1, 0.06], "does not show here"),
+    ],
+)
+def test_a_verdict_weighs_the_spread(gains: list[float], expected: str) -> None:
+    assert verdict(gains) == expected
+    assert verdict([-1.0], needs_scale="tokens") == "needs scale" and verdict([1.0], needs_scale="tokens") == "shows"
