@@ -16,7 +16,8 @@ from moeforge import recipes
 from moeforge.cli.analyze import read_run
 from moeforge.cli.demo import ARMS, summarise, twins
 from moeforge.data.prepare import prepare
-from moeforge.train import RunConfig, train
+from moeforge.recipes.reproduce import trained
+from moeforge.train import RunConfig
 
 
 def config_of(arm: str, seed: int) -> RunConfig:
@@ -27,6 +28,7 @@ def config_of(arm: str, seed: int) -> RunConfig:
 def run_arm(arm: str, seed: int, folder: Path, threads: int) -> None:
     """One run in its own process."""
     if (folder / "model" / "config.json").exists():
+        trained(config_of(arm, seed), folder)  # nothing to do, but for other settings, which it refuses
         return
     command = [sys.executable, __file__, "--out", str(folder), "--arm", arm, "--seeds", str(seed)]
     subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
@@ -41,7 +43,7 @@ def main() -> None:
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
     wanted = parser.parse_args()
     if wanted.arm:
-        train(config_of(wanted.arm, wanted.seeds[0]), wanted.out, resume=(wanted.out / "checkpoints").exists())
+        trained(config_of(wanted.arm, wanted.seeds[0]), wanted.out)
         return
     threads = max(1, (os.cpu_count() or 1) // wanted.parallel)
     folders = {(seed, arm): wanted.out / f"{arm}-{seed}" for seed in wanted.seeds for arm in ARMS}

@@ -1,19 +1,13 @@
 """Every recipe at its own settings, one seed: bits per byte on the whole validation text. Writes ``recipes.json``."""
 
 import argparse
-import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 from report import write
 
-from moeforge.data.packing import evaluation_batches
-from moeforge.data.prepare import prepare
-from moeforge.evaluate import bits_per_byte
-from moeforge.hub import load as open_model
-from moeforge.models import measure
 from moeforge.recipes import RECIPES, load
-from moeforge.train import train
-from moeforge.train.metrics import read_metrics
+from moeforge.recipes.reproduce import measured, text_of
 
 VARIANTS = {
     "pyramid-moe, 32 everywhere": ("pyramid-moe", ["--model.layers={}", "--model.moe.experts.num_experts=32"]),
@@ -23,32 +17,20 @@ VARIANTS = {
 
 
 def main() -> None:
-    """Trains one after the other; ``--steps`` shortens all alike."""
+    """Trains one after the other; ``--steps`` shortens all alike; a run that ``--out`` holds is read, not trained."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int)
-    steps = parser.parse_args().steps
-    shorter = [f"--steps={steps}"] if steps else []
+    parser.add_argument("--out", type=Path, default=Path("runs/recipes"))
+    parser.add_argument("--only", nargs="+", metavar="RECIPE", help="these recipes and no variants")
+    wanted = parser.parse_args()
+    shorter = [f"--steps={wanted.steps}"] if wanted.steps else []
+    runs = {name: (name, []) for name in wanted.only or RECIPES} | ({} if wanted.only else VARIANTS)
     results = {}
-    for name, (recipe, changes) in {**{name: (name, []) for name in RECIPES}, **VARIANTS}.items():
+    for name, (recipe, changes) in runs.items():
         config = load(recipe, [*changes, *shorter])
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "run"
-            train(config, out)
-            last = read_metrics(out / "metrics.jsonl")[-1]
-            model, tokenizer = open_model(out)
-        text = prepare(config.data, tokenizer).validation
-        score = bits_per_byte(model, evaluation_batches(text, config.batch_size, config.seq_len))
-        size = measure(model.config, seq_len=config.seq_len)
-        results[name] = {
-            "bits_per_byte": score.bits_per_byte,
-            "steps": config.steps,
-            "total_params": size.total.all,
-            "active_params": size.active.all,
-            "flops_per_token": size.flops_per_token,
-            "seconds": last["perf/total_seconds"],
-            "load_entropy": {key[-8:]: value for key, value in last.items() if key.startswith("moe/load_entropy")},
-        }
-        print(name, f"{score.bits_per_byte:.4f}", flush=True)
+        found = measured(config, wanted.out / name.replace(", ", "-").replace(" ", "-"), text_of(config))
+        results[name] = asdict(found)
+        print(name, f"{found.bits_per_byte:.4f}", flush=True)
         write("recipes", results)
 
 

@@ -37,7 +37,7 @@ def test_a_dry_run_counts_and_writes_nothing(call, tiny, tmp_path, monkeypatch):
     assert code == 0
     assert found["changed"] == {"steps": 10}
     assert (found["tokens"], found["out"]) == (10 * 2 * 32, "runs/tiny")
-    assert [(row["engine"], row["layers"]) for row in found["engines"]] == [("streaming", [1])]
+    assert [(row["engine"], row["layers"]) for row in found["engines"]] == [("grouped", [1])]
     assert found["model"]["total_params"]["all"] > found["model"]["active_params"]["all"] > 0
     assert list(tmp_path.iterdir()) == []
 
@@ -46,7 +46,7 @@ def test_a_dry_run_reads_well(call, tiny):
     code, shown, _ = call("train", tiny, "--dry-run")
     assert code == 0
     for part in (
-        "engine streaming",
+        "engine grouped",
         "memory           about",
         "tokens           384 in 6 steps",
         "changed          nothing",

@@ -226,8 +226,15 @@ def test_grouped_says_why_it_cannot(dtype: torch.dtype, d_model: int, width: int
         expert_mlp(x.to(dtype), top_k(3), up.to(dtype), down.to(dtype), "swiglu", "grouped")
 
 
-def test_auto_is_streaming_on_a_cpu_and_says_why() -> None:
+@pytest.mark.parametrize(("d_model", "dtype", "picked"), [(64, "float32", "grouped"), (512, "float32", "streaming")])
+def test_auto_on_a_cpu_goes_by_the_size_of_an_expert_and_says_so(d_model: int, dtype: str, picked: str) -> None:
+    x = torch.empty(3, d_model, dtype=getattr(torch, dtype), device="cpu")
+    name, reason = choose(x, x.new_empty(2, 4 * d_model, d_model), x.new_empty(2, d_model, 2 * d_model))
+    assert name == picked and "CPU" in reason
+
+
+def test_auto_never_takes_what_cannot_run_and_asking_overrides_it() -> None:
     xs = operands()
-    name, reason = choose(*xs)
-    assert name == "streaming" and "CPU" in reason
-    assert choose(*xs, "grouped") == ("grouped", "asked for")
+    double = [tensor.double() for tensor in xs]
+    assert choose(*double) == ("streaming", "grouped cannot: grouped_mm has no torch.float64")
+    assert choose(*xs, "streaming") == ("streaming", "asked for")

@@ -17,6 +17,7 @@ from moeforge.moe.select import TopK
 
 BANK = {"num_experts": 8, "d_expert": 16}
 MOE = {"experts": BANK}
+PREVIOUS = {"type": "linear", "previous": True}
 
 
 def experts_per_layer(config: ModelConfig) -> list[int]:
@@ -141,6 +142,15 @@ def test_the_short_form_of_a_slot_is_its_default_member() -> None:
             "moe.router.select: there is no type 'topk'. Did you mean 'top_k'",
         ),
         ({"moe": MOE | {"router": {"losses": ["zloss"]}}}, "there is no type 'zloss'. Did you mean 'z_loss'?"),
+        (
+            {"moe": MOE | {"router": {"gate": PREVIOUS}}, "layers": {2: {"moe": {"experts": {"num_experts": 4}}}}},
+            "layer 2: its gate takes a state of 4, the layer below hands on 8",
+        ),
+        ({"moe": MOE | {"router": {"gate": {"type": "lookup", "num_ids": 9}}}}, "a decoder knows token ids alone"),
+        (
+            {"vocab_size": 11, "moe": MOE | {"router": {"gate": {"type": "lookup", "by": "token", "num_ids": 9}}}},
+            "gate.num_ids = 9 is less than 11 tokens",
+        ),
         ({"layers": {"one": {}}}, "input should be a valid integer"),
         ({"moe": MOE, "moe_every": "x", "layers": {1: {}}}, "moe_every = 'x': input should be a valid integer"),
     ],

@@ -1,6 +1,6 @@
 """The layer against its brute-force twin: every part of every slot, forward and all gradients."""
 
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from moeforge.config import Activation
+from moeforge.config import Activation, Config
 from moeforge.kernels import ENGINES
 from moeforge.moe import Context, MLPExperts, MoE, MoEConfig, Route, RouterConfig
 from moeforge.moe.bank import (
@@ -48,7 +48,7 @@ EXAMPLES: dict[type, list[Any]] = {
     Threshold: [Threshold(), Threshold(bar=0.3), Threshold(bar=0.3, at_least=2)],
     ExpertChoice: [ExpertChoice(k=2), ExpertChoice(k=0.5)],
     Uncertain: [Uncertain(k=2)],
-    Random: [],
+    Random: [],  # chooses by lot: see test_select.py
     Sinkhorn: [Sinkhorn(k=2)],
     Softmax: [Softmax(), Softmax(temperature=0.5, standardize=True), Softmax(num_groups=2)],
     Sigmoid: [Sigmoid()],
@@ -83,6 +83,12 @@ def banks() -> list[list[Any]]:
     pair = [MLPExperts(num_experts=2, d_expert=12), MLPExperts(num_experts=4, d_expert=4, activation="relu")]
     mixed = [*pair, ZeroExperts(num_experts=2), CopyExperts(), ConstantExperts()]
     return [*([bank] for bank in examples(Experts) if any(bank.costs(D)) or bank.type == "copy"), pair, mixed]
+
+
+class NoSelector(Config):
+    """Stands in a slot, but answers nothing."""
+
+    type: Literal["tests.moe.test_layer:NoSelector"] = "tests.moe.test_layer:NoSelector"
 
 
 def names(banks: list[Any]) -> str:
@@ -224,8 +230,9 @@ def test_forward_writes_nothing_to_the_layer() -> None:
     assert all(torch.equal(state[name], value) for name, value in moe.state_dict().items())
 
 
-def test_a_layer_runs_under_autocast_and_in_bf16() -> None:
-    moe, x = build(shared={"d_expert": 4}), torch.randn(6, D)
+@pytest.mark.parametrize("experts", banks(), ids=names)
+def test_a_layer_runs_under_autocast_and_in_bf16(experts: list[Any]) -> None:
+    moe, x = build(experts=experts, shared={"d_expert": 4}), torch.randn(6, D)
     exact, _ = moe(x)
     with torch.autocast("cpu", torch.bfloat16):
         mixed, _ = moe(x)
@@ -248,6 +255,20 @@ def test_one_bank_is_written_without_a_list() -> None:
     ("changes", "message"),
     [
         ({"experts": []}, "experts is empty"),
+        ({"experts": {"type": "nested", "widths": []}}, "at least 1 item"),
+        ({"experts": {"type": "nested", "widths": [0]}}, "greater than or equal to 1"),
+        ({"router": {"losses": ["z_loss", "z_loss"]}}, "losses: each type once"),
+        ({"router": {"losses": [], "controller": "sparsity"}}, "moves the weight of the losses, and losses is empty"),
+        ({"router": {"losses": [{"type": "load_balancing_loss", "by_cost": True}]}}, "all experts cost the same"),
+        ({"router": {"losses": [{"type": "load_balancing_loss", "free": "together"}]}}, "no expert is without work"),
+        (
+            {"router": {"losses": [{"type": "load_balancing_loss", "over": "sequence", "by_cost": True}]}},
+            "over: sequence knows neither",
+        ),
+        ({"router": {"weigh": {"normalize_weights": True, "over": "computed"}}}, "no expert is without work"),
+        ({"router": {"gate": "hash", "losses": []}}, "gate: hash names one expert"),
+        ({"router": {"gate": "hash", "losses": [], "select": {"k": 1}, "score": "logits"}}, "gate: hash names one"),
+        ({"router": {"select": {"type": "tests.moe.test_layer:NoSelector"}}}, "does not inherit from"),
         ({"router": {"select": {"type": "top_k", "k": 7}}}, "k = 7 is more than num_experts = 6"),
         ({"router": {"select": {"type": "top_k", "num_groups": 4}}}, "not divisible by num_groups = 4"),
         ({"router": {"select": {"type": "top_k", "num_groups": 2, "top_groups": 3}}}, "more than num_groups=2"),

@@ -91,10 +91,28 @@ def test_lots_are_even_and_distinct() -> None:
     assert torch.bincount(ids_TK.flatten(), minlength=6).sub(2000).abs().max() < 200
 
 
+def test_lots_outside_training_follow_from_token_and_position() -> None:
+    ids_T, positions_T, scores_TE = torch.arange(3000) % 100, torch.arange(3000), torch.zeros(3000, 6)
+    context = Context(token_ids=ids_T, positions=positions_T)
+    first = Random(k=2)(scores_TE, context).ids
+    assert torch.equal(first, Random(k=2)(scores_TE, context).ids)
+    alone = Context(token_ids=ids_T[70:71], positions=positions_T[70:71])
+    assert torch.equal(first[70:71], Random(k=2)(scores_TE[:1], alone).ids)
+    assert not torch.equal(first, Random(k=2)(scores_TE, replace(context, training=True)).ids)
+    assert torch.bincount(first.flatten(), minlength=6).sub(1000).abs().max() < 150
+    assert (first[:, 0] != first[:, 1]).all() and len(first[ids_T == 7].unique(dim=0)) > 10
+
+
 def test_a_plan_evens_out_loads_while_training() -> None:
-    skewed_TE = (torch.randn(300, 6) + torch.tensor([3.0, 0, 0, 0, 0, 0])).log_softmax(1)
-    trained_E, outside_E = (mask_of(Sinkhorn(k=1)(skewed_TE, context)).sum(0) for context in (TRAINING, OUTSIDE))
-    assert outside_E.max() > 200 and trained_E.max() < 80
+    logits_TE = torch.randn(300, 6) + torch.tensor([3.0, 0, 0, 0, 0, 0])
+    scores_TE = logits_TE.softmax(1)
+    trained_E, outside_E = (mask_of(Sinkhorn(k=1)(scores_TE, context)).sum(0) for context in (TRAINING, OUTSIDE))
+    assert outside_E.max() > 200 and trained_E.max() < 60
+    plan_TE = torch.exp(logits_TE)  # the published plan: exp(logits) with rows, then columns, scaled in turn
+    for _ in range(8):
+        plan_TE = plan_TE / plan_TE.sum(1, keepdim=True)
+        plan_TE = plan_TE / plan_TE.sum(0, keepdim=True)
+    assert torch.equal(Sinkhorn(k=1)(scores_TE, TRAINING).ids[:, 0], plan_TE.argmax(1))
 
 
 def test_k_may_differ_while_training_and_grow() -> None:

@@ -1,8 +1,11 @@
 """Every recipe: its model trains a step, its comparison exists, and its note says what is needed."""
 
+import json
+
 import pytest
 import torch
 
+from moeforge.cli.main import main
 from moeforge.data.packing import Batch
 from moeforge.models import Decoder
 from moeforge.recipes import RECIPES, load
@@ -39,6 +42,13 @@ def test_every_recipe_trains_a_step(name: str) -> None:
     first_router = [name for name in still if name.endswith("previous")][:1]  # nothing lies below the first layer
     assert still == [name for name in before if name in {*frozen, *first_router}]
     assert 3 < result.losses["lm"] < 7
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_can_be_counted(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", name, "--json"]) == 0
+    size = json.loads(capsys.readouterr().out)
+    assert 0 < size["active_params"]["all"] <= size["total_params"]["all"]
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -17,7 +17,12 @@ recipe:
   arxiv: "2406.13233"
   claim: Null experts save work.
   check: moeforge reproduce mine.yaml
-  against: {settings: ["--model.moe.experts=[{num_experts: 8, d_expert: 16}]"], by: experts_per_token}
+  against:
+    settings:
+      - "--model.moe.experts=[{num_experts: 8, d_expert: 16}]"
+      - "--model.moe.router.weigh={normalize_weights: true}"
+      - "--model.moe.router.losses=[load_balancing_loss]"
+    by: experts_per_token
   expected: not measured yet
 batch_size: 2
 seq_len: 32
@@ -58,6 +63,9 @@ def test_claim_and_result_stand_side_by_side(recipe: Path, capsys: pytest.Captur
     assert main(["reproduce", str(recipe), "--seeds", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["gain"] == found["gain"]
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps, "what is there is read, not trained again"
+    assert main(["reproduce", str(recipe), "--seeds", "2", "--steps=11"]) == 2
+    problem = capsys.readouterr().err
+    assert "holds a run of other settings; name another folder" in problem and '"steps"' in problem
 
 
 def test_minutes_shorten_both_runs(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,7 +89,7 @@ def test_what_has_no_comparison(tmp_path: Path) -> None:
 
 def test_gains_point_where_the_claim_points() -> None:
     def run(bits: float, experts: float, entropy: float) -> Measured:
-        return Measured(bits, experts, entropy, 1, 1, 1, 1, 1, 1.0, {})
+        return Measured(bits, experts, entropy, 1, 1, 1, 1, 1, 1.0)
 
     better, worse = run(1.0, 1.0, 0.9), run(1.5, 2.0, 0.5)
     assert [gain(by, better, worse) for by in ("bits_per_byte", "experts_per_token", "load_entropy")] == [0.5, 1.0, 0.4]

@@ -9,19 +9,20 @@ from moeforge.data.packing import Batch
 from moeforge.errors import UserError
 from moeforge.models import Decoder, ModelConfig
 from moeforge.train.config import AdamW
+from moeforge.train.metrics import step_line
 from moeforge.train.optimizer import build_optimizer
 from moeforge.train.step import accumulate_gradients, apply_gradients
 
 SIZE, LENGTH, VOCABULARY = 4, 12, 17
 
 
-def model(over: str = "batch", controller: str | None = None, choices: str = "all") -> Decoder:
+def model(over: str = "batch", controller: str | None = None, choices: str = "all", **parts: object) -> Decoder:
     torch.manual_seed(0)
     losses = [
         {"type": "load_balancing_loss", "weight": 0.5, "over": over, "choices": choices},
         {"type": "z_loss", "weight": 0.1},
     ]
-    router = {"select": {"k": 2}, "losses": losses, "controller": controller}
+    router = {"select": {"k": 2}, "losses": losses, "controller": controller, **parts}
     moe = {"experts": {"num_experts": 4, "d_expert": 8}, "router": router}
     config = ModelConfig(
         vocab_size=VOCABULARY, d_model=16, num_layers=2, num_heads=2, moe=moe, init={"type": "normal", "std": 0.3}
@@ -121,3 +122,22 @@ def test_a_gradient_that_is_not_finite_names_the_weight_and_leaves_all_weights_a
     with pytest.raises(UserError, match=r"blocks\.1\.attention\.q_proj\.weight"):
         apply_gradients(decoder, optimizer, result, 1.0, 0)
     assert all(torch.equal(a, b) for a, b in zip(before, decoder.parameters(), strict=True))
+
+
+def test_noise_is_the_same_in_the_pass_that_counts(monkeypatch):
+    decoder, parts, seen = model(noise=["gumbel"]), [batch(slice(0, 1)), batch(slice(1, 4))], []
+    router = decoder.moe_layers[0].router
+    count = router.counts
+    monkeypatch.setattr(router, "counts", lambda routing: seen.append(routing.choices) or count(routing))
+    result = accumulate_gradients(decoder, parts, torch.float32, 0)
+    assert len(seen) == 2
+    assert torch.equal(result.tokens_per_expert[0], seen[0] + seen[1]), "losses were given the counts of other draws"
+
+
+def test_what_a_capacity_leaves_out_is_counted_and_written():
+    decoder = model(capacity=[{"type": "capacity", "capacity_factor": 0.5}])
+    result = accumulate_gradients(decoder, [batch()], torch.float32, 0)
+    line, chosen = step_line(1, result, 0.1, 1.0, 1), result.tokens_per_expert[0].sum().item()
+    assert line["moe/drop_rate/layer_00"] == result.dropped[0] / chosen and 0.3 < line["moe/drop_rate/layer_00"] < 0.7
+    plain = accumulate_gradients(model(), [batch()], torch.float32, 0)
+    assert not any(name.startswith("moe/drop_rate") for name in step_line(1, plain, 0.1, 1.0, 1))

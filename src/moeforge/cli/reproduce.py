@@ -43,14 +43,12 @@ def reproduce(
 
 def _steps(name: str, changes: list[str], seeds: int, seconds: float, folder: Path) -> int:
     """Steps of each run, so that all of them take ``seconds``. Raises UserError when that is less than ten."""
-    from moeforge.data.prepare import prepare
     from moeforge.recipes.reproduce import arms, seconds_per_step
 
     if any(change.startswith("--steps") for change in changes):
         raise UserError("--minutes sets the number of steps: leave --steps out")
     pair: list[RunConfig] = list(arms(name, changes).values())
-    data = prepare(pair[0].data, pair[0].tokenizer)
-    each = sum(seconds_per_step(config, data, folder) for config in pair)
+    each = sum(seconds_per_step(config, folder) for config in pair)
     steps = min(pair[0].steps, int(seconds / seeds / each))
     if steps < 10:
         raise UserError(f"a step of both takes {each:.1f} s: {seconds / 60:g} minutes are too few for {seeds} seeds")

@@ -40,7 +40,7 @@ class Writer:
         if leaking and not unsafe_batch_dependent:
             raise UserError(
                 f"in layers {', '.join(map(str, leaking))} a token's experts depend on the tokens after and beside it, "
-                "so a text written token by token is not what was trained; --unsafe-batch-dependent writes it anyway"
+                "so text token by token is not what was trained; generate --unsafe-batch-dependent writes anyway"
             )
         self.model, self.tokenizer = model, tokenizer
         self.max_len = model.config.max_seq_len

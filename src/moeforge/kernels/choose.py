@@ -25,6 +25,10 @@ ENGINES: dict[str, Engine | None] = {
 }
 
 
+SMALL_EXPERT = 512 << 10
+"""Bytes of one expert's weights up to which, on a CPU, one call for all experts beats calls per expert."""
+
+
 def choose(x_TD: Tensor, up_EHD: Tensor, down_EDH: Tensor, wanted: str = "auto") -> tuple[str, str]:
     """(engine, reason). ``wanted`` other than ``auto`` is obeyed or refused with a UserError, never replaced."""
     if wanted not in ("auto", *ENGINES):
@@ -34,6 +38,10 @@ def choose(x_TD: Tensor, up_EHD: Tensor, down_EDH: Tensor, wanted: str = "auto")
         if wanted == "grouped" and refusal:
             raise UserError(f"engine 'grouped' cannot run here: {refusal}. Use engine=streaming")
         return wanted, "asked for"
-    if x_TD.device.type == "cpu":
-        return "streaming", "on a CPU, chunks of rows that stay in cache"
-    return ("streaming", f"grouped cannot: {refusal}") if refusal else ("grouped", "one launch for all experts")
+    if refusal:
+        return "streaming", f"grouped cannot: {refusal}"
+    if x_TD.device.type != "cpu":
+        return "grouped", "one launch for all experts"
+    if (up_EHD[0].numel() + down_EDH[0].numel()) * x_TD.element_size() <= SMALL_EXPERT:
+        return "grouped", f"on a CPU, one call for all experts where each has at most {SMALL_EXPERT >> 10} KiB"
+    return "streaming", "on a CPU, chunks of rows that stay in cache"

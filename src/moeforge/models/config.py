@@ -106,7 +106,22 @@ class ModelConfig(LayerConfig):
             raise ValueError(f"layers names layer {beyond[0]}, but num_layers = {self.num_layers} (numbered from 0)")
         if self.moe and not any(layer.moe for layer in self.all_layers):
             raise ValueError("moe is set but no layer has experts: see first_dense_layers, moe_every and layers")
+        self._check_gates()
         return self
+
+    def _check_gates(self) -> None:
+        """Raises ValueError for gates that get nothing they can use from this decoder, or from the layer below."""
+        below = None
+        for index, moe in ((index, layer.moe) for index, layer in enumerate(self.all_layers) if layer.moe):
+            gate = moe.router.gate
+            if gate.type == "lookup" and gate.by != "token":
+                raise ValueError(f"layer {index}: gate: lookup by {gate.by}: a decoder knows token ids alone")
+            if gate.type == "lookup" and gate.num_ids < (self.vocab_size or 0):
+                raise ValueError(f"layer {index}: gate.num_ids = {gate.num_ids} is less than {self.vocab_size} tokens")
+            width = gate.state_width(moe.num_experts) if hasattr(gate, "state_width") else None
+            if width and below and width != below:
+                raise ValueError(f"layer {index}: its gate takes a state of {width}, the layer below hands on {below}")
+            below = width
 
     @property
     def size_of_head(self) -> int:

@@ -4,10 +4,11 @@ All are functions of what the router returned; none keeps state. A loss is the v
 weighted by that micro-batch's share of the step's tokens: then the sum over micro-batches is the value for the step.
 """
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from moeforge.config import Config, slot
@@ -34,6 +35,19 @@ class LoadBalancingLoss(Config):
     """Weigh each expert by its work over the mean work: cheap ones are preferred (HMoE, arXiv:2408.10681)."""
     free: Literal["each", "together"] = "each"
     """Experts without work share their load evenly among themselves, whoever got it (AdaMoE, arXiv:2406.13233)."""
+
+    @model_validator(mode="after")
+    def _does_something(self) -> Self:
+        if self.over == "sequence" and (self.by_cost or self.free == "together"):
+            raise ValueError("over: sequence knows neither by_cost nor free: together")
+        return self
+
+    def check_costs(self, costs: Sequence[int]) -> None:
+        """Raises ValueError when all experts cost the same, or none is free, and a setting tells them apart."""
+        if self.by_cost and len(set(costs)) == 1:
+            raise ValueError("losses: load_balancing_loss by_cost does nothing where all experts cost the same")
+        if self.free == "together" and 0 not in costs:
+            raise ValueError("losses: load_balancing_loss free: together does nothing where no expert is without work")
 
     def counts(self, routing: "Routing") -> Tensor:
         """[E] choices per expert in this micro-batch."""
@@ -69,9 +83,8 @@ class LoadBalancingLoss(Config):
             expert_N = probs_TE.argmax(-1)
             sequence_N = torch.arange(len(expert_N), device=expert_N.device) // length
         else:
-            route = routing.before_limits or routing.route
-            assert isinstance(route, Route)
-            sequence_N, expert_N = route.token // length, route.expert
+            assert isinstance(routing.chosen, Route)
+            sequence_N, expert_N = routing.chosen.token // length, routing.chosen.expert
         cell_N = sequence_N * num_experts + expert_N
         counts_BE = torch.bincount(cell_N, minlength=batch_size * num_experts).view(batch_size, num_experts)
         fraction_BE = counts_BE / counts_BE.sum(1, keepdim=True).clamp_min(1)

@@ -1,6 +1,6 @@
 """Bank: a stack of same-shaped experts. A new kind of expert writes one method, ``rows``."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from moeforge.config import Activation, Config, slot
 from moeforge.kernels import expert_mlp
 from moeforge.kernels.activation import activate, is_gated
-from moeforge.moe.route import Route, SoftRoute
+from moeforge.moe.route import Route, SoftRoute, expert_of
 
 
 class Bank(nn.Module):
@@ -145,7 +145,7 @@ class NestedExperts(Config):
     """Slices of one MLP, from cheap to whole."""
 
     type: Literal["nested"] = "nested"
-    widths: tuple[int, ...]
+    widths: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1)
     """Hidden units of each expert."""
     activation: Activation = "swiglu"
     """Names ending in ``glu`` are gated."""
@@ -255,11 +255,6 @@ class ConstantExperts(Config):
     def costs(self, d_model: int) -> list[int]:
         """Multiplications per row, of each expert."""
         return [2 * d_model] * self.num_experts
-
-
-def expert_of(ends_E: Tensor, num_rows: int) -> Tensor:
-    """[N] int64: the expert of each row of a sorted list."""
-    return torch.searchsorted(ends_E.long(), torch.arange(num_rows, device=ends_E.device), right=True)
 
 
 def matrix(*shape: int) -> nn.Parameter:

@@ -74,10 +74,9 @@ def place_in_expert(route: Route, rank_N: Tensor) -> Tensor:
 
 def keep_edges(route: Route, keep_N: Tensor) -> Route:
     """The route with some of its edges: still sorted, no longer K of each token."""
-    counts_E = torch.zeros_like(route.counts).scatter_add(0, route.expert, keep_N.long())
-    ends_E = counts_E.cumsum(0).to(torch.int32)
-    kept = replace(route, token=route.token[keep_N], weight=route.weight[keep_N], ends=ends_E)
-    return replace(kept, top_k=None, slot=None)
+    ends_E = torch.bincount(route.expert[keep_N], minlength=route.num_experts).cumsum(0).to(torch.int32)
+    edges = {"token": route.token[keep_N], "weight": route.weight[keep_N], "ends": ends_E}
+    return replace(route, **edges, top_k=None, slot=None)
 
 
 Limit = slot(Capacity, Drop)

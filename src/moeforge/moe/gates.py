@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from moeforge.config import Config, slot
 from moeforge.moe.bank import matrix
 from moeforge.moe.context import Context, hashed
+from moeforge.moe.select import check_groups
 
 Signal = tuple[Tensor, Tensor | None]
 
@@ -69,6 +70,10 @@ class Linear(Config):
     def learns(self) -> bool:
         """Whether balancing can change it."""
         return not self.frozen
+
+    def state_width(self, num_experts: int) -> int | None:
+        """Of what it takes from the layer below and hands on."""
+        return num_experts if self.previous else None
 
     def build(self, d_model: int, num_experts: int) -> nn.Module:
         """The module: ``(x [T, D], context) -> (logits [T, E], state)``."""
@@ -164,8 +169,7 @@ class TwoLevel(Config):
 
     def check(self, num_experts: int) -> None:
         """Raises ValueError when the experts cannot form the groups."""
-        if num_experts % self.num_groups:
-            raise ValueError(f"num_experts = {num_experts} is not divisible by gate.num_groups = {self.num_groups}")
+        check_groups(num_experts, self.num_groups, "gate.num_groups")
 
 
 class RecurrentGate(nn.Module):
@@ -190,6 +194,10 @@ class Recurrent(Config):
     type: Literal["recurrent"] = "recurrent"
     d_route: int = Field(32, ge=1)
     """Width of the state; the same in every layer."""
+
+    def state_width(self, num_experts: int) -> int:
+        """Of what it takes from the layer below and hands on."""
+        return self.d_route
 
     def build(self, d_model: int, num_experts: int) -> nn.Module:
         """The module: ``(x [T, D], context) -> (logits [T, E], state)``."""

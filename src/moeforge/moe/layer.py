@@ -37,7 +37,7 @@ class MoEConfig(Config):
     def _selectable(self) -> Self:
         if not self.experts:
             raise ValueError("experts is empty: name at least one bank")
-        self.router.check(self.num_experts)
+        self.router.check(self.num_experts, self.costs(d_model=64))  # which cost more does not depend on the width
         return self
 
     @property

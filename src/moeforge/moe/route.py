@@ -80,9 +80,7 @@ class Route:
     @cached_property
     def expert(self) -> Tensor:
         """[N] int64: the expert of each edge."""
-        return torch.arange(self.num_experts, device=self.ends.device).repeat_interleave(
-            self.counts, output_size=len(self.token)
-        )
+        return expert_of(self.ends, len(self.token))
 
     def gather(self, x: Tensor) -> Tensor:
         """[T, ...] -> [N, ...]: each edge's source row, of any tensor with T rows."""
@@ -177,6 +175,11 @@ class SoftRoute:
     def counts(self) -> Tensor:
         """[E] int64: slots per expert."""
         return self.ends.diff(prepend=self.ends.new_zeros(1)).long()
+
+
+def expert_of(ends_E: Tensor, num_rows: int) -> Tensor:
+    """[N] int64: the expert of each row of a list sorted by expert."""
+    return torch.searchsorted(ends_E.long(), torch.arange(num_rows, device=ends_E.device), right=True)
 
 
 def _sort_by_expert(expert_N: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:

@@ -47,6 +47,17 @@ class RouterConfig(Config):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        if not hasattr(self.select, "compares_sizes"):
+            raise ValueError(f"select: {self.select.type} does not inherit from moeforge.moe.select.Selector")
+        types = [loss.type for loss in self.losses]
+        if len(set(types)) < len(types):
+            raise ValueError(f"losses: each type once, not {types}")
+        if self.controller and self.controller.moves == "loss_scale" and not self.losses:
+            raise ValueError(f"controller: {self.controller.type} moves the weight of the losses, and losses is empty")
+        if self.gate.type == "hash" and (self.score.type not in ("softmax", "sigmoid") or self.select != TopK(k=1)):
+            raise ValueError(
+                "gate: hash names one expert: it needs select: {type: top_k, k: 1}, score: softmax or sigmoid"
+            )
         if self.select.compares_sizes and self.score.type == "logits":
             raise ValueError(f"select: {self.select.type} compares sizes: logits may be negative, name another score")
         if self.select.type == "soft" and (self.losses or self.controller or self.capacity):
@@ -57,11 +68,14 @@ class RouterConfig(Config):
             raise ValueError(f"gate: {self.gate.type} learns nothing, so nothing can balance it; set losses: []")
         return self
 
-    def check(self, num_experts: int) -> None:
-        """Raises ValueError when these parts cannot work with ``num_experts``."""
+    def check(self, num_experts: int, costs: Sequence[int]) -> None:
+        """Raises ValueError when these parts cannot work with ``num_experts``, or do nothing with such ``costs``."""
         for part in (self.gate, self.score, self.select):
             if hasattr(part, "check"):
                 part.check(num_experts)
+        for part in (self.weigh, *self.losses):
+            if hasattr(part, "check_costs"):
+                part.check_costs(costs)
 
     @property
     def leaks(self) -> bool:
@@ -88,14 +102,19 @@ class Routing:
     """The route before its capacity limits; None where nothing was left out."""
 
     @property
-    def choices(self) -> Tensor:
-        """[E] int64: choices per expert, those left out included; what balance is judged by."""
-        return (self.before_limits or self.route).counts
+    def chosen(self) -> Route | SoftRoute:
+        """The route with what was left out; what balance is judged by."""
+        return self.before_limits or self.route
 
     @property
-    def drop_rate(self) -> float:
-        """Share of the choices that was left out."""
-        return 1 - float(self.route.counts.sum() / self.choices.sum().clamp_min(1))
+    def choices(self) -> Tensor:
+        """[E] int64: choices per expert, those left out included."""
+        return self.chosen.counts
+
+    @property
+    def dropped(self) -> int:
+        """Choices that were left out."""
+        return 0 if self.before_limits is None else int(self.choices.sum() - self.route.counts.sum())
 
 
 class Router(nn.Module):

@@ -9,6 +9,7 @@ from torch import Tensor
 from moeforge.config import Config, slot
 from moeforge.moe.context import Context
 from moeforge.moe.schedule import Scheduled, at
+from moeforge.moe.select import check_groups
 
 
 class Softmax(Config):
@@ -24,8 +25,7 @@ class Softmax(Config):
 
     def check(self, num_experts: int) -> None:
         """Raises ValueError when the experts cannot form the groups."""
-        if num_experts % self.num_groups:
-            raise ValueError(f"num_experts = {num_experts} is not divisible by score.num_groups = {self.num_groups}")
+        check_groups(num_experts, self.num_groups, "score.num_groups")
 
     def __call__(self, router_logits_TE: Tensor, context: Context) -> Tensor:
         """[T, E] -> [T, E]."""

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from moeforge.config import Config, slot
-from moeforge.moe.context import Context
+from moeforge.moe.context import Context, hashed
 from moeforge.moe.route import Route, SoftRoute
 from moeforge.moe.schedule import Scheduled, at
 
@@ -51,6 +51,12 @@ def check_k(k: int, num_experts: int) -> None:
     """Raises ValueError when a token cannot have ``k`` distinct experts."""
     if k > num_experts:
         raise ValueError(f"top_k = select.k = {k} is more than num_experts = {num_experts}")
+
+
+def check_groups(num_experts: int, num_groups: int, name: str) -> None:
+    """Raises ValueError when the experts cannot form ``num_groups`` equal groups; ``name`` is the setting."""
+    if num_experts % num_groups:
+        raise ValueError(f"num_experts = {num_experts} is not divisible by {name} = {num_groups}")
 
 
 class Selector(Config):
@@ -112,8 +118,7 @@ class TopK(PerToken):
     def check(self, num_experts: int) -> None:
         """Raises ValueError when no such choice exists among ``num_experts``."""
         check_k(self.k, num_experts)
-        if num_experts % self.num_groups:
-            raise ValueError(f"num_experts = {num_experts} is not divisible by num_groups = {self.num_groups}")
+        check_groups(num_experts, self.num_groups, "num_groups")
         reachable = num_experts // self.num_groups * self.top_groups
         if self.k > reachable:
             raise ValueError(
@@ -154,8 +159,7 @@ class TopPerGroup(Selector):
 
     def check(self, num_experts: int) -> None:
         """Raises ValueError when no such choice exists among ``num_experts``."""
-        if num_experts % self.num_groups:
-            raise ValueError(f"num_experts = {num_experts} is not divisible by num_groups = {self.num_groups}")
+        check_groups(num_experts, self.num_groups, "num_groups")
         check_k(self.k, num_experts // self.num_groups)
 
     def mean_experts(self, num_experts: int) -> float:
@@ -309,7 +313,10 @@ class Uncertain(PerToken):
 
 
 class Random(PerToken):
-    """``k`` experts by lot while training and outside (THOR, arXiv:2110.04260); scores are not read."""
+    """``k`` experts by lot (THOR, arXiv:2110.04260); scores are not read.
+
+    Outside training the lot follows from token id and position, so that equal texts have equal experts.
+    """
 
     type: Literal["random"] = "random"
     k: int = Field(1, ge=1)
@@ -317,17 +324,22 @@ class Random(PerToken):
 
     def __call__(self, scores_TE: Tensor, context: Context) -> Selection:
         """[T, E] -> ids [T, K]."""
-        return Selection(ids=_top_k(torch.rand_like(scores_TE), self.k))
+        if context.training or context.token_ids is None or context.positions is None:
+            return Selection(ids=_top_k(torch.rand_like(scores_TE), self.k))
+        place_T = hashed(context.token_ids, 0) ^ hashed(context.positions, 1)
+        expert_E = torch.arange(scores_TE.shape[1], device=scores_TE.device)
+        return Selection(ids=_top_k(hashed(place_T[:, None] * scores_TE.shape[1] + expert_E, 2), self.k))
 
 
 class Sinkhorn(PerToken):
-    """Top-k of a plan that is even over experts: exp(scores) scaled in turn to equal rows and columns.
+    """Top-k of a plan that is even over experts: scores scaled in turn to equal rows and columns.
 
-    S-BASE, arXiv:2202.01169. The plan is made over the whole batch: not for decoding. Outside training
-    the scores themselves decide.
+    S-BASE, arXiv:2202.01169, which scales exp(logits): with softmax scores the same plan, as rows are scaled anyway. It
+    is made over the whole batch, while training only; outside, the scores themselves decide.
     """
 
     type: Literal["sinkhorn"] = "sinkhorn"
+    compares_sizes: ClassVar[bool] = True
     k: int = Field(1, ge=1)
     """Experts per token."""
     iterations: int = Field(8, ge=1)
@@ -336,9 +348,9 @@ class Sinkhorn(PerToken):
     def __call__(self, scores_TE: Tensor, context: Context) -> Selection:
         """[T, E] -> ids [T, K]."""
         if context.training:
+            scores_TE = scores_TE.clamp_min(torch.finfo(scores_TE.dtype).tiny).log()
             for _ in range(self.iterations):
-                scores_TE = scores_TE.log_softmax(1)
-                scores_TE = scores_TE.log_softmax(0)
+                scores_TE = scores_TE.log_softmax(1).log_softmax(0)
         return Selection(ids=_top_k(scores_TE, self.k))
 
 

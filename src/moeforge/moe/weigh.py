@@ -1,5 +1,6 @@
 """Weigh: scores of the chosen experts -> combine weights."""
 
+from collections.abc import Sequence
 from typing import Literal, Self
 
 import torch
@@ -27,6 +28,11 @@ class Scores(Config):
         if self.over == "computed" and not self.normalize_weights:
             raise ValueError("over: computed does nothing without normalize_weights: true")
         return self
+
+    def check_costs(self, costs: Sequence[int]) -> None:
+        """Raises ValueError when every expert computes something and a setting tells them apart."""
+        if self.over == "computed" and 0 not in costs:
+            raise ValueError("weigh: over: computed does nothing where no expert is without work")
 
     def __call__(self, scores_TE: Tensor, selection: Selection, context: Context) -> Tensor:
         """[T, E] scores -> weights in the shape of ``selection.take``."""

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from moeforge.analyze.figures import COLOURS, png
-from moeforge.data.prepare import prepare
 from moeforge.errors import UserError
 from moeforge.models import measure
 from moeforge.recipes.catalogue import load
-from moeforge.recipes.reproduce import Measured, experts_per_token, mean_of, measured, seconds_per_step
+from moeforge.recipes.reproduce import Measured, experts_per_token, mean_of, measured, seconds_per_step, text_of
 from moeforge.train import RunConfig
 from moeforge.train.metrics import Line, read_metrics
 
@@ -29,10 +28,11 @@ class Compared:
 
 
 def at_equal_flops(configs: Sequence[RunConfig]) -> list[RunConfig]:
-    """The configs with steps changed so that all spend the FLOPs of the first. Vocabularies count as 1,024 if open."""
+    """The configs with steps changed so that all spend the FLOPs of the first."""
 
     def per_step(config: RunConfig) -> float:
-        model = config.model.replace(vocab_size=config.model.vocab_size or 1024)
+        vocab_size = config.model.vocab_size or text_of(config).tokenizer.vocab_size
+        model = config.model.replace(vocab_size=vocab_size)
         return measure(model, seq_len=config.seq_len).flops_per_token * config.tokens_per_step
 
     budget = configs[0].steps * per_step(configs[0])
@@ -47,20 +47,18 @@ def compare(
     say: Callable[[str], None] = print,
 ) -> list[Compared]:
     """Trains each recipe into its folder below ``out`` and draws ``compare.png`` there. Raises UserError."""
-    if len(set(names)) < len(names):
+    folders = [out / Path(name).stem for name in names]
+    if len(set(folders)) < len(names):
         raise UserError(f"each recipe once, please: {', '.join(names)}")
     configs = at_equal_flops([load(name, changes) for name in names])
-    texts = [prepare(config.data, config.tokenizer) for config in configs]
     if minutes is not None:
-        pairs = list(zip(configs, texts, strict=True))
-        needed = sum(seconds_per_step(config, text, out) * config.steps for config, text in pairs)
+        needed = sum(seconds_per_step(config, out) * config.steps for config in configs)
         share = min(1.0, 60 * minutes / needed)
         configs = [config.replace(steps=max(1, int(share * config.steps))) for config in configs]
     runs = []
-    for name, config, text in zip(names, configs, texts, strict=True):
+    for name, config, folder in zip(names, configs, folders, strict=True):
         say(f"{name}: {config.steps} steps")
-        folder = out / Path(name).stem
-        result = measured(config, folder, text)
+        result = measured(config, folder, text_of(config))
         runs.append(Compared(config, result, read_metrics(folder / "metrics.jsonl")))
         say(f"{name}: {result.bits_per_byte:.4f} bits per byte")
     png(lambda figure: paint(figure, runs), 9.6, 6.4, out / "compare.png")
@@ -79,7 +77,7 @@ def paint(figure: Any, runs: Sequence[Compared]) -> None:
         for axes, x, y in (
             (by_tokens, millions, loss),
             (by_flops, flops, loss),
-            (experts, millions, [experts_per_token(line, run.result.working, config) for line in run.lines]),
+            (experts, millions, [experts_per_token(line, config) for line in run.lines]),
             (entropy, millions, [mean_of(line, "moe/load_entropy/") for line in run.lines]),
         ):
             axes.plot(smoothed(x), smoothed(y), color=colour, label=config.name)

@@ -1,15 +1,19 @@
 """A paper's claim beside what came out here: a recipe and what it is compared with, over several seeds."""
 
+import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from moeforge.config import build, override
+from moeforge.config import Tree, build, difference, override, read_yaml
+from moeforge.data.corpora import Corpus
 from moeforge.data.packing import evaluation_batches
 from moeforge.data.prepare import TextData, prepare
+from moeforge.data.tokenizers import TokenizerConfig
 from moeforge.errors import UserError
 from moeforge.evaluate import bits_per_byte
 from moeforge.hub import load as open_model
@@ -40,8 +44,6 @@ class Measured:
     active_params: int
     total_params: int
     seconds: float
-    working: dict[int, list[bool]]
-    """By layer number, which experts compute something."""
 
 
 def arms(name: str, changes: Sequence[str] = ()) -> dict[str, RunConfig]:
@@ -62,19 +64,37 @@ def arms(name: str, changes: Sequence[str] = ()) -> dict[str, RunConfig]:
     return {ours.name: ours, label: other}
 
 
-def measured(config: RunConfig, out: Path, data: TextData) -> Measured:
-    """Trains ``config`` into ``out``, or goes on where an earlier attempt stopped, and reads the result from disk."""
+def trained(config: RunConfig, out: Path, data: TextData | None = None) -> None:
+    """Trains ``config`` into ``out``, goes on where an earlier attempt stopped, or leaves what is done.
+
+    Raises UserError when ``out`` holds a finished run of other settings.
+    """
     if not (out / "model" / "config.json").exists():
         train(config, out, resume=(out / "checkpoints").exists(), data=data)
+        return
+    there = build(RunConfig, read_yaml(out / "config.yaml"), source=str(out / "config.yaml"))
+    changed = difference(*(_what_counts(run, config) for run in (there, config)))
+    if changed:
+        raise UserError(f"{out} holds a run of other settings; name another folder. Different: {json.dumps(changed)}")
+
+
+def _what_counts(run: RunConfig, like: RunConfig) -> Tree:
+    """All settings but words, and the vocabulary that a run takes from its tokenizer."""
+    model = run.model.replace(vocab_size=like.model.vocab_size)
+    return json.loads(run.replace(model=model, recipe=None, name=like.name).model_dump_json())
+
+
+def measured(config: RunConfig, out: Path, data: TextData) -> Measured:
+    """Trains ``config`` into ``out`` as ``trained`` does, and reads the result from disk."""
+    trained(config, out, data)
     model, _ = open_model(out)
     lines = read_metrics(out / "metrics.jsonl")
     size = measure(config.model.replace(vocab_size=model.config.vocab_size), seq_len=config.seq_len)
     score = bits_per_byte(model, evaluation_batches(data.validation, config.batch_size, config.seq_len))
     last = lines[-LAST:]
-    working = {index: [cost > 0 for cost in moe.config.costs(moe.d_model)] for index, moe in model.moe_layers.items()}
     return Measured(
         bits_per_byte=score.bits_per_byte,
-        experts_per_token=statistics.fmean(experts_per_token(line, working, config) for line in last),
+        experts_per_token=statistics.fmean(experts_per_token(line, config) for line in last),
         load_entropy=statistics.fmean(mean_of(line, "moe/load_entropy/") for line in last),
         steps=config.steps,
         tokens=config.steps * config.tokens_per_step,
@@ -82,8 +102,17 @@ def measured(config: RunConfig, out: Path, data: TextData) -> Measured:
         active_params=size.active.all,
         total_params=size.total.all,
         seconds=sum(line["perf/seconds"] for line in lines),
-        working=working,
     )
+
+
+@lru_cache(maxsize=4)
+def _text(data: Corpus, tokenizer: TokenizerConfig) -> TextData:
+    return prepare(data, tokenizer)
+
+
+def text_of(config: RunConfig) -> TextData:
+    """What the run reads; runs that read the same share it."""
+    return _text(config.data, config.tokenizer)
 
 
 def mean_of(line: Line, prefix: str) -> float:
@@ -92,18 +121,21 @@ def mean_of(line: Line, prefix: str) -> float:
     return statistics.fmean(values) if values else 1.0
 
 
-def experts_per_token(line: Line, working: dict[int, list[bool]], config: RunConfig) -> float:
+def experts_per_token(line: Line, config: RunConfig) -> float:
     """Mean over layers of the experts that a token was computed by in one step; 1 for a dense model."""
-    loads = {index: line[f"moe/tokens_per_expert/layer_{index:02d}"] for index in working}
-    per_layer = [
-        sum(load for load, works in zip(loads[index], working[index], strict=True) if works) for index in working
-    ]
+    per_layer = []
+    for index, layer in enumerate(config.model.all_layers):
+        if layer.moe is not None:
+            loads = line[f"moe/tokens_per_expert/layer_{index:02d}"]
+            costs = layer.moe.costs(config.model.d_model)
+            kept = 1 - line.get(f"moe/drop_rate/layer_{index:02d}", 0.0)
+            per_layer.append(kept * sum(load for load, cost in zip(loads, costs, strict=True) if cost))
     return statistics.fmean(per_layer) / config.tokens_per_step if per_layer else 1.0
 
 
-def seconds_per_step(config: RunConfig, data: TextData, out: Path) -> float:
+def seconds_per_step(config: RunConfig, out: Path) -> float:
     """Median of a few steps, nothing kept."""
-    run, times = Run(config, out, data), []
+    run, times = Run(config, out, text_of(config)), []
     for _ in range(5):
         start = time.perf_counter()
         run.step()
@@ -129,16 +161,18 @@ def reproduce(
     name: str, seeds: Sequence[int], out: Path, changes: Sequence[str] = (), say: Callable[[str], None] = print
 ) -> dict[str, Any]:
     """Trains both arms for every seed into ``out`` and returns claim, numbers and verdict."""
-    runs: dict[str, list[Measured]] = {}
-    for seed in seeds:
-        for label, config in arms(name, [*changes, f"--seed={seed}"]).items():
-            data = prepare(config.data, config.tokenizer)
-            say(f"seed {seed}: {label}, {config.steps} steps")
-            run = measured(config, out / f"{label.replace(', ', '-')}-{seed}", data)
-            runs.setdefault(label, []).append(run)
-            say(f"seed {seed}: {label}: {run.bits_per_byte:.4f} bits per byte")
-    note = next(iter(arms(name, changes).values())).recipe
+    pair = arms(name, changes)
+    note = next(iter(pair.values())).recipe
     assert note is not None
+    texts = {label: text_of(config) for label, config in pair.items()}
+    runs: dict[str, list[Measured]] = {label: [] for label in pair}
+    for seed in seeds:
+        for label, config in pair.items():
+            say(f"seed {seed}: {label}, {config.steps} steps")
+            folder = out / f"{label.replace(', ', '-')}-{seed}"
+            run = measured(config.replace(seed=seed), folder, texts[label])
+            runs[label].append(run)
+            say(f"seed {seed}: {label}: {run.bits_per_byte:.4f} bits per byte")
     ours, other = runs.values()
     gains = [gain(note.against.by, a, b) for a, b in zip(ours, other, strict=True)]
     return {

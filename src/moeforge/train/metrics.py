@@ -21,6 +21,8 @@ def step_line(step: int, result: StepResult, lr: float, seconds: float, tokens: 
         line[f"moe/load_entropy/layer_{index:02d}"] = load_entropy(load_E)
         line[f"moe/dead_experts/layer_{index:02d}"] = dead_experts(load_E)
         line[f"moe/tokens_per_expert/layer_{index:02d}"] = load_E.tolist()
+    for index, dropped in result.dropped.items():
+        line[f"moe/drop_rate/layer_{index:02d}"] = dropped / max(1, int(result.tokens_per_expert[index].sum()))
     return line
 
 

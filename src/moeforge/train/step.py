@@ -21,6 +21,8 @@ class StepResult:
     """``lm`` in nats per token, and each balance loss (unweighted, mean over layers)."""
     tokens_per_expert: dict[int, Tensor] = field(default_factory=dict)
     """By layer number, [E]."""
+    dropped: dict[int, int] = field(default_factory=lambda: defaultdict(int))
+    """By layer number, choices that a capacity left out; empty where no layer has one."""
     num_tokens: int = 0
     """Rows that went through the routers."""
     grad_norm: float = 0.0
@@ -47,6 +49,8 @@ def accumulate_gradients(model: Decoder, batches: list[Batch], dtype: torch.dtyp
             for name, value in router.balance_losses(routing, len(batch.input_ids), counts.get(index)).items():
                 loss = loss + share * weights[name] * value
                 result.losses[name.removesuffix("_loss")] += share * value.item() / len(output.routings)
+            if router.config.capacity:
+                result.dropped[index] += routing.dropped
             load = routing.choices
             result.tokens_per_expert[index] = result.tokens_per_expert.get(index, 0) + load
         if not torch.isfinite(loss):
