@@ -51,7 +51,7 @@ def test_claim_and_result_stand_side_by_side(recipe: Path, capsys: pytest.Captur
     shown = capsys.readouterr().out
     assert "Null experts save work." in shown and "benchmarks/reproduce/mine.json" in shown
     found = json.loads(Path("benchmarks/reproduce/mine.json").read_text())
-    ours, other = found["runs"]["mine"], found["runs"]["mine, changed"]
+    ours, other = found["runs"]["mine"], found["runs"]["mine, changed for mine"]
     assert found["seeds"] == [0, 1] and len(ours) == len(other) == 2
     assert all(run["experts_per_token"] == 4 for run in other), "four of eight real ones"
     assert all(1 < run["experts_per_token"] < 3 for run in ours), "null experts are not counted"
@@ -63,6 +63,8 @@ def test_claim_and_result_stand_side_by_side(recipe: Path, capsys: pytest.Captur
     assert main(["reproduce", str(recipe), "--seeds", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["gain"] == found["gain"]
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps, "what is there is read, not trained again"
+    kept = Path("runs/reproduce/mine/mine-0/measured.json")
+    assert json.loads(kept.read_text()) == ours[0], "measured once"
     assert main(["reproduce", str(recipe), "--seeds", "2", "--steps=11"]) == 2
     problem = capsys.readouterr().err
     assert "holds a run of other settings; name another folder" in problem and '"steps"' in problem
