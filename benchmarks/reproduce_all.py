@@ -1,4 +1,4 @@
-"""``moeforge reproduce`` for every recipe: two runs at a time, one thread each, baselines shared. Resumes what --out holds.
+"""``moeforge reproduce`` for every recipe: two runs at a time, a thread each, baselines shared. Resumes what --out has.
 
 Writes ``reproduce/NAME.json``, from which ``python -m moeforge.recipes.page`` makes docs/papers.md.
 """

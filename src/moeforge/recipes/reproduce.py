@@ -86,7 +86,7 @@ def _what_counts(run: RunConfig, like: RunConfig) -> Tree:
 
 
 def measured(config: RunConfig, out: Path, data: TextData) -> Measured:
-    """Trains ``config`` into ``out`` as ``trained`` does, and measures what is on disk; once, then ``measured.json``."""
+    """Trains ``config`` into ``out``, measures what is on disk, and keeps that as ``measured.json``."""
     trained(config, out, data)
     kept = out / "measured.json"
     if not kept.exists():
