@@ -92,6 +92,7 @@ def test_a_look_up_is_no_multiplication_and_shared_factors_are_multiplied_with_f
     plain, looked_up = small(), small(moe=MOE | {"router": gate})
     assert measure(plain).flops_per_token - measure(looked_up).flops_per_token == 2 * 2 * E * D  # two layers' gates
     assert measure(looked_up).total.all == measure(plain).total.all + 2 * (V - D) * E
+    assert measure(looked_up).active.all == measure(plain).active.all + 2 * (1 - D) * E, "a token reads one row"
     rank, bank = 3, {"type": "factorised", "num_experts": E, "d_expert": H, "rank": 3}
     work = K * rank * (D + 2 * H + H + D)
     factorised = measure(small(moe={"experts": bank}))

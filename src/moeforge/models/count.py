@@ -30,7 +30,8 @@ class Size:
 
     total: Count
     active: Count
-    """Parameters a token uses: every dense one, and of each bank the mean number of chosen experts."""
+    """Parameters a token uses: every dense one, of each bank the mean number of chosen experts, of a gate's table of ids
+    one row."""
     flops_per_token: int
     """Forward pass at full context: two per active weight of a matrix, and attention over half the context."""
     weight_bytes: int
@@ -51,7 +52,7 @@ def measure(config: ModelConfig, bytes_per_weight: int = 4, seq_len: int | None 
     multiplied = total - idle - vectors - _looked_up(model) - (0 if config.tie_embeddings else table)
     return Size(
         total=_count(total, table, config),
-        active=_count(total - max(0, idle), table, config),
+        active=_count(total - max(0, idle) - _looked_up(model, but_rows=1), table, config),
         flops_per_token=2 * multiplied + attention,
         weight_bytes=bytes_per_weight * total,
         optimizer_bytes=16 * total,
@@ -75,10 +76,10 @@ def _idle(moe: MoE) -> int:
     return round(sum(p.numel() for p in moe.banks.parameters()) - used)
 
 
-def _looked_up(model: nn.Module) -> int:
-    """Weights in tables that a token reads one row of: no multiplication."""
+def _looked_up(model: nn.Module, but_rows: int = 0) -> int:
+    """Weights in tables that a token reads one row of, no multiplication; ``but_rows`` rows of each left out."""
     tables = (getattr(module, name) for module in model.modules() for name in getattr(module, "looked_up", ()))
-    return sum(table.numel() for table in tables)
+    return sum(table[but_rows:].numel() for table in tables)
 
 
 def dense_twin(config: ModelConfig) -> ModelConfig:
