@@ -8,6 +8,7 @@ import pytest
 from moeforge.cli.main import main
 from moeforge.errors import UserError
 from moeforge.recipes.reproduce import Measured, arms, gain, verdict
+from moeforge.train.config import RecipeNote
 
 RECIPE = """
 extends: adamoe
@@ -89,23 +90,43 @@ def test_what_has_no_comparison(tmp_path: Path) -> None:
         arms("dense")
 
 
-def test_gains_point_where_the_claim_points() -> None:
-    def run(bits: float, experts: float, entropy: float) -> Measured:
-        return Measured(bits, experts, entropy, 1, 1, 1, 1, 1, 1.0)
+def run(bits: float, experts: float = 2.0, entropy: float = 0.9) -> Measured:
+    return Measured(bits, experts, entropy, 1, 1, 1, 1, 1, 1.0)
 
+
+def note(by: str = "bits_per_byte", within: float | None = None, needs_scale: str | None = None) -> RecipeNote:
+    against = {"by": by, "within": within}
+    words = {"title": "A paper", "claim": "It helps.", "check": "See.", "expected": "nothing"}
+    return RecipeNote.model_validate({**words, "against": against, "needs_scale": needs_scale})
+
+
+def test_gains_point_where_the_claim_points() -> None:
     better, worse = run(1.0, 1.0, 0.9), run(1.5, 2.0, 0.5)
     assert [gain(by, better, worse) for by in ("bits_per_byte", "experts_per_token", "load_entropy")] == [0.5, 1.0, 0.4]
 
 
 @pytest.mark.parametrize(
-    ("gains", "expected"),
+    ("gains", "within", "shows"),
     [
-        ([0.1], "shows"),
-        ([-0.1], "does not show here"),
-        ([0.1, 0.12, 0.08], "shows"),
-        ([0.1, -0.1, 0.06], "does not show here"),
+        ([0.1], None, True),
+        ([-0.1], None, False),
+        ([0.1, 0.12, 0.08], None, True),
+        ([0.1, -0.1, 0.06], None, False),
+        ([-0.01, -0.02, -0.01], 0.05, True),
+        ([-0.1, -0.12, -0.1], 0.05, False),
     ],
 )
-def test_a_verdict_weighs_the_spread(gains: list[float], expected: str) -> None:
-    assert verdict(gains) == expected
-    assert verdict([-1.0], needs_scale="tokens") == "needs scale" and verdict([1.0], needs_scale="tokens") == "shows"
+def test_a_verdict_weighs_the_spread_and_what_the_claim_allows(
+    gains: list[float], within: float | None, shows: bool
+) -> None:
+    ours, other = [run(1.0) for _ in gains], [run(1.0 + each) for each in gains]
+    assert verdict(ours, other, note(within=within)) == ("shows" if shows else "does not show here")
+    assert verdict(ours, other, note(within=within, needs_scale="tokens")) == ("shows" if shows else "needs scale")
+
+
+def test_less_work_counts_only_at_the_quality_that_the_claim_names() -> None:
+    cheap_but_worse, base = [run(1.1, experts=1.0)], [run(1.0, experts=2.0)]
+    assert verdict(cheap_but_worse, base, note("experts_per_token")) == "shows", "nothing said of quality"
+    assert verdict(cheap_but_worse, base, note("experts_per_token", within=0.01)) == "does not show here"
+    assert verdict([run(1.005, experts=1.0)], base, note("experts_per_token", within=0.01)) == "shows"
+    assert verdict([run(1.0, experts=2.5)], base, note("experts_per_token", within=0.01)) == "does not show here"
