@@ -30,8 +30,7 @@ class Size:
 
     total: Count
     active: Count
-    """Parameters a token uses: every dense one, of each bank the mean number of chosen experts, of a gate's table of ids
-    one row."""
+    """Parameters a token uses: dense ones, of each bank the mean number of chosen experts, of a gate's table a row."""
     flops_per_token: int
     """Forward pass at full context: two per active weight of a matrix, and attention over half the context."""
     weight_bytes: int
