@@ -103,6 +103,7 @@ SELECTS: dict[str, Callable[[Any, list[float]], list[int]]] = {
     "threshold": _threshold,
     "uncertain": lambda select, scores: ranked(scores)[: select.k],  # as outside training
     "sinkhorn": lambda select, scores: ranked(scores)[: select.k],  # as outside training
+    "draw": lambda select, scores: ranked(scores)[: select.k],  # as outside training
 }
 """Per token; ``random`` and ``expert_choice`` do not choose per token and have tests of their own."""
 

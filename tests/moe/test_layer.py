@@ -23,6 +23,7 @@ from moeforge.moe.bank import (
 from moeforge.moe.scores import Logits, Relu, Score, Sigmoid, Softmax
 from moeforge.moe.select import (
     Confident,
+    Draw,
     ExpertChoice,
     Random,
     Select,
@@ -35,7 +36,7 @@ from moeforge.moe.select import (
     Uncertain,
 )
 from moeforge.moe.shared import Coefficient, Gated, Mix, SharedConfig, Sum
-from moeforge.moe.weigh import Ones, Scores, SoftmaxChosen, Weigh
+from moeforge.moe.weigh import Drawn, Ones, Scores, SoftmaxChosen, Weigh
 from tests.moe import brute_force
 from tests.moe.brute_force import BANKS
 
@@ -50,6 +51,8 @@ EXAMPLES: dict[type, list[Any]] = {
     Uncertain: [Uncertain(k=2)],
     Random: [],  # chooses by lot: see test_select.py
     Sinkhorn: [Sinkhorn(k=2)],
+    Draw: [Draw(k=2), Draw(k=3, margin=0.1)],
+    Drawn: [],  # weighs what select: draw chooses: see test_drawn.py
     Softmax: [Softmax(), Softmax(temperature=0.5, standardize=True), Softmax(num_groups=2)],
     Sigmoid: [Sigmoid()],
     Relu: [Relu()],
@@ -124,6 +127,10 @@ def assert_is_brute_force(moe: MoE, tokens: int = 7, seed: int = 1) -> None:
 def test_every_router_is_brute_force(select: Any, score: Any) -> None:
     if select.compares_sizes and score.type == "logits":
         with pytest.raises(ValidationError, match=f"select: {select.type} compares sizes"):
+            RouterConfig(select=select, score=score)
+        return
+    if select.own_softmax and score.type != "logits":
+        with pytest.raises(ValidationError, match=f"select: {select.type} has its own softmax"):
             RouterConfig(select=select, score=score)
         return
     for weigh in examples(Weigh):

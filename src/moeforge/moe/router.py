@@ -62,8 +62,13 @@ class RouterConfig(Config):
             raise ValueError(f"select: {self.select.type} compares sizes: logits may be negative, name another score")
         if self.select.type == "soft" and (self.losses or self.controller or self.capacity):
             raise ValueError("select: soft fills every slot; set losses: [] and neither controller nor capacity")
-        if self.select.type == "soft" and self.score.type != "logits":
-            raise ValueError(f"select: soft has its own softmax; score: {self.score.type} would come before it")
+        if self.select.own_softmax and self.score.type != "logits":
+            raise ValueError(
+                f"select: {self.select.type} has its own softmax; score: {self.score.type} would come before it"
+            )
+        for part in (*self.noise, *self.capacity, *self.losses, self.weigh):
+            if hasattr(part, "check_router"):
+                part.check_router(self)
         if not getattr(self.gate, "learns", True) and (self.losses or self.controller):
             raise ValueError(f"gate: {self.gate.type} learns nothing, so nothing can balance it; set losses: []")
         return self

@@ -8,6 +8,7 @@ from moeforge.moe.select.adaptive import Uncertain as Uncertain
 from moeforge.moe.select.batch import ExpertChoice as ExpertChoice
 from moeforge.moe.select.batch import Sinkhorn as Sinkhorn
 from moeforge.moe.select.batch import Soft as Soft
+from moeforge.moe.select.drawn import Draw as Draw
 from moeforge.moe.select.fixed import Random as Random
 from moeforge.moe.select.fixed import TopK as TopK
 from moeforge.moe.select.fixed import TopPerGroup as TopPerGroup
@@ -16,5 +17,5 @@ from moeforge.moe.select.selector import Selector as Selector
 from moeforge.moe.select.selector import check_groups as check_groups
 
 Select = slot(
-    TopK, TopPerGroup, Confident, TopP, Threshold, ExpertChoice, Uncertain, Random, Sinkhorn, Soft, default=TopK
+    TopK, TopPerGroup, Confident, TopP, Threshold, ExpertChoice, Uncertain, Random, Sinkhorn, Soft, Draw, default=TopK
 )

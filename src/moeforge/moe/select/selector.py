@@ -21,6 +21,8 @@ class Selection:
     """[T, K] int64, distinct per token."""
     mask: Tensor | None = None
     """[T, E] bool."""
+    among: Tensor | None = None
+    """[T, K, E] bool: which experts each of the ids was chosen among, where that differs."""
 
     def take(self, values_TE: Tensor) -> Tensor:
         """The chosen entries: [T, K] for ids; [T, E] with zero elsewhere for a mask."""
@@ -64,6 +66,8 @@ class Selector(Config):
     """Whether a token's experts depend on other tokens outside training: decoding is then refused."""
     compares_sizes: ClassVar[bool] = False
     """Whether ratios or sums of scores matter, so that scores must not be negative."""
+    own_softmax: ClassVar[bool] = False
+    """Whether it takes a softmax itself, so that scores must be logits."""
 
     def columns(self, num_experts: int) -> int:
         """How many logits per token the gate gives."""
