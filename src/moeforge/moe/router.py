@@ -118,7 +118,7 @@ class Routing:
 
     @property
     def dropped(self) -> int:
-        """Choices that were left out."""
+        """Choices that were left out for good."""
         return 0 if self.before_limits is None else int(self.choices.sum() - self.route.counts.sum())
 
 
@@ -161,10 +161,9 @@ class Router(nn.Module):
             scores_TE = config.score(logits_TE, context)
             biased_TE = scores_TE if self.expert_bias is None else scores_TE + self.expert_bias
             route = config.select.route(scores_TE, biased_TE.detach(), config.weigh, context)
-            kept = route
+            probs_TE, kept = config.score.probs(scores_TE), route
             for limit in config.capacity:
-                kept = limit(kept, context)
-            probs_TE = config.score.probs(scores_TE)
+                kept = limit(kept, probs_TE, lambda selection: config.weigh(scores_TE, selection, context), context)
             before = None if kept is route else route
             return Routing(kept, probs_TE, logits_TE, scores_TE, state, self.cost, before)
 

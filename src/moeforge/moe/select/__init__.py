@@ -15,6 +15,7 @@ from moeforge.moe.select.fixed import TopPerGroup as TopPerGroup
 from moeforge.moe.select.selector import Selection as Selection
 from moeforge.moe.select.selector import Selector as Selector
 from moeforge.moe.select.selector import check_groups as check_groups
+from moeforge.moe.select.selector import top_k as top_k
 
 Select = slot(
     TopK, TopPerGroup, Confident, TopP, Threshold, ExpertChoice, Uncertain, Random, Sinkhorn, Soft, Draw, default=TopK
