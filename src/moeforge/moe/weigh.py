@@ -93,7 +93,7 @@ class Drawn(Config):
     rule: Literal["midpoint", "heun"] = "heun"
     """Where the integral is looked at."""
 
-    def check_router(self, router: "RouterConfig") -> None:
+    def check_router(self, router: "RouterConfig", num_experts: int) -> None:
         """Raises ValueError when choices are not drawn, or may be changed after their draw."""
         if router.select.type != "draw":
             raise ValueError("weigh: drawn needs select: draw: no other selector says what it chose among")

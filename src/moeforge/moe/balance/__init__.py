@@ -8,11 +8,25 @@ from moeforge.config import slot
 from moeforge.moe.balance.controllers import ExpertBias as ExpertBias
 from moeforge.moe.balance.controllers import Overflow as Overflow
 from moeforge.moe.balance.controllers import Sparsity as Sparsity
+from moeforge.moe.balance.groups import ClusterLoss as ClusterLoss
+from moeforge.moe.balance.groups import EmbeddingLoss as EmbeddingLoss
+from moeforge.moe.balance.groups import LocalityLoss as LocalityLoss
 from moeforge.moe.balance.load import ImportanceLoss as ImportanceLoss
 from moeforge.moe.balance.load import LoadBalancingLoss as LoadBalancingLoss
+from moeforge.moe.balance.load import LoadLoss as LoadLoss
 from moeforge.moe.balance.scores import EntropyLoss as EntropyLoss
 from moeforge.moe.balance.scores import SparsityLoss as SparsityLoss
 from moeforge.moe.balance.scores import ZLoss as ZLoss
 
-BalanceLoss = slot(LoadBalancingLoss, ZLoss, ImportanceLoss, EntropyLoss, SparsityLoss)
+BalanceLoss = slot(
+    LoadBalancingLoss,
+    ZLoss,
+    ImportanceLoss,
+    LoadLoss,
+    EntropyLoss,
+    SparsityLoss,
+    ClusterLoss,
+    LocalityLoss,
+    EmbeddingLoss,
+)
 Controller = slot(ExpertBias, Sparsity, Overflow)

@@ -43,8 +43,13 @@ class EntropyLoss(Config):
     def __call__(self, routing: "Routing", batch_size: int, step_counts: Tensor | None = None) -> Tensor:
         """Scalar; the second part is per micro-batch."""
         assert routing.probs is not None
-        of_token = torch.special.entr(routing.probs).sum(1).mean()
-        return self.token * of_token + self.batch * torch.special.entr(routing.probs.mean(0)).sum()
+        of_token = _entropy(routing.probs).mean()
+        return self.token * of_token + self.batch * _entropy(routing.probs.mean(0))
+
+
+def _entropy(probs: Tensor) -> Tensor:
+    """[..., E] -> [...]. Where an expert is masked its probability is 0, where the slope of the entropy is infinite."""
+    return torch.special.entr(probs.clamp_min(torch.finfo(probs.dtype).tiny)).sum(-1)
 
 
 class SparsityLoss(Config):

@@ -13,8 +13,8 @@ from moeforge.moe.select.selector import PerToken, Selection
 class Draw(PerToken):
     """While training each choice is a draw from the softmax of the logits that are left; outside, the best of them.
 
-    One choice as SparseMixer (arXiv:2310.00811, section 3) has it, several without repetition as GRIN
-    (arXiv:2409.12136, section 2.2). The weights belong to it: ``weigh: drawn``.
+    One choice as SparseMixer (arXiv:2310.00811) has it, several without repetition as GRIN
+    (arXiv:2409.12136). The weights belong to it: ``weigh: drawn``.
     """
 
     type: Literal["draw"] = "draw"
