@@ -195,7 +195,8 @@ BANKS: dict[str, Callable[[Any, Tensor], list[Tensor]]] = {
     "constant": _constant_bank,
 }
 
-MIXES: dict[str, Callable[[Tensor | None, Tensor, Tensor], Tensor]] = {
+MIXES: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
+    "interpolated": lambda logits, routed, shared: (routed * torch.exp(logits) + shared) / (torch.exp(logits) + 1),
     "sum": lambda logits, routed, shared: routed + shared,
     "gated": lambda logits, routed, shared: routed + shared / (1 + torch.exp(-logits)),
     "coefficient": lambda logits, routed, shared: (

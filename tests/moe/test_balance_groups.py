@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from moeforge.moe import Context, MoEConfig, Router, RouterConfig, Routing
+from moeforge.moe import Context, MoE, MoEConfig, Router, RouterConfig, Routing
 from moeforge.moe.balance import (
     ClusterLoss,
     EmbeddingLoss,
@@ -153,6 +153,26 @@ def test_embeddings_are_judged_by_length_and_angle(gate: Any) -> None:
     assert_same(value, 2 * off.sqrt() + 0.5 * length, [rows])
     orthogonal = replace(routing_of(torch.zeros(1, E)), embeddings=3 * torch.eye(E))
     assert float(EmbeddingLoss()(orthogonal, 1)) == pytest.approx(3.0), "no pair alike, length 3"
+
+
+@pytest.mark.parametrize("mix", ["interpolated", "coefficient"])
+def test_the_use_of_experts_is_held_to_a_budget(mix: str) -> None:
+    shared, losses = {"d_expert": 4, "mix": mix}, [{"type": "budget_loss", "budget": 0.7}]
+    tree = {"experts": {"num_experts": 6, "d_expert": 4}, "shared": shared, "router": {"losses": losses}}
+    moe, x_TD = MoE(MoEConfig.model_validate(tree), 8), torch.randn(9, 8)
+    gate, share = moe.shared.gate, torch.zeros(())
+    for x_D in x_TD:
+        odds = torch.exp(gate.weight @ x_D + gate.bias)
+        share = share + (odds[0] / odds.sum() if mix == "coefficient" else odds[0] / (1 + odds[0])) / 9
+    loss = moe.router.balance_losses(moe(x_TD)[1], 1)["budget_loss"]
+    assert_same(loss, (share - 0.7).abs(), [gate.weight, gate.bias])
+    assert float(loss.detach()) > 0.04, "not yet kept to"
+    optimizer = torch.optim.Adam(moe.shared.parameters(), lr=0.05)
+    for _ in range(100):
+        optimizer.zero_grad()
+        moe.router.balance_losses(moe(x_TD)[1], 1)["budget_loss"].backward()
+        optimizer.step()
+    assert float(moe(x_TD)[1].routed_share.mean().detach()) == pytest.approx(0.7, abs=0.03)
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ from moeforge.moe.select import (
     TopPerGroup,
     Uncertain,
 )
-from moeforge.moe.shared import Coefficient, Gated, Mix, SharedConfig, Sum
+from moeforge.moe.shared import Coefficient, Gated, Interpolated, Mix, SharedConfig, Sum
 from moeforge.moe.weigh import Drawn, Ones, Scores, SoftmaxChosen, Weigh
 from tests.moe import brute_force
 from tests.moe.brute_force import BANKS
@@ -73,6 +73,7 @@ EXAMPLES: dict[type, list[Any]] = {
     Sum: [Sum()],
     Gated: [Gated()],
     Coefficient: [Coefficient()],
+    Interpolated: [Interpolated()],
 }
 
 
@@ -273,6 +274,8 @@ def test_one_bank_is_written_without_a_list() -> None:
             "over: sequence does not know free: together",
         ),
         ({"router": {"weigh": {"normalize_weights": True, "over": "computed"}}}, "no expert is without work"),
+        ({"router": {"losses": ["budget_loss"]}}, "budget_loss needs shared: with mix: interpolated or coeff"),
+        ({"router": {"losses": ["budget_loss"]}, "shared": {"d_expert": 4, "mix": "gated"}}, "budget_loss needs"),
         ({"router": {"gate": "hash", "losses": []}}, "gate: hash names one expert"),
         ({"router": {"gate": "hash", "losses": [], "select": {"k": 1}, "score": "logits"}}, "gate: hash names one"),
         ({"router": {"select": {"type": "tests.moe.test_layer:NoSelector"}}}, "does not inherit from"),

@@ -1,5 +1,6 @@
 """The layer: y = mix(sum over edges of w * expert(x), shared(x)). It reads in one screen and names no paper."""
 
+from dataclasses import replace
 from typing import Self
 
 from pydantic import SerializerFunctionWrapHandler, field_serializer, field_validator, model_validator
@@ -40,6 +41,13 @@ class MoEConfig(Config):
         self.router.check(self.num_experts, self.costs(d_model=64))  # which cost more does not depend on the width
         return self
 
+    @model_validator(mode="after")
+    def _mixable(self) -> Self:
+        budget = any(loss.type == "budget_loss" for loss in self.router.losses)
+        if budget and not hasattr(self.shared and self.shared.mix, "routed_share"):
+            raise ValueError("losses: budget_loss needs shared: with mix: interpolated or coefficient")
+        return self
+
     @property
     def num_experts(self) -> int:
         """Experts of all banks together."""
@@ -63,8 +71,15 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Routing]:
         """[..., D] -> ([..., D], what the router decided about the T flattened rows)."""
         x_TD = x.flatten(0, -2)
-        routing = self.router(x_TD, context or Context())
+        routing = self.decide(x_TD, context or Context())
         return self.experts(x_TD, routing.route).view_as(x), routing
+
+    def decide(self, x_TD: Tensor, context: Context) -> Routing:
+        """What the router decided, and how far the mix with the shared branch uses it, where a loss asks for that."""
+        routing = self.router(x_TD, context)
+        if self.shared is None or all(loss.type != "budget_loss" for loss in self.config.router.losses):
+            return routing
+        return replace(routing, routed_share=self.shared.routed_share(x_TD))
 
     def experts(self, x_TD: Tensor, route: Route | SoftRoute) -> Tensor:
         """[T, D] -> [T, D] once the route is known: the part that activation checkpointing may recompute."""

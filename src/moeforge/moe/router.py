@@ -110,6 +110,8 @@ class Routing:
     """[T, E] or scalar: deviation of Gaussian noise, where a loss asks for it."""
     embeddings: Tensor | None = None
     """[E, ...]: the gate's row of each expert, where it has one."""
+    routed_share: Tensor | None = None
+    """[T, 1] float32: how much of a token's output comes from experts, where a loss asks for it."""
 
     @property
     def chosen(self) -> Route | SoftRoute:

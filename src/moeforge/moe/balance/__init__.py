@@ -11,6 +11,7 @@ from moeforge.moe.balance.controllers import Sparsity as Sparsity
 from moeforge.moe.balance.groups import ClusterLoss as ClusterLoss
 from moeforge.moe.balance.groups import EmbeddingLoss as EmbeddingLoss
 from moeforge.moe.balance.groups import LocalityLoss as LocalityLoss
+from moeforge.moe.balance.load import BudgetLoss as BudgetLoss
 from moeforge.moe.balance.load import ImportanceLoss as ImportanceLoss
 from moeforge.moe.balance.load import LoadBalancingLoss as LoadBalancingLoss
 from moeforge.moe.balance.load import LoadLoss as LoadLoss
@@ -28,5 +29,6 @@ BalanceLoss = slot(
     ClusterLoss,
     LocalityLoss,
     EmbeddingLoss,
+    BudgetLoss,
 )
 Controller = slot(ExpertBias, Sparsity, Overflow)

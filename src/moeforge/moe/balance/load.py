@@ -146,6 +146,24 @@ class LoadLoss(Config):
         return _unevenness(priced(load_E, self.prices, routing))
 
 
+class BudgetLoss(Config):
+    """|mean share of the output that comes from experts - budget|, the rest being the shared branch's.
+
+    Conditional MoE routing (arXiv:2207.04672; arXiv:2212.07571).
+    """
+
+    type: Literal["budget_loss"] = "budget_loss"
+    weight: float = Field(0.1, gt=0)
+    """Factor in the total loss."""
+    budget: float = Field(0.8, ge=0, le=1)
+    """Wanted mean share of the experts."""
+
+    def __call__(self, routing: "Routing", batch_size: int, step_counts: Tensor | None = None) -> Tensor:
+        """Scalar, per micro-batch."""
+        assert routing.routed_share is not None
+        return (routing.routed_share.mean() - self.budget).abs()
+
+
 def _unevenness(load_E: Tensor) -> Tensor:
     """Squared coefficient of variation."""
     return load_E.var(unbiased=False) / load_E.mean().square()
