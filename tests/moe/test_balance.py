@@ -13,6 +13,7 @@ from moeforge.moe.balance import (
     BalanceLoss,
     BudgetLoss,
     ClusterLoss,
+    ConflictLoss,
     Controller,
     EmbeddingLoss,
     EntropyLoss,
@@ -116,7 +117,7 @@ def test_the_micro_batch_scope_counts_each_micro_batch_by_itself() -> None:
 
 def test_every_kind_is_tested_here() -> None:
     here = {LoadBalancingLoss, ZLoss, ImportanceLoss, EntropyLoss, SparsityLoss}
-    elsewhere = {LoadLoss, ClusterLoss, LocalityLoss, EmbeddingLoss, BudgetLoss}
+    elsewhere = {LoadLoss, ClusterLoss, LocalityLoss, EmbeddingLoss, BudgetLoss, ConflictLoss}
     assert set(members(BalanceLoss)) == here | elsewhere
     assert set(members(Controller)) == {ExpertBias, Sparsity, Overflow}
 

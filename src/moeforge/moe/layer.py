@@ -1,6 +1,5 @@
 """The layer: y = mix(sum over edges of w * expert(x), shared(x)). It reads in one screen and names no paper."""
 
-from dataclasses import replace
 from typing import Self
 
 from pydantic import SerializerFunctionWrapHandler, field_serializer, field_validator, model_validator
@@ -75,11 +74,12 @@ class MoE(nn.Module):
         return self.experts(x_TD, routing.route).view_as(x), routing
 
     def decide(self, x_TD: Tensor, context: Context) -> Routing:
-        """What the router decided, and how far the mix with the shared branch uses it, where a loss asks for that."""
+        """What the router decided, and what a loss wants to know about the layer besides."""
         routing = self.router(x_TD, context)
-        if self.shared is None or all(loss.type != "budget_loss" for loss in self.config.router.losses):
-            return routing
-        return replace(routing, routed_share=self.shared.routed_share(x_TD))
+        for loss in self.config.router.losses:
+            if hasattr(loss, "watch"):
+                routing = loss.watch(routing, x_TD, self.shared)
+        return routing
 
     def experts(self, x_TD: Tensor, route: Route | SoftRoute) -> Tensor:
         """[T, D] -> [T, D] once the route is known: the part that activation checkpointing may recompute."""
@@ -88,4 +88,6 @@ class MoE(nn.Module):
         y_TD = banks[0](x_TD, parts[0])
         for bank, part in zip(banks[1:], parts[1:], strict=True):
             y_TD = y_TD + bank(x_TD, part)
+        if isinstance(route, Route) and route.probe is not None:
+            y_TD = y_TD + route.probe.to(y_TD.dtype)
         return y_TD if self.shared is None else self.shared(x_TD, y_TD)

@@ -112,6 +112,8 @@ class Routing:
     """[E, ...]: the gate's row of each expert, where it has one."""
     routed_share: Tensor | None = None
     """[T, 1] float32: how much of a token's output comes from experts, where a loss asks for it."""
+    conflict: Tensor | None = None
+    """Scalar: zero, with a gradient that is known in the backward pass, where a loss asks for it."""
 
     @property
     def chosen(self) -> Route | SoftRoute:

@@ -5,6 +5,7 @@ weighted by that micro-batch's share of the step's tokens: then the sum over mic
 """
 
 from moeforge.config import slot
+from moeforge.moe.balance.conflict import ConflictLoss as ConflictLoss
 from moeforge.moe.balance.controllers import ExpertBias as ExpertBias
 from moeforge.moe.balance.controllers import Overflow as Overflow
 from moeforge.moe.balance.controllers import Sparsity as Sparsity
@@ -30,5 +31,6 @@ BalanceLoss = slot(
     LocalityLoss,
     EmbeddingLoss,
     BudgetLoss,
+    ConflictLoss,
 )
 Controller = slot(ExpertBias, Sparsity, Overflow)

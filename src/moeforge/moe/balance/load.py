@@ -1,6 +1,7 @@
 """Losses about how the tokens are spread over the experts."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import torch
@@ -13,6 +14,7 @@ from moeforge.moe.route import Route
 
 if TYPE_CHECKING:
     from moeforge.moe.router import RouterConfig, Routing
+    from moeforge.moe.shared import Shared
 
 
 class LoadBalancingLoss(Config):
@@ -157,6 +159,11 @@ class BudgetLoss(Config):
     """Factor in the total loss."""
     budget: float = Field(0.8, ge=0, le=1)
     """Wanted mean share of the experts."""
+
+    def watch(self, routing: "Routing", x_TD: Tensor, shared: "Shared | None") -> "Routing":
+        """The routing with the share of the experts in each token's output."""
+        assert shared is not None
+        return replace(routing, routed_share=shared.routed_share(x_TD))
 
     def __call__(self, routing: "Routing", batch_size: int, step_counts: Tensor | None = None) -> Tensor:
         """Scalar, per micro-batch."""
