@@ -160,3 +160,23 @@ def test_a_selection_says_what_was_left() -> None:
     selection: Selection = Draw(k=2)(torch.tensor([[0.0, 3.0, 1.0]]), OUTSIDE)
     assert selection.ids.tolist() == [[1, 2]]
     assert selection.among.tolist() == [[[True, True, True], [True, False, True]]]
+
+
+@pytest.mark.parametrize("eps", [0.01, 0.1, 0.3])
+def test_two_choices_are_those_of_the_published_code(eps: float) -> None:
+    published = pytest.importorskip("transformers.models.phimoe.modeling_phimoe").sparsemixer
+    logits_TE, towards_TK = torch.randn(300, 8), torch.randn(300, 2)
+    select = Draw(k=2, margin=2 * eps)
+    weights_TK, ids_TK = published(logits_TE, eps, training=False)
+    ours = select(logits_TE, OUTSIDE)
+    assert torch.equal(ours.ids, ids_TK)
+    torch.testing.assert_close(Drawn()(logits_TE, ours, OUTSIDE), weights_TK)
+
+    leaf_TE = logits_TE.clone().requires_grad_()
+    weights_TK, ids_TK = published(leaf_TE, eps, training=True)
+    (expected_TE,) = torch.autograd.grad((weights_TK * towards_TK).sum(), leaf_TE)
+    first_TE = torch.zeros(300, 8, dtype=torch.bool).scatter(1, ids_TK[:, :1], True)
+    among = [select.near(logits_TE), select.near(logits_TE.masked_fill(first_TE, -torch.inf))]
+    drawn = Drawn()(leaf_TE, Selection(ids=ids_TK, among=torch.stack(among, 1)), TRAINING)
+    (found_TE,) = torch.autograd.grad((drawn * towards_TK).sum(), leaf_TE)
+    torch.testing.assert_close(found_TE, expected_TE)

@@ -26,7 +26,7 @@ class Draw(PerToken):
         """[T, E] logits -> ids [T, K] in the order of choosing, and what each was chosen among."""
         left_TE, ids, among = scores_TE, [], []
         for _ in range(self.k):
-            among.append(self._near(left_TE))
+            among.append(self.near(left_TE))
             odds_TE = left_TE.masked_fill(~among[-1], -torch.inf)
             if context.training:
                 odds_TE = odds_TE - torch.empty_like(odds_TE).exponential_().log()  # Gumbel: its best is a draw
@@ -34,7 +34,8 @@ class Draw(PerToken):
             left_TE = left_TE.scatter(1, ids[-1], -torch.inf)
         return Selection(ids=torch.cat(ids, 1), among=torch.stack(among, 1))
 
-    def _near(self, left_TE: Tensor) -> Tensor:
+    def near(self, left_TE: Tensor) -> Tensor:
+        """[T, E] bool: what a choice is made among."""
         if self.margin is None:
             return left_TE.isfinite()
         best_T1 = left_TE.max(1, keepdim=True).values
