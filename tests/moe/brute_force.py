@@ -103,6 +103,7 @@ SELECTS: dict[str, Callable[[Any, list[float]], list[int]]] = {
     "threshold": _threshold,
     "uncertain": lambda select, scores: ranked(scores)[: select.k],  # as outside training
     "sinkhorn": lambda select, scores: ranked(scores)[: select.k],  # as outside training
+    "draw": lambda select, scores: ranked(scores)[: select.k],  # as outside training
 }
 """Per token; ``random`` and ``expert_choice`` do not choose per token and have tests of their own."""
 
@@ -194,7 +195,8 @@ BANKS: dict[str, Callable[[Any, Tensor], list[Tensor]]] = {
     "constant": _constant_bank,
 }
 
-MIXES: dict[str, Callable[[Tensor | None, Tensor, Tensor], Tensor]] = {
+MIXES: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
+    "interpolated": lambda logits, routed, shared: (routed * torch.exp(logits) + shared) / (torch.exp(logits) + 1),
     "sum": lambda logits, routed, shared: routed + shared,
     "gated": lambda logits, routed, shared: routed + shared / (1 + torch.exp(-logits)),
     "coefficient": lambda logits, routed, shared: (

@@ -40,6 +40,13 @@ class MoEConfig(Config):
         self.router.check(self.num_experts, self.costs(d_model=64))  # which cost more does not depend on the width
         return self
 
+    @model_validator(mode="after")
+    def _mixable(self) -> Self:
+        budget = any(loss.type == "budget_loss" for loss in self.router.losses)
+        if budget and not hasattr(self.shared and self.shared.mix, "routed_share"):
+            raise ValueError("losses: budget_loss needs shared: with mix: interpolated or coefficient")
+        return self
+
     @property
     def num_experts(self) -> int:
         """Experts of all banks together."""
@@ -63,8 +70,16 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Routing]:
         """[..., D] -> ([..., D], what the router decided about the T flattened rows)."""
         x_TD = x.flatten(0, -2)
-        routing = self.router(x_TD, context or Context())
+        routing = self.decide(x_TD, context or Context())
         return self.experts(x_TD, routing.route).view_as(x), routing
+
+    def decide(self, x_TD: Tensor, context: Context) -> Routing:
+        """What the router decided, and what a loss wants to know about the layer besides."""
+        routing = self.router(x_TD, context)
+        for loss in self.config.router.losses:
+            if hasattr(loss, "watch"):
+                routing = loss.watch(routing, x_TD, self.shared)
+        return routing
 
     def experts(self, x_TD: Tensor, route: Route | SoftRoute) -> Tensor:
         """[T, D] -> [T, D] once the route is known: the part that activation checkpointing may recompute."""
@@ -73,4 +88,6 @@ class MoE(nn.Module):
         y_TD = banks[0](x_TD, parts[0])
         for bank, part in zip(banks[1:], parts[1:], strict=True):
             y_TD = y_TD + bank(x_TD, part)
+        if isinstance(route, Route) and route.probe is not None:
+            y_TD = y_TD + route.probe.to(y_TD.dtype)
         return y_TD if self.shared is None else self.shared(x_TD, y_TD)

@@ -15,7 +15,7 @@ from moeforge.config import Config
 from moeforge.moe.balance import BalanceLoss, Controller, LoadBalancingLoss
 from moeforge.moe.capacity import Limit
 from moeforge.moe.context import Context
-from moeforge.moe.gates import Gate, Linear, Signal
+from moeforge.moe.gates import Gate, Linear
 from moeforge.moe.noise import Noise
 from moeforge.moe.route import Route, SoftRoute
 from moeforge.moe.scores import Score, Softmax
@@ -62,8 +62,10 @@ class RouterConfig(Config):
             raise ValueError(f"select: {self.select.type} compares sizes: logits may be negative, name another score")
         if self.select.type == "soft" and (self.losses or self.controller or self.capacity):
             raise ValueError("select: soft fills every slot; set losses: [] and neither controller nor capacity")
-        if self.select.type == "soft" and self.score.type != "logits":
-            raise ValueError(f"select: soft has its own softmax; score: {self.score.type} would come before it")
+        if self.select.own_softmax and self.score.type != "logits":
+            raise ValueError(
+                f"select: {self.select.type} has its own softmax; score: {self.score.type} would come before it"
+            )
         if not getattr(self.gate, "learns", True) and (self.losses or self.controller):
             raise ValueError(f"gate: {self.gate.type} learns nothing, so nothing can balance it; set losses: []")
         return self
@@ -73,9 +75,11 @@ class RouterConfig(Config):
         for part in (self.gate, self.score, self.select):
             if hasattr(part, "check"):
                 part.check(num_experts)
-        for part in (self.weigh, *self.losses):
+        for part in (*self.noise, self.weigh, *self.losses):
             if hasattr(part, "check_costs"):
                 part.check_costs(costs)
+            if hasattr(part, "check_router"):
+                part.check_router(self, num_experts)
 
     @property
     def leaks(self) -> bool:
@@ -100,6 +104,16 @@ class Routing:
     """Of each expert, its work as a share of the dearest one's."""
     before_limits: Route | SoftRoute | None = None
     """The route before its capacity limits; None where nothing was left out."""
+    clean: Tensor | None = None
+    """[T, E] float32: logits before noise."""
+    noise_std: Tensor | None = None
+    """[T, E] or scalar: deviation of Gaussian noise, where a loss asks for it."""
+    embeddings: Tensor | None = None
+    """[E, ...]: the gate's row of each expert, where it has one."""
+    routed_share: Tensor | None = None
+    """[T, 1] float32: how much of a token's output comes from experts, where a loss asks for it."""
+    conflict: Tensor | None = None
+    """Scalar: zero, with a gradient that is known in the backward pass, where a loss asks for it."""
 
     @property
     def chosen(self) -> Route | SoftRoute:
@@ -113,7 +127,7 @@ class Routing:
 
     @property
     def dropped(self) -> int:
-        """Choices that were left out."""
+        """Choices that were left out for good."""
         return 0 if self.before_limits is None else int(self.choices.sum() - self.route.counts.sum())
 
 
@@ -152,25 +166,34 @@ class Router(nn.Module):
         """[T, D] rows -> where they go."""
         config, context = self.config, replace(context, training=self.training, cost=self.cost)
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE, state = self._logits(x_TD, context)
+            clean_TE, logits_TE, state = self._logits(x_TD, context)
             scores_TE = config.score(logits_TE, context)
             biased_TE = scores_TE if self.expert_bias is None else scores_TE + self.expert_bias
             route = config.select.route(scores_TE, biased_TE.detach(), config.weigh, context)
-            kept = route
+            probs_TE, kept = config.score.probs(scores_TE), route
             for limit in config.capacity:
-                kept = limit(kept, context)
-            probs_TE = config.score.probs(scores_TE)
+                kept = limit(kept, probs_TE, lambda selection: config.weigh(scores_TE, selection, context), context)
             before = None if kept is route else route
-            return Routing(kept, probs_TE, logits_TE, scores_TE, state, self.cost, before)
+            seen = {"clean": clean_TE, "noise_std": self._noise_std(x_TD, logits_TE)}
+            seen["embeddings"] = getattr(self.gate, "weight", None)
+            return Routing(kept, probs_TE, logits_TE, scores_TE, state, self.cost, before, **seen)
 
-    def _logits(self, x_TD: Tensor, context: Context) -> Signal:
+    def _logits(self, x_TD: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Logits before noise, logits, and the gate's state."""
         rows_TD, jitter = x_TD, self.config.input_jitter
         if jitter and self.training:
             rows_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - jitter, 1 + jitter)
-        logits_TE, state = self.gate(rows_TD, context)
+        clean_TE, state = self.gate(rows_TD, context)
+        logits_TE = clean_TE
         for part in self.noise:
             logits_TE = part(logits_TE, x_TD, context)
-        return logits_TE, state
+        return clean_TE, logits_TE, state
+
+    def _noise_std(self, x_TD: Tensor, like_TE: Tensor) -> Tensor | None:
+        if not any(getattr(loss, "reads_noise", False) for loss in self.config.losses):
+            return None
+        (noise,) = self.noise
+        return noise.std_of(x_TD, like_TE)  # type: ignore[operator]
 
     def balance_losses(
         self, routing: Routing, batch_size: int, step_counts: dict[str, Tensor] | None = None
