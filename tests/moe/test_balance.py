@@ -14,6 +14,7 @@ from moeforge.moe.balance import (
     Controller,
     EntropyLoss,
     ExpertBias,
+    GateLoss,
     ImportanceLoss,
     LoadBalancingLoss,
     Overflow,
@@ -110,8 +111,13 @@ def test_the_micro_batch_scope_counts_each_micro_batch_by_itself() -> None:
 
 
 def test_every_kind_is_tested_here() -> None:
-    assert set(members(BalanceLoss)) == {LoadBalancingLoss, ZLoss, ImportanceLoss, EntropyLoss, SparsityLoss}
+    assert set(members(BalanceLoss)) == {LoadBalancingLoss, ZLoss, ImportanceLoss, EntropyLoss, SparsityLoss, GateLoss}
     assert set(members(Controller)) == {ExpertBias, Sparsity, Overflow}
+
+
+def test_what_a_gate_wants_is_its_mean_over_tokens() -> None:
+    routing = replace(routing_of(torch.randn(4, E)), gate_loss=torch.tensor([1.0, 2.0, 3.0, 6.0]))
+    assert float(GateLoss()(routing, 2)) == 3.0
 
 
 def test_importance_is_the_loop() -> None:

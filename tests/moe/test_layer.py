@@ -17,6 +17,7 @@ from moeforge.moe.bank import (
     CopyExperts,
     Experts,
     FactorisedExperts,
+    LowRankExperts,
     NestedExperts,
     ZeroExperts,
 )
@@ -61,6 +62,10 @@ EXAMPLES: dict[type, list[Any]] = {
     FactorisedExperts: [
         FactorisedExperts(num_experts=6, d_expert=4, rank=3),
         FactorisedExperts(d_expert=5, activation="relu"),
+    ],
+    LowRankExperts: [
+        LowRankExperts(num_experts=6, d_expert=4, rank=3),
+        LowRankExperts(d_expert=3, rank=9, activation="geglu"),
     ],
     NestedExperts: [NestedExperts(widths=(2, 3, 5, 5)), NestedExperts(widths=(1, 4, 4, 6), activation="gelu")],
     ZeroExperts: [ZeroExperts(num_experts=4)],

@@ -33,7 +33,7 @@ class Block(nn.Module):
             return x + run(lambda x: self._dense(self.mlp_norm(x)), x), None
         moe = self.moe
         normed_TD = self.mlp_norm(x).flatten(0, -2)
-        routing = moe.router(normed_TD, context)
+        routing = moe.route(normed_TD, context)
         return x + run(moe.experts, normed_TD, routing.route).view_as(x), routing
 
     def _dense(self, x: Tensor) -> Tensor:

@@ -72,7 +72,9 @@ def _idle(moe: MoE) -> int:
     """
     num_experts, costs = moe.config.num_experts, moe.config.costs(moe.d_model)
     used = moe.config.router.select.mean_experts(num_experts) * sum(costs) / num_experts
-    return round(sum(p.numel() for p in moe.banks.parameters()) - used)
+    gate = moe.config.router.gate
+    asked = gate.expert_work(moe.config.experts, moe.d_model) if hasattr(gate, "expert_work") else 0
+    return round(sum(p.numel() for p in moe.banks.parameters()) - used - asked)
 
 
 def _looked_up(model: nn.Module) -> int:

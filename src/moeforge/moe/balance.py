@@ -171,6 +171,19 @@ class SparsityLoss(Config):
         return (routing.scores * load_E.to(routing.scores.dtype)).sum(1).mean()
 
 
+class GateLoss(Config):
+    """What the gate itself wants small, mean over tokens: see the gates that hand it on."""
+
+    type: Literal["gate_loss"] = "gate_loss"
+    weight: float = Field(0.01, gt=0)
+    """Factor in the total loss."""
+
+    def __call__(self, routing: "Routing", batch_size: int, step_counts: Tensor | None = None) -> Tensor:
+        """Scalar; linear in tokens, so it needs no counts of the step."""
+        assert routing.gate_loss is not None
+        return routing.gate_loss.mean()
+
+
 class ExpertBias(Config):
     """Loss-free balancing: a bias that only selection sees moves against the load (arXiv:2408.15664, algorithm 1)."""
 
@@ -229,5 +242,5 @@ class Overflow(Config):
         loss_scale.mul_(self.memory).add_((1 - self.memory) * (self.factor * overflow).clamp_max(self.most))
 
 
-BalanceLoss = slot(LoadBalancingLoss, ZLoss, ImportanceLoss, EntropyLoss, SparsityLoss)
+BalanceLoss = slot(LoadBalancingLoss, ZLoss, ImportanceLoss, EntropyLoss, SparsityLoss, GateLoss)
 Controller = slot(ExpertBias, Sparsity, Overflow)

@@ -1,5 +1,6 @@
 """The layer: y = mix(sum over edges of w * expert(x), shared(x)). It reads in one screen and names no paper."""
 
+from dataclasses import replace
 from typing import Self
 
 from pydantic import SerializerFunctionWrapHandler, field_serializer, field_validator, model_validator
@@ -38,6 +39,8 @@ class MoEConfig(Config):
         if not self.experts:
             raise ValueError("experts is empty: name at least one bank")
         self.router.check(self.num_experts, self.costs(d_model=64))  # which cost more does not depend on the width
+        if hasattr(self.router.gate, "check_banks"):
+            self.router.gate.check_banks(self.experts)
         return self
 
     @property
@@ -63,8 +66,12 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Routing]:
         """[..., D] -> ([..., D], what the router decided about the T flattened rows)."""
         x_TD = x.flatten(0, -2)
-        routing = self.router(x_TD, context or Context())
+        routing = self.route(x_TD, context or Context())
         return self.experts(x_TD, routing.route).view_as(x), routing
+
+    def route(self, x_TD: Tensor, context: Context) -> Routing:
+        """[T, D] -> what the router decides, which may ask the experts."""
+        return self.router(x_TD, replace(context, banks=tuple(self.banks)))  # type: ignore[arg-type]
 
     def experts(self, x_TD: Tensor, route: Route | SoftRoute) -> Tensor:
         """[T, D] -> [T, D] once the route is known: the part that activation checkpointing may recompute."""

@@ -54,10 +54,10 @@ class RouterConfig(Config):
             raise ValueError(f"losses: each type once, not {types}")
         if self.controller and self.controller.moves == "loss_scale" and not self.losses:
             raise ValueError(f"controller: {self.controller.type} moves the weight of the losses, and losses is empty")
-        if self.gate.type == "hash" and (self.score.type not in ("softmax", "sigmoid") or self.select != TopK(k=1)):
-            raise ValueError(
-                "gate: hash names one expert: it needs select: {type: top_k, k: 1}, score: softmax or sigmoid"
-            )
+        if hasattr(self.gate, "check_router"):
+            self.gate.check_router(self)
+        if "gate_loss" in types and not getattr(self.gate, "hands_loss", False):
+            raise ValueError(f"losses: gate_loss, but gate: {self.gate.type} as it is set has no loss of its own")
         if self.select.compares_sizes and self.score.type == "logits":
             raise ValueError(f"select: {self.select.type} compares sizes: logits may be negative, name another score")
         if self.select.type == "soft" and (self.losses or self.controller or self.capacity):
@@ -96,6 +96,8 @@ class Routing:
     """[T, E] float32, as weights are made of them."""
     state: Tensor | None = None
     """Handed to the next MoE layer's router."""
+    gate_loss: Tensor | None = None
+    """[T] float32: what the gate itself wants small, where it says so."""
     cost: tuple[float, ...] | None = None
     """Of each expert, its work as a share of the dearest one's."""
     before_limits: Route | SoftRoute | None = None
@@ -152,7 +154,8 @@ class Router(nn.Module):
         """[T, D] rows -> where they go."""
         config, context = self.config, replace(context, training=self.training, cost=self.cost)
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE, state = self._logits(x_TD, context)
+            signal = self._signal(x_TD, context)
+            logits_TE = signal.logits
             scores_TE = config.score(logits_TE, context)
             biased_TE = scores_TE if self.expert_bias is None else scores_TE + self.expert_bias
             route = config.select.route(scores_TE, biased_TE.detach(), config.weigh, context)
@@ -161,16 +164,17 @@ class Router(nn.Module):
                 kept = limit(kept, context)
             probs_TE = config.score.probs(scores_TE)
             before = None if kept is route else route
-            return Routing(kept, probs_TE, logits_TE, scores_TE, state, self.cost, before)
+            return Routing(kept, probs_TE, logits_TE, scores_TE, signal.state, signal.loss, self.cost, before)
 
-    def _logits(self, x_TD: Tensor, context: Context) -> Signal:
+    def _signal(self, x_TD: Tensor, context: Context) -> Signal:
+        """What the gate says of the rows, with noise on its logits."""
         rows_TD, jitter = x_TD, self.config.input_jitter
         if jitter and self.training:
             rows_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - jitter, 1 + jitter)
-        logits_TE, state = self.gate(rows_TD, context)
+        signal = self.gate(rows_TD, context)
         for part in self.noise:
-            logits_TE = part(logits_TE, x_TD, context)
-        return logits_TE, state
+            signal = signal._replace(logits=part(signal.logits, x_TD, context))
+        return signal
 
     def balance_losses(
         self, routing: Routing, batch_size: int, step_counts: dict[str, Tensor] | None = None
