@@ -32,6 +32,8 @@ class Context:
     """Of each expert, its work as a share of the dearest one's; 0 for no work. Set by the router."""
     banks: "Sequence[Bank] | None" = None
     """The layer's experts, for gates that ask them. Set by the layer."""
+    importance: Tensor | None = None
+    """[T] float32: mean attention that each row gets. Only where the router asks for it."""
     training: bool = False
     """Set by the router from its own mode: noise and dropping may differ."""
 

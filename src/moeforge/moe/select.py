@@ -64,6 +64,8 @@ class Selector(Config):
 
     leaks: ClassVar[bool] = False
     """Whether a token's experts depend on other tokens outside training: decoding is then refused."""
+    reads_importance: ClassVar[bool] = False
+    """Whether ``context.importance`` must be there: a decoder then looks at its attention once more."""
     compares_sizes: ClassVar[bool] = False
     """Whether ratios or sums of scores matter, so that scores must not be negative."""
 
@@ -396,11 +398,59 @@ class Soft(Selector):
         return SoftRoute(dispatch_TS, mix_TS, ends_E)
 
 
+class ByImportance(Selector):
+    """One expert for every token, and more for those that get much attention (DA-MoE, arXiv:2409.06669).
+
+    What is left of ``k`` per token goes to the largest of importance / 1, importance / 2, ... of all tokens (d'Hondt's
+    method): in proportion, and the mean is ``k``. Attention comes from later tokens: not for decoding.
+    """
+
+    type: Literal["by_importance"] = "by_importance"
+    leaks: ClassVar[bool] = True
+    reads_importance: ClassVar[bool] = True
+    k: float = Field(2.0, ge=1)
+    """Experts per token on average."""
+    max_k: int | None = Field(None, ge=1)
+    """Most experts of one token; null: all of them."""
+
+    def check(self, num_experts: int) -> None:
+        """Raises ValueError when no such choice exists among ``num_experts``."""
+        check_k(self.max_k or 1, num_experts)
+        if self.k > (self.max_k or num_experts):
+            raise ValueError(f"select.k = {self.k} on average is more than {self.max_k or num_experts} at most")
+
+    def mean_experts(self, num_experts: int) -> float:
+        """Experts a token uses on average."""
+        return self.k
+
+    def __call__(self, scores_TE: Tensor, context: Context) -> Selection:
+        """[T, E] -> mask [T, E]."""
+        if context.importance is None:
+            raise ValueError("select: by_importance needs the attention that rows get in the context")
+        ids_TK = _top_k(scores_TE, self.max_k or scores_TE.shape[1])
+        place_K = torch.arange(ids_TK.shape[1], device=ids_TK.device)
+        claim_TK = context.importance[:, None] / place_K[1:]
+        granted = _top_k(claim_TK.reshape(1, -1), round((self.k - 1) * len(ids_TK)))
+        further_TK = torch.zeros_like(claim_TK, dtype=torch.long).flatten().scatter(0, granted[0], 1).view_as(claim_TK)
+        return Selection(mask=_mask_of(ids_TK, place_K <= further_TK.sum(1, keepdim=True), scores_TE))
+
+
 def _mask_of(ids_TK: Tensor, keep_TK: Tensor, like_TE: Tensor) -> Tensor:
     """[T, E] bool: true at each id that is kept."""
     return torch.zeros_like(like_TE, dtype=torch.bool).scatter(1, ids_TK, keep_TK)
 
 
 Select = slot(
-    TopK, TopPerGroup, Confident, TopP, Threshold, ExpertChoice, Uncertain, Random, Sinkhorn, Soft, default=TopK
+    TopK,
+    TopPerGroup,
+    Confident,
+    TopP,
+    Threshold,
+    ExpertChoice,
+    Uncertain,
+    Random,
+    Sinkhorn,
+    Soft,
+    ByImportance,
+    default=TopK,
 )
