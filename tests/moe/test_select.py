@@ -86,7 +86,7 @@ def test_unsure_tokens_go_everywhere_only_while_training() -> None:
     assert mask_of(Uncertain(k=1, max_entropy=0.0)(scores_TE, TRAINING), 4).all()
 
 
-@pytest.mark.parametrize(("k", "max_k"), [(1.0, None), (1.5, 2), (2.25, 4), (2.0, None), (6.0, None)])
+@pytest.mark.parametrize(("k", "max_k"), [(1.1, None), (1.5, 2), (2.25, 4), (2.0, None), (6.0, None)])
 def test_important_tokens_get_more_experts_one_claim_after_the_other(k: float, max_k: int | None) -> None:
     importance_T = torch.rand(64, generator=torch.Generator().manual_seed(4)) ** 3
     select = ByImportance(k=k, max_k=max_k)

@@ -408,7 +408,7 @@ class ByImportance(Selector):
     type: Literal["by_importance"] = "by_importance"
     leaks: ClassVar[bool] = True
     reads_importance: ClassVar[bool] = True
-    k: float = Field(2.0, ge=1)
+    k: float = Field(2.0, gt=1)
     """Experts per token on average."""
     max_k: int | None = Field(None, ge=1)
     """Most experts of one token; null: all of them."""

@@ -9,11 +9,11 @@ from pydantic import ValidationError
 from moeforge.config import build
 from moeforge.models import ModelConfig, measure
 from moeforge.moe import Context, MLPExperts, MoE, MoEConfig, RouterConfig
-from moeforge.moe.bank import LowRankExperts
+from moeforge.moe.bank import Experts, LowRankExperts
 from moeforge.moe.gates import ActivationNorm, Competition
 from moeforge.moe.select import TopK
 from tests.moe import brute_force
-from tests.moe.test_layer import D, assert_same
+from tests.moe.test_layer import D, assert_same, examples
 
 X_TD = torch.randn(9, D, generator=torch.Generator().manual_seed(5))
 SELF_CHOSEN = RouterConfig(gate=ActivationNorm(), score="logits", select=TopK(k=2), weigh="softmax")
@@ -70,6 +70,13 @@ def competing(share: Any) -> MoE:
     return layer(EXPERTS, RouterConfig(gate=Competition(share=share), select=TopK(k=2), losses=["gate_loss"]))
 
 
+@pytest.mark.parametrize("config", examples(Experts), ids=repr)
+def test_every_bank_answers_for_every_row(config: Any) -> None:
+    bank = config.build(D)
+    expected = torch.stack(brute_force.BANKS[config.type](bank, X_TD))
+    torch.testing.assert_close(bank.everywhere(X_TD), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_the_loudest_experts_win_and_the_router_is_taught() -> None:
     moe, x_TD = competing(1.0).train(), X_TD.clone().requires_grad_()
     y_TD, routing = moe(x_TD)
@@ -91,8 +98,8 @@ def test_outside_competition_the_router_alone_decides() -> None:
     moe, plain = competing(1.0), layer(EXPERTS, RouterConfig(select=TopK(k=2)))
     plain.banks.load_state_dict(moe.banks.state_dict())
     plain.router.gate.weight.data = moe.router.gate.weight.detach().clone()
-    for quiet in (moe.eval(), competing(0.0).train()):
-        y_TD, routing = quiet(X_TD)
+    for quiet in (moe.eval(), competing({"start": 1.0, "end": 0.0, "steps": 5}).train()):
+        y_TD, routing = quiet(X_TD, Context(step=5))
         assert torch.equal(y_TD, plain(X_TD)[0]) and not routing.gate_loss.any()
 
 
@@ -135,6 +142,12 @@ def test_it_decides_under_autocast_and_in_bf16(router: RouterConfig) -> None:
     ("experts", "router", "message"),
     [
         ({"type": "mlp"}, {"gate": "activation_norm"}, "asks experts of type low_rank; these are mlp"),
+        (
+            {"type": "low_rank"},
+            {"gate": "activation_norm", "select": "soft", "score": "logits", "losses": []},
+            "select: soft wants one per slot",
+        ),
+        ({"type": "mlp"}, {"gate": {"type": "competition", "share": 0}}, "experts that never compete"),
         ({"type": "mlp"}, {"gate": "competition"}, "teaches its router by losses: gate_loss"),
         (
             {"type": "mlp"},

@@ -1,11 +1,14 @@
 """Gates side by side, and centres as a codebook."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
 
+from moeforge.config import build, read_yaml, to_yaml
+from moeforge.errors import UserError
 from moeforge.moe import Context, MoEConfig, Router, RouterConfig
 from moeforge.moe.gates import Distance, Linear, Paths
 from tests.moe.test_gates import CONTEXT, X_TD, D, E, T
@@ -46,6 +49,17 @@ def experts_of(routing: Any) -> list[list[int]]:
     for token, expert in zip(routing.route.token.tolist(), routing.route.expert.tolist(), strict=True):
         rows[token].append(expert)
     return rows
+
+
+def test_gates_inside_a_gate_are_read_and_written_like_any_slot(tmp_path: Path) -> None:
+    router = {"gate": {"type": "paths", "parts": ["linear", CODEBOOK]}, "losses": ["gate_loss"]}
+    config = build(MoEConfig, {"experts": {"num_experts": E, "d_expert": 4}, "router": router})
+    (tmp_path / "layer.yaml").write_text(to_yaml(config))
+    assert build(MoEConfig, read_yaml(tmp_path / "layer.yaml")) == config
+    assert config.router.gate.parts == (Linear(), Distance(commitment=0.25))
+    router["gate"] = {"type": "paths", "parts": ["linear", "distanc"]}
+    with pytest.raises(UserError, match=r"there is no type 'distanc'\. Did you mean 'distance'"):
+        build(MoEConfig, {"experts": {"num_experts": E, "d_expert": 4}, "router": router})
 
 
 @pytest.mark.parametrize(

@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 
 def smooth_step(x: Tensor, width: float) -> Tensor:
-    """0 up to -width / 2, 1 from width / 2 on, a cubic between them; its slope is continuous (equation 2)."""
+    """0 up to -width / 2, 1 from width / 2 on, a cubic between them: its slope is continuous (arXiv:2106.03760)."""
     along = (x / width + 0.5).clamp(0, 1)
     return along * along * (3 - 2 * along)
 
 
 class SmoothStepGate(nn.Module):
-    """sum_k softmax(x V)_k * r(x W_k), r the product over bits of S or 1 - S (arXiv:2106.03760, equations 3 to 5).
+    """sum_k softmax(x V)_k * r(x W_k), r the product over bits of S or 1 - S (DSelect-k, arXiv:2106.03760).
 
     Each of k selectors is a distribution over experts that becomes exactly one expert where its bits have settled. What
-    the gate wants small is the entropy of its selectors (equation 6).
+    the gate wants small is the entropy of its selectors.
     """
 
     initialised = ("code",)
@@ -69,8 +69,8 @@ class SmoothStep(Config):
 
     def check(self, num_experts: int) -> None:
         """Raises ValueError where a code would name no expert."""
-        if num_experts & (num_experts - 1):
-            raise ValueError(f"gate: smooth_step spells experts in bits: num_experts = {num_experts} is no power of 2")
+        if num_experts < 2 or num_experts & (num_experts - 1):
+            raise ValueError(f"gate: smooth_step spells experts in bits: {num_experts} is none of 2, 4, 8, ...")
 
     def check_router(self, router: "RouterConfig") -> None:
         """Raises ValueError where its weights would not be taken as they are."""

@@ -1,9 +1,10 @@
 """Gates that ask the experts themselves."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from moeforge.config import Config
@@ -23,6 +24,12 @@ def asked(context: Context, gate: str) -> Sequence[Bank]:
     return context.banks
 
 
+def refuse_slots(gate: Any, router: "RouterConfig") -> None:
+    """Raises ValueError for a selector that wants logits of slots: experts answer for themselves."""
+    if router.select.type == "soft":
+        raise ValueError(f"gate: {gate.type} has one logit per expert, select: soft wants one per slot")
+
+
 class ActivationNormGate(nn.Module):
     """logits = |A_e x|, the norm of what an expert would compute first (Autonomy-of-Experts, arXiv:2501.13074)."""
 
@@ -39,6 +46,10 @@ class ActivationNorm(Config):
     def build(self, d_model: int, num_experts: int) -> nn.Module:
         """The module: ``(x [T, D], context) -> Signal``."""
         return ActivationNormGate()
+
+    def check_router(self, router: "RouterConfig") -> None:
+        """Raises ValueError where it could not be asked for one logit per expert."""
+        refuse_slots(self, router)
 
     def check_banks(self, experts: Sequence[Any]) -> None:
         """Raises ValueError for experts that have no cheap first activation."""
@@ -87,9 +98,14 @@ class Competition(Config):
         """The module: ``(x [T, D], context) -> Signal``."""
         return CompetitionGate(self.share, d_model, num_experts)
 
+    @model_validator(mode="after")
+    def _happens(self) -> Self:
+        if self.share == 0:
+            raise ValueError("share = 0: experts that never compete leave gate: linear")
+        return self
+
     def check_router(self, router: "RouterConfig") -> None:
         """Raises ValueError where the router would not learn, or could not be asked for one logit per expert."""
-        if router.select.type == "soft":
-            raise ValueError("gate: competition has one logit per expert, select: soft wants one per slot")
+        refuse_slots(self, router)
         if all(loss.type != "gate_loss" for loss in router.losses):
             raise ValueError("gate: competition teaches its router by losses: gate_loss, which is not there")

@@ -27,7 +27,7 @@ def spline_basis(x: Tensor, intervals: int, degree: int, reach: float) -> Tensor
 
 
 class SplineGate(nn.Module):
-    """logits = LayerNorm(W x + GLU(f(g(x)))), f and g layers of splines (arXiv:2409.15161, section III).
+    """logits = LayerNorm(W x + GLU(f(g(x)))), f and g layers of splines (KAMoE, arXiv:2409.15161).
 
     A layer of splines sums, for each output, one learned function of each input: its matrix weighs an activation of the
     input and the input's place in a basis of splines (arXiv:2404.19756, equation 2.10).
