@@ -100,6 +100,13 @@ def test_a_look_up_is_no_multiplication_and_shared_factors_are_multiplied_with_f
     assert factorised.active.all <= factorised.total.all
 
 
+def test_a_second_look_at_attention_is_counted() -> None:
+    asks = small(moe=MOE | {"router": {"select": {"type": "by_importance", "k": K}}})
+    heads, size = asks.num_heads * asks.size_of_head, asks.num_key_heads * asks.size_of_head
+    per_layer = 2 * D * (heads + size) + heads * asks.max_seq_len
+    assert measure(asks).flops_per_token == measure(small()).flops_per_token + 2 * per_layer
+
+
 def test_experts_without_work_cost_nothing() -> None:
     half = {"experts": [{"num_experts": E, "d_expert": H}, {"type": "zero", "num_experts": E}]}
     size, plain = measure(small(moe=half)), measure(small())

@@ -171,6 +171,12 @@ def _factorised_bank(bank: Any, x_TD: Tensor) -> list[Tensor]:
     return [mlp(x_TD, up_HD, down_DH, bank.config.activation) for up_HD, down_DH in up]
 
 
+def _low_rank_bank(bank: Any, x_TD: Tensor) -> list[Tensor]:
+    stacks = zip(bank.gate_in, bank.gate_out, bank.up_proj, bank.down_proj, strict=True)
+    activation = bank.config.activation
+    return [mlp(x_TD, torch.cat([b @ a, up]), down, activation) for a, b, up, down in stacks]
+
+
 def _nested_bank(bank: Any, x_TD: Tensor) -> list[Tensor]:
     def slices(width: int) -> tuple[Tensor, Tensor]:
         return torch.cat([rows[:width] for rows in bank.gate_up_proj]), bank.down_proj[:, :width]
@@ -189,6 +195,7 @@ def _constant_bank(bank: Any, x_TD: Tensor) -> list[Tensor]:
 BANKS: dict[str, Callable[[Any, Tensor], list[Tensor]]] = {
     "mlp": _mlp_bank,
     "factorised": _factorised_bank,
+    "low_rank": _low_rank_bank,
     "nested": _nested_bank,
     "zero": lambda bank, x_TD: [torch.zeros_like(x_TD)] * bank.config.num_experts,
     "copy": lambda bank, x_TD: [x_TD] * bank.config.num_experts,

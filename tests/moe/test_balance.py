@@ -18,6 +18,7 @@ from moeforge.moe.balance import (
     EmbeddingLoss,
     EntropyLoss,
     ExpertBias,
+    GateLoss,
     ImportanceLoss,
     LoadBalancingLoss,
     LoadLoss,
@@ -116,10 +117,15 @@ def test_the_micro_batch_scope_counts_each_micro_batch_by_itself() -> None:
 
 
 def test_every_kind_is_tested_here() -> None:
-    here = {LoadBalancingLoss, ZLoss, ImportanceLoss, EntropyLoss, SparsityLoss}
+    here = {LoadBalancingLoss, ZLoss, ImportanceLoss, EntropyLoss, SparsityLoss, GateLoss}
     elsewhere = {LoadLoss, ClusterLoss, LocalityLoss, EmbeddingLoss, BudgetLoss, ConflictLoss}
     assert set(members(BalanceLoss)) == here | elsewhere
     assert set(members(Controller)) == {ExpertBias, Sparsity, Overflow}
+
+
+def test_what_a_gate_wants_is_its_mean_over_tokens() -> None:
+    routing = replace(routing_of(torch.randn(4, E)), gate_loss=torch.tensor([1.0, 2.0, 3.0, 6.0]))
+    assert float(GateLoss()(routing, 2)) == 3.0
 
 
 def test_importance_is_the_loop() -> None:
@@ -266,3 +272,11 @@ def test_forward_never_moves_the_bias() -> None:
     plain = Router(RouterConfig(), 4, 4)
     plain.step(torch.tensor([1, 2, 3, 4]), 10)
     assert plain.expert_bias is None
+
+
+def test_probabilities_of_zero_have_an_entropy_with_a_gradient() -> None:
+    router = Router(RouterConfig(score={"type": "relu"}, losses=[EntropyLoss(batch=-1.0)]), 8, 4)
+    routing = router(torch.randn(9, 8, generator=torch.Generator().manual_seed(1)), Context())
+    assert (routing.probs == 0).any()
+    sum(router.balance_losses(routing, 1).values()).backward()
+    assert router.gate.weight.grad.isfinite().all() and router.gate.weight.grad.abs().sum() > 0

@@ -17,11 +17,13 @@ from moeforge.moe.bank import (
     CopyExperts,
     Experts,
     FactorisedExperts,
+    LowRankExperts,
     NestedExperts,
     ZeroExperts,
 )
 from moeforge.moe.scores import Logits, Relu, Score, Sigmoid, Softmax
 from moeforge.moe.select import (
+    ByImportance,
     Confident,
     Draw,
     ExpertChoice,
@@ -65,11 +67,16 @@ EXAMPLES: dict[type, list[Any]] = {
         FactorisedExperts(num_experts=6, d_expert=4, rank=3),
         FactorisedExperts(d_expert=5, activation="relu"),
     ],
+    LowRankExperts: [
+        LowRankExperts(num_experts=6, d_expert=4, rank=3),
+        LowRankExperts(d_expert=3, rank=9, activation="geglu"),
+    ],
     NestedExperts: [NestedExperts(widths=(2, 3, 5, 5)), NestedExperts(widths=(1, 4, 4, 6), activation="gelu")],
     ZeroExperts: [ZeroExperts(num_experts=4)],
     CopyExperts: [CopyExperts(num_experts=4)],
     ConstantExperts: [ConstantExperts(num_experts=4)],
     Soft: [],
+    ByImportance: [],  # needs attention: see test_select.py
     Sum: [Sum()],
     Gated: [Gated()],
     Coefficient: [Coefficient()],

@@ -1,6 +1,7 @@
 """One decoder layer: attention, then experts or an MLP, each behind a norm and added to the residual stream."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,6 +29,9 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Routing | None]:
         """With ``recompute``, activations are made again in backward; the route is not, so it cannot change."""
         run = _recomputed if recompute else _called
+        if self.moe is not None and self.moe.config.router.select.reads_importance:
+            importance = self.attention.received(self.attention_norm(x), positions)
+            context = replace(context, importance=importance.flatten())
         x = x + run(lambda x: self.attention(self.attention_norm(x), positions, cache), x)
         if self.moe is None:
             return x + run(lambda x: self._dense(self.mlp_norm(x)), x), None

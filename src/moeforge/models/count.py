@@ -46,6 +46,7 @@ def measure(config: ModelConfig, bytes_per_weight: int = 4, seq_len: int | None 
     total, idle = sum(p.numel() for p in model.parameters()), sum(map(_idle, model.moe_layers.values()))
     table = model.embedding.weight.numel()
     attention = 2 * config.num_layers * config.num_heads * config.size_of_head * (seq_len or config.max_seq_len)
+    attention += _looks_again(model, seq_len or config.max_seq_len)
     vectors = sum(p.numel() for p in model.parameters() if p.ndim < 2)
     # The input embedding is a look-up; a tied one is still multiplied with, once, at the output.
     multiplied = total - idle - vectors - _looked_up(model) - (0 if config.tie_embeddings else table)
@@ -57,6 +58,14 @@ def measure(config: ModelConfig, bytes_per_weight: int = 4, seq_len: int | None 
         optimizer_bytes=16 * total,
         kv_bytes_per_token=2 * bytes_per_weight * config.num_layers * config.num_key_heads * config.size_of_head,
     )
+
+
+def _looks_again(model: Decoder, seq_len: int) -> int:
+    """FLOPs per token of queries, keys and their products where a router asks which tokens attention goes to."""
+    again = [moe for moe in model.moe_layers.values() if moe.config.router.select.reads_importance]
+    config, size = model.config, model.config.size_of_head
+    projections = 2 * config.d_model * (config.num_heads + config.num_key_heads) * size
+    return len(again) * (projections + config.num_heads * size * seq_len)
 
 
 def _count(parameters: int, table: int, config: ModelConfig) -> Count:
@@ -72,7 +81,9 @@ def _idle(moe: MoE) -> int:
     """
     num_experts, costs = moe.config.num_experts, moe.config.costs(moe.d_model)
     used = moe.config.router.select.mean_experts(num_experts) * sum(costs) / num_experts
-    return round(sum(p.numel() for p in moe.banks.parameters()) - used)
+    gate = moe.config.router.gate
+    asked = gate.expert_work(moe.config.experts, moe.d_model) if hasattr(gate, "expert_work") else 0
+    return round(sum(p.numel() for p in moe.banks.parameters()) - used - asked)
 
 
 def _looked_up(model: nn.Module, but_rows: int = 0) -> int:

@@ -1,5 +1,6 @@
 """The layer: y = mix(sum over edges of w * expert(x), shared(x)). It reads in one screen and names no paper."""
 
+from dataclasses import replace
 from typing import Self
 
 from pydantic import SerializerFunctionWrapHandler, field_serializer, field_validator, model_validator
@@ -38,6 +39,8 @@ class MoEConfig(Config):
         if not self.experts:
             raise ValueError("experts is empty: name at least one bank")
         self.router.check(self.num_experts, self.costs(d_model=64))  # which cost more does not depend on the width
+        if hasattr(self.router.gate, "check_banks"):
+            self.router.gate.check_banks(self.experts)
         return self
 
     @model_validator(mode="after")
@@ -74,8 +77,8 @@ class MoE(nn.Module):
         return self.experts(x_TD, routing.route).view_as(x), routing
 
     def decide(self, x_TD: Tensor, context: Context) -> Routing:
-        """What the router decided, and what a loss wants to know about the layer besides."""
-        routing = self.router(x_TD, context)
+        """What the router decides, which may ask the experts, and what a loss wants to know about the layer besides."""
+        routing = self.router(x_TD, replace(context, banks=tuple(self.banks)))  # type: ignore[arg-type]
         for loss in self.config.router.losses:
             if hasattr(loss, "watch"):
                 routing = loss.watch(routing, x_TD, self.shared)

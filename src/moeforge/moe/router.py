@@ -15,7 +15,7 @@ from moeforge.config import Config
 from moeforge.moe.balance import BalanceLoss, Controller, LoadBalancingLoss
 from moeforge.moe.capacity import Limit
 from moeforge.moe.context import Context
-from moeforge.moe.gates import Gate, Linear
+from moeforge.moe.gates import Gate, Linear, Signal
 from moeforge.moe.noise import Noise
 from moeforge.moe.route import Route, SoftRoute
 from moeforge.moe.scores import Score, Softmax
@@ -54,10 +54,8 @@ class RouterConfig(Config):
             raise ValueError(f"losses: each type once, not {types}")
         if self.controller and self.controller.moves == "loss_scale" and not self.losses:
             raise ValueError(f"controller: {self.controller.type} moves the weight of the losses, and losses is empty")
-        if self.gate.type == "hash" and (self.score.type not in ("softmax", "sigmoid") or self.select != TopK(k=1)):
-            raise ValueError(
-                "gate: hash names one expert: it needs select: {type: top_k, k: 1}, score: softmax or sigmoid"
-            )
+        if "gate_loss" in types and not getattr(self.gate, "hands_loss", False):
+            raise ValueError(f"losses: gate_loss, but gate: {self.gate.type} as it is set has no loss of its own")
         if self.select.compares_sizes and self.score.type == "logits":
             raise ValueError(f"select: {self.select.type} compares sizes: logits may be negative, name another score")
         if self.select.type == "soft" and (self.losses or self.controller or self.capacity):
@@ -75,7 +73,7 @@ class RouterConfig(Config):
         for part in (self.gate, self.score, self.select):
             if hasattr(part, "check"):
                 part.check(num_experts)
-        for part in (*self.noise, self.weigh, *self.losses):
+        for part in (self.gate, *self.noise, self.weigh, *self.losses):
             if hasattr(part, "check_costs"):
                 part.check_costs(costs)
             if hasattr(part, "check_router"):
@@ -100,6 +98,8 @@ class Routing:
     """[T, E] float32, as weights are made of them."""
     state: Tensor | None = None
     """Handed to the next MoE layer's router."""
+    gate_loss: Tensor | None = None
+    """[T] float32: what the gate itself wants small, where it says so."""
     cost: tuple[float, ...] | None = None
     """Of each expert, its work as a share of the dearest one's."""
     before_limits: Route | SoftRoute | None = None
@@ -166,7 +166,8 @@ class Router(nn.Module):
         """[T, D] rows -> where they go."""
         config, context = self.config, replace(context, training=self.training, cost=self.cost)
         with torch.autocast(x_TD.device.type, enabled=False):
-            clean_TE, logits_TE, state = self._logits(x_TD, context)
+            signal, clean_TE = self._signal(x_TD, context)
+            logits_TE = signal.logits
             scores_TE = config.score(logits_TE, context)
             biased_TE = scores_TE if self.expert_bias is None else scores_TE + self.expert_bias
             route = config.select.route(scores_TE, biased_TE.detach(), config.weigh, context)
@@ -176,18 +177,18 @@ class Router(nn.Module):
             before = None if kept is route else route
             seen = {"clean": clean_TE, "noise_std": self._noise_std(x_TD, logits_TE)}
             seen["embeddings"] = getattr(self.gate, "weight", None)
-            return Routing(kept, probs_TE, logits_TE, scores_TE, state, self.cost, before, **seen)
+            return Routing(kept, probs_TE, logits_TE, scores_TE, signal.state, signal.loss, self.cost, before, **seen)
 
-    def _logits(self, x_TD: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Logits before noise, logits, and the gate's state."""
+    def _signal(self, x_TD: Tensor, context: Context) -> tuple[Signal, Tensor]:
+        """What the gate says of the rows, with noise on its logits; and the logits [T, E] before noise."""
         rows_TD, jitter = x_TD, self.config.input_jitter
         if jitter and self.training:
             rows_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - jitter, 1 + jitter)
-        clean_TE, state = self.gate(rows_TD, context)
-        logits_TE = clean_TE
+        signal = self.gate(rows_TD, context)
+        clean_TE = signal.logits
         for part in self.noise:
-            logits_TE = part(logits_TE, x_TD, context)
-        return clean_TE, logits_TE, state
+            signal = signal._replace(logits=part(signal.logits, x_TD, context))
+        return signal, clean_TE
 
     def _noise_std(self, x_TD: Tensor, like_TE: Tensor) -> Tensor | None:
         if not any(getattr(loss, "reads_noise", False) for loss in self.config.losses):

@@ -17,6 +17,7 @@ from moeforge.moe.balance.load import ImportanceLoss as ImportanceLoss
 from moeforge.moe.balance.load import LoadBalancingLoss as LoadBalancingLoss
 from moeforge.moe.balance.load import LoadLoss as LoadLoss
 from moeforge.moe.balance.scores import EntropyLoss as EntropyLoss
+from moeforge.moe.balance.scores import GateLoss as GateLoss
 from moeforge.moe.balance.scores import SparsityLoss as SparsityLoss
 from moeforge.moe.balance.scores import ZLoss as ZLoss
 
@@ -32,5 +33,6 @@ BalanceLoss = slot(
     EmbeddingLoss,
     BudgetLoss,
     ConflictLoss,
+    GateLoss,
 )
 Controller = slot(ExpertBias, Sparsity, Overflow)

@@ -81,3 +81,16 @@ class SparsityLoss(Config):
         counts_E = routing.choices if step_counts is None else step_counts
         load_E = counts_E / counts_E.double().mean().clamp_min(1)
         return (routing.scores * load_E.to(routing.scores.dtype)).sum(1).mean()
+
+
+class GateLoss(Config):
+    """What the gate itself wants small, mean over tokens: see the gates that hand it on."""
+
+    type: Literal["gate_loss"] = "gate_loss"
+    weight: float = Field(0.01, gt=0)
+    """Factor in the total loss."""
+
+    def __call__(self, routing: "Routing", batch_size: int, step_counts: Tensor | None = None) -> Tensor:
+        """Scalar; linear in tokens, so it needs no counts of the step."""
+        assert routing.gate_loss is not None
+        return routing.gate_loss.mean()

@@ -5,6 +5,7 @@ from moeforge.moe.select.adaptive import Confident as Confident
 from moeforge.moe.select.adaptive import Threshold as Threshold
 from moeforge.moe.select.adaptive import TopP as TopP
 from moeforge.moe.select.adaptive import Uncertain as Uncertain
+from moeforge.moe.select.batch import ByImportance as ByImportance
 from moeforge.moe.select.batch import ExpertChoice as ExpertChoice
 from moeforge.moe.select.batch import Sinkhorn as Sinkhorn
 from moeforge.moe.select.batch import Soft as Soft
@@ -18,5 +19,17 @@ from moeforge.moe.select.selector import check_groups as check_groups
 from moeforge.moe.select.selector import top_k as top_k
 
 Select = slot(
-    TopK, TopPerGroup, Confident, TopP, Threshold, ExpertChoice, Uncertain, Random, Sinkhorn, Soft, Draw, default=TopK
+    TopK,
+    TopPerGroup,
+    Confident,
+    TopP,
+    Threshold,
+    ExpertChoice,
+    Uncertain,
+    Random,
+    Sinkhorn,
+    Soft,
+    Draw,
+    ByImportance,
+    default=TopK,
 )

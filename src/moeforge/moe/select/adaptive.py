@@ -68,12 +68,12 @@ class TopP(Selector):
 
     def __call__(self, scores_TE: Tensor, context: Context) -> Selection:
         """[T, E] -> mask [T, E]."""
-        ids_TE = top_k(scores_TE, self.max_k or scores_TE.shape[1])
+        ids_TE = top_k(scores_TE, scores_TE.shape[1])
         sorted_TE = scores_TE.gather(1, ids_TE)
-        before_TE = sorted_TE.cumsum(1) - sorted_TE  # an expert is needed while those ahead of it fall short
-        keep_TE = before_TE < self.p * scores_TE.sum(1, keepdim=True)
+        reached_TE = sorted_TE.cumsum(1)  # its end is the sum to compare with: another order would round otherwise
+        keep_TE = reached_TE - sorted_TE < self.p * reached_TE[:, -1:]  # needed while those ahead fall short
         keep_TE[:, 0] = True
-        return Selection(mask=mask_of(ids_TE, keep_TE, scores_TE))
+        return Selection(mask=mask_of(ids_TE[:, : self.max_k], keep_TE[:, : self.max_k], scores_TE))
 
 
 class Threshold(Selector):

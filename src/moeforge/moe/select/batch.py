@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moeforge.moe.context import Context
 from moeforge.moe.route import SoftRoute
-from moeforge.moe.select.selector import PerToken, Selection, Selector, check_k, top_k
+from moeforge.moe.select.selector import PerToken, Selection, Selector, check_k, mask_of, top_k
 
 
 class ExpertChoice(Selector):
@@ -103,3 +103,40 @@ class Soft(Selector):
         dispatch_TS = logits_TCG.softmax(0).flatten(1)
         mix_TS = dispatch_TS if self.group == "position" else logits_TCG.flatten(1).softmax(1)
         return SoftRoute(dispatch_TS, mix_TS, ends_E)
+
+
+class ByImportance(Selector):
+    """One expert for every token, and more for those that get much attention (DA-MoE, arXiv:2409.06669).
+
+    What is left of ``k`` per token goes to the largest of importance / 1, importance / 2, ... of all tokens (d'Hondt's
+    method): in proportion, and the mean is ``k``. Attention comes from later tokens: not for decoding.
+    """
+
+    type: Literal["by_importance"] = "by_importance"
+    leaks: ClassVar[bool] = True
+    reads_importance: ClassVar[bool] = True
+    k: float = Field(2.0, gt=1)
+    """Experts per token on average."""
+    max_k: int | None = Field(None, ge=1)
+    """Most experts of one token; null: all of them."""
+
+    def check(self, num_experts: int) -> None:
+        """Raises ValueError when no such choice exists among ``num_experts``."""
+        check_k(self.max_k or 1, num_experts)
+        if self.k > (self.max_k or num_experts):
+            raise ValueError(f"select.k = {self.k} on average is more than {self.max_k or num_experts} at most")
+
+    def mean_experts(self, num_experts: int) -> float:
+        """Experts a token uses on average."""
+        return self.k
+
+    def __call__(self, scores_TE: Tensor, context: Context) -> Selection:
+        """[T, E] -> mask [T, E]."""
+        if context.importance is None:
+            raise ValueError("select: by_importance needs the attention that rows get in the context")
+        ids_TK = top_k(scores_TE, self.max_k or scores_TE.shape[1])
+        place_K = torch.arange(ids_TK.shape[1], device=ids_TK.device)
+        claim_TK = context.importance[:, None] / place_K[1:]
+        granted = top_k(claim_TK.reshape(1, -1), round((self.k - 1) * len(ids_TK)))
+        further_TK = torch.zeros_like(claim_TK, dtype=torch.long).flatten().scatter(0, granted[0], 1).view_as(claim_TK)
+        return Selection(mask=mask_of(ids_TK, place_K <= further_TK.sum(1, keepdim=True), scores_TE))

@@ -64,6 +64,8 @@ class Selector(Config):
 
     leaks: ClassVar[bool] = False
     """Whether a token's experts depend on other tokens outside training: decoding is then refused."""
+    reads_importance: ClassVar[bool] = False
+    """Whether ``context.importance`` must be there: a decoder then looks at its attention once more."""
     compares_sizes: ClassVar[bool] = False
     """Whether ratios or sums of scores matter, so that scores must not be negative."""
     own_softmax: ClassVar[bool] = False
