@@ -1,12 +1,12 @@
 """Capacity: which edges of a route are kept. Nothing is dropped unless one of these parts is named."""
 
-import math
 from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn import functional as F
 
 from moeforge.config import Config, slot
 from moeforge.moe.context import Context
@@ -33,7 +33,7 @@ class Capacity(Config):
         factor = self.capacity_factor
         if not context.training and self.eval_capacity_factor is not None:
             factor = self.eval_capacity_factor
-        room = math.ceil(factor * len(route.token) / route.num_experts)
+        room = (factor * route.ends[-1].double() / route.num_experts).ceil()
         return keep_edges(route, place_in_expert(route, self._rank(route)) < room)
 
     def _rank(self, route: Route) -> Tensor:
@@ -64,9 +64,9 @@ class Drop(Config):
 
 def place_in_expert(route: Route, rank_N: Tensor) -> Tensor:
     """[N] int64: how many edges of the same expert rank before each edge; ties in the route's order."""
-    by_rank_N = rank_N.argsort(stable=True)
-    order_N = by_rank_N[route.expert[by_rank_N].argsort(stable=True)]
-    first_N = (route.ends.long() - route.counts)[route.expert]
+    by_rank_N, expert_N = rank_N.argsort(stable=True), route.expert
+    order_N = by_rank_N[expert_N[by_rank_N].argsort(stable=True)]
+    first_N = F.pad(route.ends.long(), (1, 0))[expert_N]
     place_N = torch.empty_like(order_N)
     place_N[order_N] = torch.arange(len(order_N), device=order_N.device) - first_N
     return place_N
@@ -74,9 +74,15 @@ def place_in_expert(route: Route, rank_N: Tensor) -> Tensor:
 
 def keep_edges(route: Route, keep_N: Tensor) -> Route:
     """The route with some of its edges: still sorted, no longer K of each token."""
-    ends_E = torch.bincount(route.expert[keep_N], minlength=route.num_experts).cumsum(0).to(torch.int32)
-    edges = {"token": route.token[keep_N], "weight": route.weight[keep_N], "ends": ends_E}
-    return replace(route, **edges, top_k=None, slot=None)
+    ends_E = F.pad(keep_N.cumsum(0), (1, 0))[route.ends.long()].to(torch.int32)
+    if torch.compiler.is_compiling():  # as many edges as before: those left out are padding
+        keep_N = keep_N & (route.expert < route.num_experts)
+        order_N = (~keep_N).to(torch.uint8).argsort(stable=True)
+        weight_N = torch.where(keep_N, route.weight, 0)[order_N]
+    else:
+        order_N = keep_N.nonzero().flatten()
+        weight_N = route.weight[order_N]
+    return replace(route, token=route.token[order_N], weight=weight_N, ends=ends_E, top_k=None, slot=None)
 
 
 Limit = slot(Capacity, Drop)

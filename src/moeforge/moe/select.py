@@ -23,6 +23,8 @@ class Selection:
     """[T, K] int64, distinct per token."""
     mask: Tensor | None = None
     """[T, E] bool."""
+    most: int | None = None
+    """With a mask, how many experts a token may have; None: all of them."""
 
     def take(self, values_TE: Tensor) -> Tensor:
         """The chosen entries: [T, K] for ids; [T, E] with zero elsewhere for a mask."""
@@ -40,7 +42,7 @@ class Selection:
         """The route with these weights, given in the shape of ``take``."""
         if self.ids is not None:
             return Route.from_top_k(self.ids, weights, num_experts)
-        return Route.from_mask(self._chosen(), weights)
+        return Route.from_mask(self._chosen(), weights, most=self.most)
 
     def _chosen(self) -> Tensor:
         assert self.mask is not None
@@ -206,7 +208,7 @@ class Confident(PerToken):
         best_T1 = chosen_TK[:, :1]
         keep_TK = (best_T1 - chosen_TK <= self.max_gap) & (chosen_TK >= self.min_ratio * best_T1)
         keep_TK[:, 0] = True
-        return Selection(mask=_mask_of(ids_TK, keep_TK, scores_TE))
+        return Selection(mask=_mask_of(ids_TK, keep_TK, scores_TE), most=self.k)
 
 
 class TopP(Selector):
@@ -236,7 +238,7 @@ class TopP(Selector):
         before_TE = sorted_TE.cumsum(1) - sorted_TE  # an expert is needed while those ahead of it fall short
         keep_TE = before_TE < self.p * scores_TE.sum(1, keepdim=True)
         keep_TE[:, 0] = True
-        return Selection(mask=_mask_of(ids_TE, keep_TE, scores_TE))
+        return Selection(mask=_mask_of(ids_TE, keep_TE, scores_TE), most=self.max_k)
 
 
 class Threshold(Selector):
