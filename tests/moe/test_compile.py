@@ -38,7 +38,7 @@ ROUTERS = [
     RouterConfig(select=Confident(k=3, max_gap=0.1), weigh=Ones(average=True), gate=Recurrent()),
     RouterConfig(select=Threshold(), score=Relu(), weigh=SoftmaxChosen()),
     RouterConfig(capacity=(Capacity(capacity_factor=0.8),)),
-    RouterConfig(select=ExpertChoice()),
+    RouterConfig(select=ExpertChoice(), losses=()),
     RouterConfig(select=Soft(slots=2), score=Logits(), losses=()),
 ]
 MIXED = [MLPExperts(num_experts=4, d_expert=8), ZeroExperts(), CopyExperts(), ConstantExperts(), MLPExperts(d_expert=4)]
@@ -99,7 +99,8 @@ def test_engines_are_one_graph_in_bf16(select: Any, engine: Any) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own
 @pytest.mark.parametrize("select", [TopK(), TopP(p=0.5)], ids=repr)
 def test_a_layer_is_one_graph_for_inductor(select: Any) -> None:
-    assert_one_graph(build(RouterConfig(select=select)), (12, 7, 33), backend="inductor")
+    # Its products of up to 16 rows on a CPU are other ones, with a graph of their own.
+    assert_one_graph(build(RouterConfig(select=select)), (33, 21, 40), backend="inductor")
 
 
 class Edges:

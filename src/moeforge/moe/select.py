@@ -236,7 +236,8 @@ class TopP(Selector):
         ids_TE = _top_k(scores_TE, self.max_k or scores_TE.shape[1])
         sorted_TE = scores_TE.gather(1, ids_TE)
         before_TE = sorted_TE.cumsum(1) - sorted_TE  # an expert is needed while those ahead of it fall short
-        keep_TE = before_TE < self.p * scores_TE.sum(1, keepdim=True)
+        # What scores nothing adds nothing: rounding of the two sums may not let it in.
+        keep_TE = (before_TE < self.p * scores_TE.sum(1, keepdim=True)) & (sorted_TE > 0)
         keep_TE[:, 0] = True
         return Selection(mask=_mask_of(ids_TE, keep_TE, scores_TE), most=self.max_k)
 
