@@ -137,8 +137,9 @@ class EntropyLoss(Config):
     def __call__(self, routing: "Routing", batch_size: int, step_counts: Tensor | None = None) -> Tensor:
         """Scalar; the second part is per micro-batch."""
         assert routing.probs is not None
-        of_token = torch.special.entr(routing.probs).sum(1).mean()
-        return self.token * of_token + self.batch * torch.special.entr(routing.probs.mean(0)).sum()
+        tiny = torch.finfo(routing.probs.dtype).tiny  # the entropy's slope at zero is infinite
+        of_token = torch.special.entr(routing.probs.clamp_min(tiny)).sum(1).mean()
+        return self.token * of_token + self.batch * torch.special.entr(routing.probs.mean(0).clamp_min(tiny)).sum()
 
 
 class SparsityLoss(Config):
