@@ -75,8 +75,7 @@ def place_in_expert(route: Route, rank_N: Tensor) -> Tensor:
 def keep_edges(route: Route, keep_N: Tensor) -> Route:
     """The route with some of its edges: still sorted, no longer K of each token."""
     ends_E = F.pad(keep_N.cumsum(0), (1, 0))[route.ends.long()].to(torch.int32)
-    if torch.compiler.is_compiling():  # as many edges as before: those left out are padding
-        keep_N = keep_N & (route.expert < route.num_experts)
+    if torch.compiler.is_compiling():  # as many edges as before: those left out join the padding behind
         order_N = (~keep_N).to(torch.uint8).argsort(stable=True)
         weight_N = torch.where(keep_N, route.weight, 0)[order_N]
     else:
