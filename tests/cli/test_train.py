@@ -63,6 +63,22 @@ BAD = {
     "odd heads": (["TINY", "--model.d_model=15"], "d_model = 15 is not divisible by num_heads = 2"),
     "missing data": (["TINY", "--data.path=nowhere"], "data.path: nowhere does not exist"),
     "an engine that is none": (["TINY", "--model.moe.experts.engine=streming"], "Did you mean 'streaming'?"),
+    "capacity with soft slots": (
+        ["TINY", "--model.moe.router={select: soft, score: logits, losses: [], capacity: [capacity]}"],
+        "model.moe.router: select: soft fills every slot; set losses: [] and neither controller nor capacity",
+    ),
+    "groups that do not fit": (
+        ["TINY", "--model.moe.router.gate=two_level", "--model.moe.experts.num_experts=5"],
+        "model.moe: num_experts = 5 is not divisible by gate.num_groups = 2",
+    ),
+    "ids that a decoder does not know": (
+        ["TINY", "--model.moe.router.gate={type: lookup, by: task, num_ids: 3}"],
+        "layer 1: gate: lookup by task: a decoder knows token ids alone",
+    ),
+    "a bar that nobody passes": (
+        ["TINY", "--model.moe.router.select={type: threshold, bar: 1}"],
+        "model.moe.router: select: threshold with bar = 1 and score: softmax selects nobody: such a score is never",
+    ),
     "no value": (["TINY", "--steps"], "--steps=VALUE"),
 }
 

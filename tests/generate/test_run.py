@@ -121,7 +121,7 @@ def test_a_pass_that_is_interrupted_leaves_the_document_as_it_was(model, tokeniz
 
 
 def test_routers_that_compare_tokens_write_only_when_asked(tokenizer: Tokenizer) -> None:
-    for router in ({"select": "expert_choice"}, {"capacity": [{"type": "capacity"}]}):
+    for router in ({"select": "expert_choice", "losses": []}, {"capacity": [{"type": "capacity"}]}):
         moe = {"experts": {"num_experts": 4, "d_expert": 8}, "router": router}
         shape = {"vocab_size": 257, "d_model": 16, "num_layers": 2, "num_heads": 2, "layers": {1: {"moe": moe}}}
         model = Decoder(ModelConfig.model_validate(shape)).eval()

@@ -34,9 +34,11 @@ def test_rows_come_back_to_their_tokens(k: int, dtype: torch.dtype) -> None:
 def test_padding_repeats_the_last_edge_without_weight(counts: list[int]) -> None:
     ends = torch.tensor(counts).cumsum(0).to(torch.int32)
     token_N = torch.randint(1000, (sum(counts),))
-    route = Route(token_N, torch.rand(len(token_N)) + 0.1, ends, 1000)
+    route = Route(token_N, (torch.rand(len(token_N)) + 0.1).requires_grad_(), ends, 1000)
     padded = pad_segments(route)
     lengths = padded.ends.diff(prepend=torch.zeros(1, dtype=torch.int32)).tolist()
+    value_P = torch.rand(len(padded.token))
+    (gradient_N,) = torch.autograd.grad(padded.weight @ value_P, route.weight)
     low, start = 0, 0
     for count, length in zip(counts, lengths, strict=True):
         assert count <= length <= count * 9 / 8 and (count > 16 or length == count)
@@ -45,6 +47,16 @@ def test_padding_repeats_the_last_edge_without_weight(counts: list[int]) -> None
         expected = token_N[start : start + count].tolist()
         assert padded.token[own].tolist() == expected + expected[-1:] * (length - count)
         assert torch.equal(padded.weight[own][:count], route.weight[start : start + count])
+        assert torch.equal(gradient_N[start : start + count], value_P[own][:count])
         assert not padded.weight[own][count:].any()
         low, start = low + length, start + count
-    assert low == len(padded.token) and torch.equal(padded.token[padded.place], token_N)
+    assert low == len(padded.token)
+
+
+def test_padding_keeps_a_tail_that_belongs_to_nobody() -> None:
+    counts, tail = [40, 0, 17], 5
+    ends = torch.tensor(counts).cumsum(0).to(torch.int32)
+    token_N, weight_N = torch.arange(57 + tail), torch.cat([torch.ones(57), torch.zeros(tail)]).requires_grad_()
+    padded = pad_segments(Route(token_N, weight_N, ends, 99))
+    assert padded.ends.tolist() == [40, 40, 58] and padded.token[58:].tolist() == token_N[57:].tolist()
+    assert padded.weight.count_nonzero() == 57 and not padded.weight[57:].any()

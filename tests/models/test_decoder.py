@@ -9,11 +9,12 @@ from torch import Tensor
 from moeforge.config import build
 from moeforge.models import Cache, Decoder, ModelConfig
 from moeforge.models.attention import locate
-from moeforge.moe import MoE, Router
-from moeforge.moe.select import Select
+from moeforge.moe import MoE, MoEConfig, Router
+from moeforge.moe.capacity import Capacity
+from moeforge.moe.gates import Linear
+from moeforge.moe.scores import Relu
 from tests.moe import brute_force
-from tests.moe.brute_force import members
-from tests.moe.test_layer import EXAMPLES as SELECTS
+from tests.moe.test_combinations import SLOTS, config_of
 
 VOCAB, LENGTH = 19, 9
 MOE = {"experts": {"num_experts": 6, "d_expert": 8}, "shared": {"d_expert": 8, "mix": "coefficient"}}
@@ -59,26 +60,30 @@ def test_a_token_sees_none_after_it() -> None:
     assert not torch.allclose(one[:, 5:], other[:, 5:], atol=1e-2)
 
 
-ROUTERS = {f"{one.type}-{n}": {"select": one} for m in members(Select) for n, one in enumerate(SELECTS[m])}
-ROUTERS |= {name: {**ROUTERS[name], "score": "logits", "weigh": "drawn"} for name in ("draw-0", "draw-1")}
-ROUTERS["soft"] = {"select": "soft", "score": "logits", "losses": []}
-ROUTERS["by_importance"] = {"select": {"type": "by_importance", "k": 2.5, "max_k": 4}}
-ROUTERS["capacity"] = {
-    "select": {"k": 2},
-    "capacity": [{"type": "capacity", "capacity_factor": 0.5, "keep": "heaviest"}],
-}
+def layers() -> dict[str, MoEConfig | None]:
+    """One for every example of every member of every slot that can change what is computed."""
+    slots = {name: parts for name, parts in SLOTS.items() if name not in ("losses", "controller")}
+    own = [{name: part} for name, parts in slots.items() for part in parts]
+    own += [{"gate": gate} for gate in (Linear(previous=True), Linear(reads="token"))]
+    own += [{"capacity": (Capacity(capacity_factor=0.5, keep=keep),)} for keep in ("heaviest", "random")]
+    return {str(parts): config_of(parts) or config_of({"score": Relu(), **parts}) for parts in own}
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+LAYERS = layers()
+
+
+@pytest.mark.parametrize("layer", LAYERS)
 @torch.no_grad()
-def test_a_token_sees_none_after_it_unless_its_router_says_so(router: str) -> None:
+def test_a_token_sees_none_after_it_unless_its_router_says_so(layer: str) -> None:
     torch.manual_seed(3)
-    moe = {"experts": {"num_experts": 6, "d_expert": 8}, "router": ROUTERS[router]}
-    model, input_ids = decoder(moe=moe).eval(), ids(3, 32)
+    config = LAYERS[layer]
+    assert config is not None, "refused, with softmax and with relu"
+    model = decoder(moe=config).eval()
+    input_ids = ids(3, 32)
     changed = input_ids.clone()
     changed[:, 16:] = (changed[:, 16:] + 1) % VOCAB
     one, other = model(input_ids).logits[:, :16], model(changed).logits[:, :16]
-    assert torch.allclose(one, other, rtol=1e-4, atol=1e-4) != model.moe_layers[0].config.router.leaks
+    assert torch.allclose(one, other, rtol=1e-4, atol=1e-4) != config.router.leaks
 
 
 @torch.no_grad()

@@ -162,14 +162,15 @@ def test_ramps() -> None:
         ({"type": "confident"}, "neither max_gap nor min_ratio is set: this is select: top_k"),
         ({"type": "top_p", "max_k": 7}, "k = 7 is more than num_experts = 6"),
         ({"type": "top_p", "p": 0}, "greater than 0"),
-        ({"type": "threshold", "at_least": 7}, "k = 7 is more than"),
+        ({"type": "threshold", "bar": 0.3, "at_least": 7}, "k = 7 is more than"),
         ({"type": "expert_choice", "k": 7}, "k = 7 is more than"),
         ({"type": "random", "k": 7}, "k = 7 is more than"),
         ({"type": "by_importance", "k": 2.5, "max_k": 2}, "k = 2.5 on average is more than 2 at most"),
         ({"type": "by_importance", "max_k": 7}, "k = 7 is more than"),
-        ({"type": "soft"}, "select: soft fills every slot"),
+        ({"type": "soft"}, "select: soft has its own softmax"),
     ],
 )
 def test_choices_that_do_not_exist_are_refused(select: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
-        MoEConfig.model_validate({"experts": {"num_experts": 6, "d_expert": 4}, "router": {"select": select}})
+        router = {"select": select, "losses": []}
+        MoEConfig.model_validate({"experts": {"num_experts": 6, "d_expert": 4}, "router": router})

@@ -4,8 +4,7 @@ Shapes: T tokens, D d_model, H d_expert, E experts, K top_k, N edges.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -48,8 +47,7 @@ def segments(ends_E: Tensor) -> Iterator[tuple[int, int, int]]:
         low = high
 
 
-@dataclass(frozen=True)
-class EdgeTensors:
+class EdgeTensors(NamedTuple):
     """Edges as tensors alone: what autograd can save, and what padding makes."""
 
     token: Tensor
@@ -58,31 +56,36 @@ class EdgeTensors:
     num_tokens: int
     top_k: int | None = None
     slot: Tensor | None = None
-    place: Tensor | None = None
-    """[N] int64, of padded edges: where each edge of the original went."""
+
+    def cut(self, live: int) -> "EdgeTensors":
+        """The first ``live`` edges, where that is not all of them."""
+        if live == len(self.token):
+            return self
+        return self._replace(token=self.token[:live], weight=self.weight[:live])
 
 
 def pad_segments(edges: Edges) -> EdgeTensors:
     """Lengthens each segment to one of eight lengths per power of two: by at most an eighth, up to 16 rows not at all.
 
     oneDNN compiles a kernel for each number of rows that it meets, which costs far more than the few rows added here.
-    An added edge repeats its segment's last one, so an expert meets no row that was not sent to it anyway.
+    An added edge repeats its segment's last one, so an expert meets no row that was not sent to it anyway. While
+    ``torch.compile`` traces, the edges are as many as there could be, and those past ``ends[-1]`` belong to nobody.
     """
-    count_E = edges.ends.long().diff(prepend=edges.ends.new_zeros(1).long())
+    end_E, num_edges = edges.ends.long(), len(edges.token)
+    count_E = end_E.diff(prepend=end_E.new_zeros(1))
     step_E = 1 << (torch.frexp(count_E.double()).exponent - 4).clamp_min(0).long()
-    length_E = (count_E + step_E - 1) // step_E * step_E
-    ends_E = length_E.cumsum(0)
-    expert_P = torch.arange(len(count_E), device=count_E.device).repeat_interleave(length_E)
-    row_P = torch.arange(len(expert_P), device=count_E.device) - (ends_E - length_E)[expert_P]
-    source_P = (edges.ends.long() - count_E)[expert_P] + torch.minimum(row_P, count_E[expert_P] - 1)
-    real_P = row_P < count_E[expert_P]
-    return EdgeTensors(
-        edges.token[source_P],
-        torch.where(real_P, edges.weight[source_P], 0),
-        ends_E.to(torch.int32),
-        edges.num_tokens,
-        place=real_P.nonzero().flatten(),
-    )
+    padded_end_E = ((count_E + step_E - 1) // step_E * step_E).cumsum(0)
+    # One entry more than experts: what a tail of padding is moved by, and where it ends.
+    added_F = torch.cat([end_E.new_zeros(1), padded_end_E - end_E])
+    end_F = torch.cat([end_E, end_E.new_full((1,), num_edges)])
+    room = num_edges // 8 if torch.compiler.is_compiling() else int(added_F[-1])
+    row_P = torch.arange(num_edges + room, device=end_E.device)
+    segment_P = torch.searchsorted(padded_end_E, row_P, right=True)
+    source_P = torch.minimum(row_P - added_F[segment_P], end_F[segment_P] - 1)
+    row_N = row_P[:num_edges]
+    place_N = row_N + added_F[torch.searchsorted(end_E, row_N, right=True)]
+    weight_P = edges.weight.new_zeros(len(row_P)).index_copy(0, place_N, edges.weight)
+    return EdgeTensors(edges.token[source_P], weight_P, padded_end_E.to(torch.int32), edges.num_tokens)
 
 
 def sum_by_token(values_ND: Tensor, edges: Edges) -> Tensor:

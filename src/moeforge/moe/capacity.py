@@ -4,7 +4,6 @@ A limit is called with (route, probs [T, E], weigh, context): what it sends else
 gets its weights from ``weigh(selection)``, the router's own.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import ClassVar, Literal, Self
@@ -12,6 +11,7 @@ from typing import ClassVar, Literal, Self
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
+from torch.nn import functional as F
 
 from moeforge.config import Config, slot
 from moeforge.moe.context import Context
@@ -49,7 +49,7 @@ class Capacity(Config):
         factor = self.capacity_factor
         if not context.training and self.eval_capacity_factor is not None:
             factor = self.eval_capacity_factor
-        room = math.ceil(factor * len(route.token) / route.num_experts)
+        room = (factor * route.ends[-1].double() / route.num_experts).ceil()
         if self.overflow == "next":
             taken_TE = next_with_room(route, probs_TE, room)
             return Route.from_mask(taken_TE, weigh(Selection(mask=taken_TE)), route.carry)
@@ -81,7 +81,7 @@ class Drop(Config):
         return keep_edges(route, (torch.rand(route.num_tokens, device=route.token.device) >= self.rate)[route.token])
 
 
-def next_with_room(route: Route, probs_TE: Tensor, room: int) -> Tensor:
+def next_with_room(route: Route, probs_TE: Tensor, room: Tensor | int) -> Tensor:
     """[T, E] bool: as many experts per token as it has edges, where experts with room are left.
 
     In round r every token that still wants an expert asks its r-th best one, and experts admit by position: what was
@@ -103,9 +103,9 @@ def next_with_room(route: Route, probs_TE: Tensor, room: int) -> Tensor:
 
 def place_in_expert(route: Route, rank_N: Tensor) -> Tensor:
     """[N] int64: how many edges of the same expert rank before each edge; ties in the route's order."""
-    by_rank_N = rank_N.argsort(stable=True)
-    order_N = by_rank_N[route.expert[by_rank_N].argsort(stable=True)]
-    first_N = (route.ends.long() - route.counts)[route.expert]
+    by_rank_N, expert_N = rank_N.argsort(stable=True), route.expert
+    order_N = by_rank_N[expert_N[by_rank_N].argsort(stable=True)]
+    first_N = F.pad(route.ends.long(), (1, 0))[expert_N]
     place_N = torch.empty_like(order_N)
     place_N[order_N] = torch.arange(len(order_N), device=order_N.device) - first_N
     return place_N
@@ -113,9 +113,14 @@ def place_in_expert(route: Route, rank_N: Tensor) -> Tensor:
 
 def keep_edges(route: Route, keep_N: Tensor) -> Route:
     """The route with some of its edges: still sorted, no longer K of each token."""
-    ends_E = torch.bincount(route.expert[keep_N], minlength=route.num_experts).cumsum(0).to(torch.int32)
-    edges = {"token": route.token[keep_N], "weight": route.weight[keep_N], "ends": ends_E}
-    return replace(route, **edges, top_k=None, slot=None)
+    ends_E = F.pad(keep_N.cumsum(0), (1, 0))[route.ends.long()].to(torch.int32)
+    if torch.compiler.is_compiling():  # as many edges as before: those left out join the padding behind
+        order_N = (~keep_N).to(torch.uint8).argsort(stable=True)
+        weight_N = torch.where(keep_N, route.weight, 0)[order_N]
+    else:
+        order_N = keep_N.nonzero().flatten()
+        weight_N = route.weight[order_N]
+    return replace(route, token=route.token[order_N], weight=weight_N, ends=ends_E, top_k=None, slot=None)
 
 
 Limit = slot(Capacity, Drop)

@@ -1,12 +1,13 @@
 """What a router hands to the experts: weighted edges from tokens to experts.
 
 Legend for the package: T tokens, B batch, L length, D d_model, H d_expert, E experts, K top_k, N edges, S slots.
-Nothing is padded to a capacity, and an edge of weight zero is never created by a selector.
+Nothing is padded to a capacity, and an edge of weight zero is never created by a selector. Only while ``torch.compile``
+traces, where the number of edges must not depend on the data, a route may end in padding: edges past ``ends[-1]``, of
+weight zero and nobody's, which ``expert_mlp`` computes no rows for.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -44,11 +45,25 @@ class Route:
         return cls(token_N, weights_TK.flatten()[slot_N], ends_E, num_tokens, top_k, slot_N)
 
     @classmethod
-    def from_mask(cls, mask_TE: Tensor, weights_TE: Tensor, carry_T: Tensor | None = None) -> "Route":
-        """An edge wherever the mask is true: any number of experts per token, none included."""
+    def from_mask(
+        cls, mask_TE: Tensor, weights_TE: Tensor, carry_T: Tensor | None = None, most: int | None = None
+    ) -> "Route":
+        """An edge wherever the mask is true: any number of experts per token, none included, at most ``most``."""
+        if torch.compiler.is_compiling():
+            return cls._from_mask_padded(mask_TE, weights_TE, carry_T, most or mask_TE.shape[1])
         expert_N, token_N = mask_TE.T.nonzero(as_tuple=True)  # expert-major as it comes: no sort
         ends_E = mask_TE.sum(0).cumsum(0).to(torch.int32)
         return cls(token_N, weights_TE[token_N, expert_N], ends_E, len(mask_TE), carry=carry_T)
+
+    @classmethod
+    def _from_mask_padded(cls, mask_TE: Tensor, weights_TE: Tensor, carry_T: Tensor | None, most: int) -> "Route":
+        """``most`` edges per token: what a token does not use has the padding id E, which sorts behind all experts."""
+        chosen_TK, ids_TK = mask_TE.to(torch.uint8).sort(dim=1, descending=True, stable=True)
+        chosen_TK, ids_TK = chosen_TK[:, :most].bool(), ids_TK[:, :most]
+        weights_TK = torch.where(chosen_TK, weights_TE.gather(1, ids_TK), 0)
+        padded_TK = torch.where(chosen_TK, ids_TK, mask_TE.shape[1])
+        slot_N, ends_F = _sort_by_expert(padded_TK.flatten(), mask_TE.shape[1] + 1)
+        return cls(slot_N // most, weights_TK.flatten()[slot_N], ends_F[:-1], len(mask_TE), carry=carry_T)
 
     @classmethod
     def from_expert_choice(cls, token_EC: Tensor, weights_EC: Tensor, num_tokens: int) -> "Route":
@@ -74,15 +89,16 @@ class Route:
         """E."""
         return len(self.ends)
 
-    @cached_property
+    @property
     def counts(self) -> Tensor:
         """[E] int64: edges per expert."""
         return self.ends.diff(prepend=self.ends.new_zeros(1)).long()
 
-    @cached_property
+    @property
     def expert(self) -> Tensor:
-        """[N] int64: the expert of each edge."""
-        return expert_of(self.ends, len(self.token))
+        """[N] int64: the expert of each edge; E for padding."""
+        row_N = torch.arange(len(self.token), device=self.ends.device)
+        return torch.searchsorted(self.ends.long(), row_N, right=True)
 
     def gather(self, x: Tensor) -> Tensor:
         """[T, ...] -> [N, ...]: each edge's source row, of any tensor with T rows."""
@@ -107,20 +123,35 @@ class Route:
             raise ValueError(f"sizes {list(sizes)} do not add up to {self.num_experts} experts")
         if len(sizes) == 1:
             return [self]
-        parts, first_expert, low = [], 0, 0
+        part = self._part_padded if torch.compiler.is_compiling() else self._part
+        parts, first_expert = [], 0
         for size in sizes:
-            ends_E = self.ends[first_expert : first_expert + size]
-            high = int(ends_E[-1]) if size else low
-            carry = self.carry if not parts else None
-            parts.append(Route(self.token[low:high], self.weight[low:high], ends_E - low, self.num_tokens, carry=carry))
-            first_expert, low = first_expert + size, high
+            parts.append(part(first_expert, first_expert + size, carry=self.carry if not parts else None))
+            first_expert += size
         return parts
+
+    def _part(self, first_expert: int, end_expert: int, carry: Tensor | None) -> "Route":
+        low, high = (int(self.ends[expert - 1]) if expert else 0 for expert in (first_expert, end_expert))
+        ends_E = self.ends[first_expert:end_expert] - low
+        return Route(self.token[low:high], self.weight[low:high], ends_E, self.num_tokens, carry=carry)
+
+    def _part_padded(self, first_expert: int, end_expert: int, carry: Tensor | None) -> "Route":
+        """As many edges as before, those of other experts as padding: how many are theirs depends on the data."""
+        ends_F = torch.cat([self.ends.new_zeros(1), self.ends])
+        low, high = ends_F[first_expert], ends_F[end_expert]
+        row_N = torch.arange(len(self.token), device=low.device) + low
+        index_N = row_N % len(self.token)
+        weight_N = torch.where(row_N < high, self.weight[index_N], 0)
+        return Route(
+            self.token[index_N], weight_N, self.ends[first_expert:end_expert] - low, self.num_tokens, carry=carry
+        )
 
     @staticmethod
     def cat(routes: Sequence["Route"]) -> "Route":
         """The routes of disjoint expert sets over the same tokens as one. Carries add up."""
         if len({route.num_tokens for route in routes}) != 1:
             raise ValueError("routes over different numbers of tokens cannot be joined")
+        routes = [route._part(0, route.num_experts, route.carry) for route in routes]  # without padding
         lengths = [len(route.token) for route in routes]
         ends = [route.ends + sum(lengths[:i]) for i, route in enumerate(routes)]
         carries = [route.carry for route in routes if route.carry is not None]
@@ -165,6 +196,8 @@ class SoftRoute:
         """One soft route per group of consecutive experts."""
         if sum(sizes) != len(self.ends):
             raise ValueError(f"sizes {list(sizes)} do not add up to {len(self.ends)} experts")
+        if len(sizes) == 1:
+            return [self]
         parts, first_expert, low = [], 0, 0
         for size in sizes:
             ends_E = self.ends[first_expert : first_expert + size]
@@ -173,15 +206,16 @@ class SoftRoute:
             first_expert, low = first_expert + size, high
         return parts
 
-    @cached_property
+    @property
     def counts(self) -> Tensor:
         """[E] int64: slots per expert."""
         return self.ends.diff(prepend=self.ends.new_zeros(1)).long()
 
 
 def expert_of(ends_E: Tensor, num_rows: int) -> Tensor:
-    """[N] int64: the expert of each row of a list sorted by expert."""
-    return torch.searchsorted(ends_E.long(), torch.arange(num_rows, device=ends_E.device), right=True)
+    """[N] int64: the expert of each row of a list sorted by expert; of rows past the end, the last expert."""
+    row_N = torch.arange(num_rows, device=ends_E.device)
+    return torch.searchsorted(ends_E[:-1].long(), row_N, right=True)
 
 
 def _sort_by_expert(expert_N: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:

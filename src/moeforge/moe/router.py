@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from moeforge.config import Config
 from moeforge.moe.balance import BalanceLoss, Controller, LoadBalancingLoss
 from moeforge.moe.capacity import Limit
+from moeforge.moe.combinations import objections
 from moeforge.moe.context import Context
 from moeforge.moe.gates import Gate, Linear, Signal
 from moeforge.moe.noise import Noise
@@ -49,23 +50,9 @@ class RouterConfig(Config):
     def _fits(self) -> Self:
         if not hasattr(self.select, "compares_sizes"):
             raise ValueError(f"select: {self.select.type} does not inherit from moeforge.moe.select.Selector")
-        types = [loss.type for loss in self.losses]
-        if len(set(types)) < len(types):
-            raise ValueError(f"losses: each type once, not {types}")
-        if self.controller and self.controller.moves == "loss_scale" and not self.losses:
-            raise ValueError(f"controller: {self.controller.type} moves the weight of the losses, and losses is empty")
-        if "gate_loss" in types and not getattr(self.gate, "hands_loss", False):
-            raise ValueError(f"losses: gate_loss, but gate: {self.gate.type} as it is set has no loss of its own")
-        if self.select.compares_sizes and self.score.type == "logits":
-            raise ValueError(f"select: {self.select.type} compares sizes: logits may be negative, name another score")
-        if self.select.type == "soft" and (self.losses or self.controller or self.capacity):
-            raise ValueError("select: soft fills every slot; set losses: [] and neither controller nor capacity")
-        if self.select.own_softmax and self.score.type != "logits":
-            raise ValueError(
-                f"select: {self.select.type} has its own softmax; score: {self.score.type} would come before it"
-            )
-        if not getattr(self.gate, "learns", True) and (self.losses or self.controller):
-            raise ValueError(f"gate: {self.gate.type} learns nothing, so nothing can balance it; set losses: []")
+        found = list(objections(self))
+        if found:
+            raise ValueError("; ".join(found))
         return self
 
     def check(self, num_experts: int, costs: Sequence[int]) -> None:
@@ -142,8 +129,9 @@ class Router(nn.Module):
     ) -> None:
         """``costs`` are the work of each expert, for parts that tell dear from cheap ones; None: all alike."""
         super().__init__()
-        self.config, self.num_experts = config, num_experts
         costs = costs or [1] * num_experts
+        config.check(num_experts, costs)
+        self.config, self.num_experts = config, num_experts
         self.cost = tuple(cost / max(1, *costs) for cost in costs)
         columns = config.select.columns(num_experts)
         self.gate = config.gate.build(d_model, columns)

@@ -43,7 +43,7 @@ class Confident(PerToken):
         best_T1 = chosen_TK[:, :1]
         keep_TK = (best_T1 - chosen_TK <= self.max_gap) & (chosen_TK >= self.min_ratio * best_T1)
         keep_TK[:, 0] = True
-        return Selection(mask=mask_of(ids_TK, keep_TK, scores_TE))
+        return Selection(mask=mask_of(ids_TK, keep_TK, scores_TE), most=self.k)
 
 
 class TopP(Selector):
@@ -73,7 +73,7 @@ class TopP(Selector):
         reached_TE = sorted_TE.cumsum(1)  # its end is the sum to compare with: another order would round otherwise
         keep_TE = reached_TE - sorted_TE < self.p * reached_TE[:, -1:]  # needed while those ahead fall short
         keep_TE[:, 0] = True
-        return Selection(mask=mask_of(ids_TE[:, : self.max_k], keep_TE[:, : self.max_k], scores_TE))
+        return Selection(mask=mask_of(ids_TE[:, : self.max_k], keep_TE[:, : self.max_k], scores_TE), most=self.max_k)
 
 
 class Threshold(Selector):

@@ -21,6 +21,8 @@ class Selection:
     """[T, K] int64, distinct per token."""
     mask: Tensor | None = None
     """[T, E] bool."""
+    most: int | None = None
+    """With a mask, how many experts a token may have; None: all of them."""
     among: Tensor | None = None
     """[T, K, E] bool: which experts each of the ids was chosen among, where that differs."""
 
@@ -40,7 +42,7 @@ class Selection:
         """The route with these weights, given in the shape of ``take``."""
         if self.ids is not None:
             return Route.from_top_k(self.ids, weights, num_experts)
-        return Route.from_mask(self._chosen(), weights)
+        return Route.from_mask(self._chosen(), weights, most=self.most)
 
     def _chosen(self) -> Tensor:
         assert self.mask is not None
