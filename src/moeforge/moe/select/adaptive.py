@@ -71,7 +71,8 @@ class TopP(Selector):
         ids_TE = top_k(scores_TE, self.max_k or scores_TE.shape[1])
         sorted_TE = scores_TE.gather(1, ids_TE)
         before_TE = sorted_TE.cumsum(1) - sorted_TE  # an expert is needed while those ahead of it fall short
-        keep_TE = before_TE < self.p * scores_TE.sum(1, keepdim=True)
+        # A score of zero is never needed, whatever the rounding of two sums says.
+        keep_TE = (before_TE < self.p * scores_TE.sum(1, keepdim=True)) & (sorted_TE > 0)
         keep_TE[:, 0] = True
         return Selection(mask=mask_of(ids_TE, keep_TE, scores_TE))
 
