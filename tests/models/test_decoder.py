@@ -59,6 +59,7 @@ def test_a_token_sees_none_after_it() -> None:
 
 
 ROUTERS = {f"{one.type}-{n}": {"select": one} for m in members(Select) for n, one in enumerate(SELECTS[m])}
+ROUTERS |= {name: {**router, "score": "logits"} for name, router in ROUTERS.items() if router["select"].own_softmax}
 ROUTERS["soft"] = {"select": "soft", "score": "logits", "losses": []}
 ROUTERS["capacity"] = {
     "select": {"k": 2},

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from moeforge.moe import Context, Route, Router, RouterConfig
+from moeforge.moe import Context, MoEConfig, Route, Router, RouterConfig
 from moeforge.moe.balance import ExpertBias
 from moeforge.moe.capacity import Capacity, Drop, Limit, keep_edges, next_with_room
 from moeforge.moe.select import TopK
@@ -173,7 +173,7 @@ def test_an_expert_that_a_token_cannot_see_is_never_asked() -> None:
 )
 def test_reroutes_that_make_no_sense_are_refused(router: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
-        RouterConfig.model_validate(router)
+        MoEConfig.model_validate({"experts": {"num_experts": 6, "d_expert": 4}, "router": router})
 
 
 def test_gradients_reach_the_weights_that_stay_and_no_others() -> None:
