@@ -86,7 +86,11 @@ def _confident(select: Any, scores: list[float]) -> list[int]:
 
 def _top_p(select: Any, scores: list[float]) -> list[int]:
     order = ranked(scores)[: select.max_k or len(scores)]
-    needed = [n for n in range(len(order)) if sum(scores[e] for e in order[:n]) < select.p * sum(scores)]
+
+    def before(n: int) -> float:
+        return sum(scores[e] for e in order[:n])
+
+    needed = [n for n in range(len(order)) if scores[order[n]] > 0 and before(n) < select.p * sum(scores)]
     return order[: max(1, len(needed))]
 
 

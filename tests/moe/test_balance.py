@@ -218,7 +218,8 @@ def test_the_weight_of_balance_follows_the_overflow() -> None:
 
 
 def test_a_router_under_accumulation() -> None:
-    losses = (LoadBalancingLoss(), SparsityLoss(), LoadBalancingLoss(over="sequence"), ZLoss(), EntropyLoss())
+    linear = (LoadBalancingLoss(over="sequence"), ZLoss(), EntropyLoss(), EmbeddingLoss())
+    losses = (LoadBalancingLoss(prices=(1, 2, 3, 4, 5)), SparsityLoss(), *linear)
     for loss in losses:
         router = Router(RouterConfig(losses=(loss,)), 6, E)
         x_TD = torch.randn(20, 6)

@@ -15,11 +15,13 @@ from tests.moe.test_layer import D
 EXPERTS = {"num_experts": 4, "d_expert": 6}
 
 
-def build(watched: bool = True, shared: Any = None, select: Any = None) -> MoE:
+def build(watched: bool = True, shared: Any = None) -> MoE:
     torch.manual_seed(3)
     losses = [{"type": "conflict_loss", "threshold": 0.1}] if watched else []
-    router = {"select": select or {"k": 2}, "losses": losses}
-    return MoE(MoEConfig.model_validate({"experts": EXPERTS, "router": router, "shared": shared}), D)
+    router = {"select": {"k": 2}, "losses": losses}
+    moe = MoE(MoEConfig.model_validate({"experts": EXPERTS, "router": router, "shared": shared}), D)
+    torch.nn.init.normal_(moe.router.gate.weight)  # combine weights that differ
+    return moe
 
 
 def loss_of(y_TD: Tensor) -> Tensor:
@@ -47,7 +49,7 @@ def cosines(moe: MoE, x_TD: Tensor) -> dict[tuple[int, int], float]:
 
 
 def test_the_agreement_of_edges_is_a_backward_pass_for_each() -> None:
-    moe, x_TD = build(), torch.randn(12, D)
+    moe, x_TD = build(), torch.randn(24, D)
     y_TD, routing = moe(x_TD)
     (gradient_TD,) = torch.autograd.grad(loss_of(y_TD), y_TD)
     route = routing.route
@@ -59,24 +61,24 @@ def test_the_agreement_of_edges_is_a_backward_pass_for_each() -> None:
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, -3.0])
 def test_the_router_gets_the_gradient_of_the_probabilities_in_conflict(scale: float) -> None:
-    moe, x_TD = build(), torch.randn(12, D)
+    moe, x_TD = build(), torch.randn(24, D)
     y_TD, routing = moe(x_TD)
     value = moe.router.balance_losses(routing, 1)["conflict_loss"]
     assert float(value.detach()) == 0.0
     (ours,) = torch.autograd.grad(loss_of(y_TD) + scale * value, moe.router.gate.weight)
     opposed = [edge for edge, cosine in cosines(moe, x_TD).items() if cosine < 0.1]
-    assert 2 < len(opposed) < 20
+    assert 5 < len(opposed) < 40
     moe = build(watched=False)
     y_TD, routing = moe(x_TD)
     assert routing.conflict is None and routing.route.probe is None
-    unwanted = sum(routing.probs[token, expert] for token, expert in opposed) / 12
+    unwanted = sum(routing.probs[token, expert] for token, expert in opposed) / 24
     (expected,) = torch.autograd.grad(loss_of(y_TD) + scale * unwanted, moe.router.gate.weight)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("shared", [None, {"d_expert": 4, "mix": "interpolated"}], ids=["alone", "shared"])
 def test_watching_changes_neither_outputs_nor_the_experts_gradients(shared: Any) -> None:
-    moe, unwatched, x_TD = build(shared=shared), build(watched=False, shared=shared), torch.randn(12, D)
+    moe, unwatched, x_TD = build(shared=shared), build(watched=False, shared=shared), torch.randn(24, D)
     y_TD, routing = moe(x_TD)
     value = moe.router.balance_losses(routing, 1)["conflict_loss"]
     watched = torch.autograd.grad(loss_of(y_TD) + value, moe.parameters())
@@ -87,27 +89,6 @@ def test_watching_changes_neither_outputs_nor_the_experts_gradients(shared: Any)
         assert float(moe.router.balance_losses(moe(x_TD)[1], 1)["conflict_loss"]) == 0.0
     for (name, _), one, other in zip(moe.named_parameters(), watched, plain, strict=True):
         assert torch.equal(one, other) == ("router" not in name), name
-
-
-def test_tokens_that_are_opposed_leave_their_expert() -> None:
-    """Two kinds of rows with opposite targets and one expert that both prefer: the smaller kind goes elsewhere."""
-    shares = []
-    for weight in (0.0, 10.0):
-        moe = build(select={"k": 1})
-        x_TD = torch.randn(60, D) / 4 + 1
-        x_TD[:20, 0] += 2
-        target_TD = torch.where(torch.arange(60)[:, None] < 20, -1.0, 1.0)
-        with torch.no_grad():
-            moe.router.gate.weight.zero_()[0] = 0.1
-        optimizer = torch.optim.SGD(moe.router.parameters(), lr=0.1)
-        for _ in range(20):
-            optimizer.zero_grad()
-            y_TD, routing = moe(x_TD)
-            away = moe.router.balance_losses(routing, 1)["conflict_loss"]
-            ((y_TD - target_TD).square().mean() + weight * away).backward()
-            optimizer.step()
-        shares.append(float(moe(x_TD)[1].probs[:20, 0].mean().detach()))
-    assert shares[1] < shares[0] - 0.1, shares
 
 
 @pytest.mark.parametrize("autocast", [False, True])

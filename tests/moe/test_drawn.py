@@ -147,6 +147,10 @@ def test_many_draws_have_the_gradient_that_enumeration_says(rule: Rule) -> None:
     ("router", "message"),
     [
         ({"weigh": "drawn"}, "weigh: drawn needs select: draw"),
+        (
+            {"weigh": "drawn", "select": "draw", "score": "logits", "noise": [{"type": "visible", "common": 5}]},
+            "noise: visible shows some tokens one expert",
+        ),
         ({"select": "draw"}, "select: draw has its own softmax; score: softmax would come before it"),
         ({"select": {"type": "draw", "k": 7}, "score": "logits"}, "k = 7 is more than num_experts = 6"),
     ],

@@ -57,7 +57,7 @@ def _to_noise(router: "RouterConfig") -> Iterator[str]:
             continue
         if noise.experts == 1:
             yield "noise: visible with experts: 1 leaves the gate nothing to decide; use gate: hash, or experts: 2"
-        if score.type == "logits" and (router.weigh.type != "softmax" or router.select.type == "soft"):
+        if score.type == "logits" and (router.weigh.type not in ("softmax", "drawn") or router.select.type == "soft"):
             yield "noise: visible hides experts by minus infinity, which is no weight: use score: softmax or sigmoid"
 
 

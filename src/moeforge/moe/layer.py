@@ -1,7 +1,7 @@
 """The layer: y = mix(sum over edges of w * expert(x), shared(x)). It reads in one screen and names no paper."""
 
 from dataclasses import replace
-from typing import Self
+from typing import Any, Self
 
 from pydantic import SerializerFunctionWrapHandler, field_serializer, field_validator, model_validator
 from torch import Tensor, nn
@@ -69,6 +69,7 @@ class MoE(nn.Module):
         self.router = Router(config.router, d_model, config.num_experts, config.costs(d_model))
         self.banks = nn.ModuleList(bank.build(d_model) for bank in config.experts)
         self.shared = Shared(config.shared, d_model) if config.shared else None
+        self.watching: list[Any] = [loss for loss in config.router.losses if hasattr(loss, "watch")]
 
     def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Routing]:
         """[..., D] -> ([..., D], what the router decided about the T flattened rows)."""
@@ -79,9 +80,8 @@ class MoE(nn.Module):
     def decide(self, x_TD: Tensor, context: Context) -> Routing:
         """What the router decides, which may ask the experts, and what a loss wants to know about the layer besides."""
         routing = self.router(x_TD, replace(context, banks=tuple(self.banks)))  # type: ignore[arg-type]
-        for loss in self.config.router.losses:
-            if hasattr(loss, "watch"):
-                routing = loss.watch(routing, x_TD, self.shared)
+        for loss in self.watching:
+            routing = loss.watch(routing, x_TD, self.shared)
         return routing
 
     def experts(self, x_TD: Tensor, route: Route | SoftRoute) -> Tensor:

@@ -136,6 +136,7 @@ class Router(nn.Module):
         columns = config.select.columns(num_experts)
         self.gate = config.gate.build(d_model, columns)
         self.noise = nn.ModuleList(part.build(d_model, columns) for part in config.noise)
+        self.shows_noise = any(getattr(loss, "reads_noise", False) for loss in config.losses)
         moves = config.controller.moves if config.controller else None
         self.register_buffer("expert_bias", torch.zeros(num_experts) if moves == "expert_bias" else None)
         self.register_buffer("loss_scale", torch.ones(()) if moves == "loss_scale" else None)
@@ -179,7 +180,7 @@ class Router(nn.Module):
         return signal, clean_TE
 
     def _noise_std(self, x_TD: Tensor, like_TE: Tensor) -> Tensor | None:
-        if not any(getattr(loss, "reads_noise", False) for loss in self.config.losses):
+        if not self.shows_noise:
             return None
         (noise,) = self.noise
         return noise.std_of(x_TD, like_TE)  # type: ignore[operator]

@@ -97,6 +97,8 @@ class Drawn(Config):
         """Raises ValueError when choices are not drawn, or may be changed after their draw."""
         if router.select.type != "draw":
             raise ValueError("weigh: drawn needs select: draw: no other selector says what it chose among")
+        if router.select.k > 1 and any(part.type == "visible" for part in router.noise):
+            raise ValueError("weigh: drawn: noise: visible shows some tokens one expert: no second one can be drawn")
         if any(getattr(limit, "overflow", "drop") == "next" for limit in router.capacity):
             raise ValueError("weigh: drawn cannot weigh what a capacity with overflow: next chooses afterwards")
 

@@ -81,7 +81,11 @@ def test_entropy_of_selectors_falls_until_each_token_has_few_experts() -> None:
     [
         (6, {}, "in bits: 6 is none of 2, 4, 8"),
         (1, {}, "in bits: 1 is none of 2, 4, 8"),
-        (8, {"score": "softmax"}, "needs score: relu and select: threshold"),
+        (
+            8,
+            {"score": "softmax", "select": {"type": "threshold", "bar": 0.3}},
+            "needs score: relu and select: threshold",
+        ),
         (8, {"select": {"type": "top_k", "k": 2}}, "needs score: relu and select: threshold"),
     ],
 )
