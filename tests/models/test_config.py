@@ -151,6 +151,21 @@ def test_the_short_form_of_a_slot_is_its_default_member() -> None:
             {"vocab_size": 11, "moe": MOE | {"router": {"gate": {"type": "lookup", "by": "token", "num_ids": 9}}}},
             "gate.num_ids = 9 is less than 11 tokens",
         ),
+        ({"momentum": {"decay": 0.5}}, "momentum acts on what experts add, and no layer has experts"),
+        ({"attends": False}, "attends is false in every layer: no token would see another"),
+        (
+            {"moe": MOE, "layers": {1: {"attends": False, "moe": {"shortcut": True}}}},
+            "layers.1: moe.shortcut leads past the layer's attention",
+        ),
+        (
+            {
+                "moe": MOE | {"router": {"gate": PREVIOUS}},
+                "num_layers": 2,
+                "num_repeats": 2,
+                "layers": {1: {"moe": {"experts": {"num_experts": 4}}}},
+            },
+            "layer 1: its gate takes a state of 4, the layer below hands on 8",
+        ),
         ({"layers": {"one": {}}}, "input should be a valid integer"),
         ({"moe": MOE, "moe_every": "x", "layers": {1: {}}}, "moe_every = 'x': input should be a valid integer"),
     ],

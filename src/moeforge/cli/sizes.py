@@ -48,7 +48,8 @@ def describe(config: "ModelConfig", bytes_per_weight: int = 4, seq_len: int | No
 
 
 def _layer(config: "ModelConfig", layer: "LayerConfig") -> Tree:
-    shape = {"num_heads": config.num_heads, "num_kv_heads": config.num_key_heads, "head_dim": config.size_of_head}
+    heads = config.num_heads if layer.attends else 0
+    shape = {"num_heads": heads, "num_kv_heads": config.num_key_heads, "head_dim": config.size_of_head}
     if layer.moe is None:
         return {**shape, "d_ff": layer.d_ff, "activation": layer.activation}
     return {
@@ -76,8 +77,8 @@ def _layers(tree: Tree) -> "Table":
 
     table = Table("layer", "attention", "MLP or experts", "per token", "shared", title_justify="left")
     for number, layer in enumerate(tree["layers"]):
-        heads = f"{layer['num_heads']} x {layer['head_dim']}"
-        if layer["num_kv_heads"] != layer["num_heads"]:
+        heads = f"{layer['num_heads']} x {layer['head_dim']}" if layer["num_heads"] else "none"
+        if layer["num_heads"] and layer["num_kv_heads"] != layer["num_heads"]:
             heads += f", {layer['num_kv_heads']} kv"
         if "d_ff" in layer:
             table.add_row(str(number), heads, f"dense {layer['d_ff']} {layer['activation']}", "", "")

@@ -97,7 +97,7 @@ class Writer:
         try:
             output = self.model(torch.tensor([ids], device=self.model.embedding.weight.device), cache=self._cache)
         except BaseException:  # Ctrl-C too: some layers have stored these tokens, others have not
-            for layer in self._cache.layers:
+            for layer in self._cache.layers.values():
                 layer.length = held
             raise
         self._logits = output.logits[0, -1]

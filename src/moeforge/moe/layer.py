@@ -22,6 +22,9 @@ class MoEConfig(Config):
     """Who goes where."""
     shared: SharedConfig | None = None
     """The branch that every token takes."""
+    shortcut: bool = False
+    """Router and experts read the row from before this layer's attention, the shared branch the one after it, so that
+    experts on other devices work while attention does (arXiv:2404.05019)."""
 
     @field_validator("experts", mode="before")
     @classmethod
@@ -61,16 +64,22 @@ class MoE(nn.Module):
         self.shared = Shared(config.shared, d_model) if config.shared else None
 
     def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Routing]:
-        """[..., D] -> ([..., D], what the router decided about the T flattened rows)."""
+        """[..., D] -> ([..., D], what the router decided about the T flattened rows).
+
+        A layer by itself has no attention for ``shortcut`` to pass: both branches read x.
+        """
         x_TD = x.flatten(0, -2)
         routing = self.router(x_TD, context or Context())
         return self.experts(x_TD, routing.route).view_as(x), routing
 
-    def experts(self, x_TD: Tensor, route: Route | SoftRoute) -> Tensor:
-        """[T, D] -> [T, D] once the route is known: the part that activation checkpointing may recompute."""
+    def experts(self, x_TD: Tensor, route: Route | SoftRoute, shared_TD: Tensor | None = None) -> Tensor:
+        """[T, D] -> [T, D] once the route is known: the part that activation checkpointing may recompute.
+
+        ``shared_TD`` is what the shared branch reads, where that is not x.
+        """
         parts = route.split([bank.num_experts for bank in self.config.experts])
         banks: list[Bank] = list(self.banks)  # type: ignore[arg-type]
         y_TD = banks[0](x_TD, parts[0])
         for bank, part in zip(banks[1:], parts[1:], strict=True):
             y_TD = y_TD + bank(x_TD, part)
-        return y_TD if self.shared is None else self.shared(x_TD, y_TD)
+        return y_TD if self.shared is None else self.shared(x_TD if shared_TD is None else shared_TD, y_TD)

@@ -124,7 +124,7 @@ def mean_of(line: Line, prefix: str) -> float:
 def experts_per_token(line: Line, config: RunConfig) -> float:
     """Mean over layers of the experts that a token was computed by in one step; 1 for a dense model."""
     per_layer = []
-    for index, layer in enumerate(config.model.all_layers):
+    for index, layer in enumerate(config.model.applied_layers):
         if layer.moe is not None:
             loads = line[f"moe/tokens_per_expert/layer_{index:02d}"]
             costs = layer.moe.costs(config.model.d_model)
