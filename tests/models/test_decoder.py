@@ -61,6 +61,11 @@ def test_a_token_sees_none_after_it() -> None:
 
 ROUTERS = {f"{one.type}-{n}": {"select": one} for m in members(Select) for n, one in enumerate(SELECTS[m])}
 ROUTERS["soft"] = {"select": "soft", "score": "logits", "losses": []}
+MERGED = {"score": "logits", "weigh": "softmax", "losses": []}
+ROUTERS["merged"] = {"select": "merged", **MERGED}
+ROUTERS["merged-before"] = {"select": {"type": "merged", "over": "segment_before", "segment": 6}, **MERGED}
+BY_TOKEN = {"gate": {"type": "lookup", "by": "token", "num_ids": VOCAB}}
+ROUTERS["merged-equal"] = {"select": {"type": "merged", "over": "equal_scores"}, **MERGED, **BY_TOKEN}
 ROUTERS["capacity"] = {
     "select": {"k": 2},
     "capacity": [{"type": "capacity", "capacity_factor": 0.5, "keep": "heaviest"}],

@@ -24,6 +24,7 @@ from moeforge.moe.scores import Logits, Relu, Score, Sigmoid, Softmax
 from moeforge.moe.select import (
     Confident,
     ExpertChoice,
+    Merged,
     Random,
     Select,
     Sinkhorn,
@@ -67,6 +68,7 @@ EXAMPLES: dict[type, list[Any]] = {
     CopyExperts: [CopyExperts(num_experts=4)],
     ConstantExperts: [ConstantExperts(num_experts=4)],
     Soft: [],
+    Merged: [],  # mixes parameters, not outputs: see test_merge.py
     Sum: [Sum()],
     Gated: [Gated()],
     Coefficient: [Coefficient()],

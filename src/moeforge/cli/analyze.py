@@ -62,7 +62,7 @@ def read_run(folder: Path, data: "TextData | None" = None) -> "Record":
     batches = evaluation_batches(text, config.batch_size, config.seq_len, EVALUATED_TOKENS)
     score = bits_per_byte(model, batches)
     kinds = kinds_of(text, tokenizer) if model.moe_layers else None
-    leaks = any(moe.config.router.leaks for moe in model.moe_layers.values())  # such a model writes only when asked
+    writes = all(moe.config.router.decodes for moe in model.moe_layers.values())  # others write only when asked
     return Record(
         name=config.name,
         folder=str(folder),
@@ -72,7 +72,9 @@ def read_run(folder: Path, data: "TextData | None" = None) -> "Record":
         bits_per_byte=score.bits_per_byte,
         usage={} if kinds is None else tally(model, text, kinds, config.seq_len, TALLIED_TOKENS),
         tokens=tokenizer.pieces(range(tokenizer.vocab_size)),
-        samples=[] if leaks else [write(model, tokenizer, prompt, config.seed + i) for i, prompt in enumerate(PROMPTS)],
+        samples=[write(model, tokenizer, prompt, config.seed + i) for i, prompt in enumerate(PROMPTS)]
+        if writes
+        else [],
     )
 
 

@@ -36,10 +36,10 @@ class Writer:
     """
 
     def __init__(self, model: Decoder, tokenizer: Tokenizer, unsafe_batch_dependent: bool = False) -> None:
-        leaking = [index for index, moe in model.moe_layers.items() if moe.config.router.leaks]
+        leaking = [index for index, moe in model.moe_layers.items() if not moe.config.router.decodes]
         if leaking and not unsafe_batch_dependent:
             raise UserError(
-                f"in layers {', '.join(map(str, leaking))} a token's experts depend on the tokens after and beside it, "
+                f"in layers {', '.join(map(str, leaking))} a token's experts depend on other tokens than itself, "
                 "so text token by token is not what was trained; generate --unsafe-batch-dependent writes anyway"
             )
         self.model, self.tokenizer = model, tokenizer

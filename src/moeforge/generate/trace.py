@@ -7,7 +7,7 @@ import torch
 from moeforge.data.tokenizers import Tokenizer
 from moeforge.errors import UserError
 from moeforge.models import Decoder, Output
-from moeforge.moe.route import SoftRoute
+from moeforge.moe import MergedRoute, SoftRoute
 
 
 class Choice(NamedTuple):
@@ -48,7 +48,7 @@ def choices(output: Output) -> list[dict[int, Choice]]:
     count = output.logits.shape[0] * output.logits.shape[1]
     rows: list[dict[int, Choice]] = [{} for _ in range(count)]
     for layer, routing in output.routings.items():
-        route = routing.route
+        route = routing.route.edges if isinstance(routing.route, MergedRoute) else routing.route
         if isinstance(route, SoftRoute):
             raise UserError(f"layer {layer} mixes all tokens into every expert: no token has experts of its own")
         found: list[list[tuple[float, int]]] = [[] for _ in range(count)]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from moeforge.config import Config
 from moeforge.moe.bank import Bank, Experts
 from moeforge.moe.context import Context
+from moeforge.moe.merge import MergedRoute
 from moeforge.moe.route import Route, SoftRoute
 from moeforge.moe.router import Router, RouterConfig, Routing
 from moeforge.moe.shared import Shared, SharedConfig
@@ -40,6 +41,8 @@ class MoEConfig(Config):
     def _selectable(self) -> Self:
         if not self.experts:
             raise ValueError("experts is empty: name at least one bank")
+        if self.router.select.type == "merged" and not (len(self.experts) == 1 and hasattr(self.experts[0], "merges")):
+            raise ValueError("select: merged sums parameters: it needs one bank, of type mlp")
         self.router.check(self.num_experts, self.costs(d_model=64))  # which cost more does not depend on the width
         return self
 
@@ -72,7 +75,7 @@ class MoE(nn.Module):
         routing = self.router(x_TD, context or Context())
         return self.experts(x_TD, routing.route).view_as(x), routing
 
-    def experts(self, x_TD: Tensor, route: Route | SoftRoute, shared_TD: Tensor | None = None) -> Tensor:
+    def experts(self, x_TD: Tensor, route: Route | SoftRoute | MergedRoute, shared_TD: Tensor | None = None) -> Tensor:
         """[T, D] -> [T, D] once the route is known: the part that activation checkpointing may recompute.
 
         ``shared_TD`` is what the shared branch reads, where that is not x.

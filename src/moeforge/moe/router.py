@@ -16,6 +16,7 @@ from moeforge.moe.balance import BalanceLoss, Controller, LoadBalancingLoss
 from moeforge.moe.capacity import Limit
 from moeforge.moe.context import Context
 from moeforge.moe.gates import Gate, Linear, Signal
+from moeforge.moe.merge import MergedRoute
 from moeforge.moe.noise import Noise
 from moeforge.moe.route import Route, SoftRoute
 from moeforge.moe.scores import Score, Softmax
@@ -64,9 +65,21 @@ class RouterConfig(Config):
             raise ValueError("select: soft fills every slot; set losses: [] and neither controller nor capacity")
         if self.select.type == "soft" and self.score.type != "logits":
             raise ValueError(f"select: soft has its own softmax; score: {self.score.type} would come before it")
+        if self.select.type == "merged":
+            self._merges()
         if not getattr(self.gate, "learns", True) and (self.losses or self.controller):
             raise ValueError(f"gate: {self.gate.type} learns nothing, so nothing can balance it; set losses: []")
         return self
+
+    def _merges(self) -> None:
+        """Raises ValueError for parts that mean nothing where experts are merged."""
+        if self.losses or self.controller or self.capacity:
+            raise ValueError("select: merged routes no rows; set losses: [] and neither controller nor capacity")
+        by_id = self.gate.type == "hash" or (self.gate.type == "lookup" and not self.gate.rows)
+        if self.select.over == "equal_scores" and not by_id:
+            raise ValueError(
+                "select: merged over: equal_scores needs a gate by ids alone; rows have scores of their own"
+            )
 
     def check(self, num_experts: int, costs: Sequence[int]) -> None:
         """Raises ValueError when these parts cannot work with ``num_experts``, or do nothing with such ``costs``."""
@@ -82,12 +95,17 @@ class RouterConfig(Config):
         """Whether a token's experts depend on other tokens of the batch, those after it included."""
         return self.select.leaks or any(limit.leaks for limit in self.capacity)
 
+    @property
+    def decodes(self) -> bool:
+        """Whether a token's experts follow from the token, so that a model writes as it was trained to read."""
+        return not (self.leaks or self.select.looks_back)
+
 
 @dataclass(frozen=True)
 class Routing:
     """What a router decided about T tokens, and what the balance losses need of how it came to it."""
 
-    route: Route | SoftRoute
+    route: Route | SoftRoute | MergedRoute
     probs: Tensor | None = None
     """[T, E] float32 distribution over experts."""
     logits: Tensor | None = None
@@ -98,11 +116,11 @@ class Routing:
     """Handed to the next MoE layer's router."""
     cost: tuple[float, ...] | None = None
     """Of each expert, its work as a share of the dearest one's."""
-    before_limits: Route | SoftRoute | None = None
+    before_limits: Route | SoftRoute | MergedRoute | None = None
     """The route before its capacity limits; None where nothing was left out."""
 
     @property
-    def chosen(self) -> Route | SoftRoute:
+    def chosen(self) -> Route | SoftRoute | MergedRoute:
         """The route with what was left out; what balance is judged by."""
         return self.before_limits or self.route
 

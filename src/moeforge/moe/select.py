@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moeforge.config import Config, slot
 from moeforge.moe.context import Context, hashed
+from moeforge.moe.merge import MergedRoute, mean_of_groups, runs
 from moeforge.moe.route import Route, SoftRoute
 from moeforge.moe.schedule import Scheduled, at
 
@@ -64,6 +65,8 @@ class Selector(Config):
 
     leaks: ClassVar[bool] = False
     """Whether a token's experts depend on other tokens outside training: decoding is then refused."""
+    looks_back: ClassVar[bool] = False
+    """Whether they depend on earlier tokens' rows, which a KV cache does not keep: decoding is refused as well."""
     compares_sizes: ClassVar[bool] = False
     """Whether ratios or sums of scores matter, so that scores must not be negative."""
 
@@ -73,7 +76,7 @@ class Selector(Config):
 
     def route(
         self, scores_TE: Tensor, biased_TE: Tensor, weigh: Callable[..., Tensor], context: Context
-    ) -> Route | SoftRoute:
+    ) -> Route | SoftRoute | MergedRoute:
         """Chooses by the biased scores, weighs by the scores."""
         selection = self(biased_TE, context)
         return selection.route(weigh(scores_TE, selection, context), scores_TE.shape[1])
@@ -396,11 +399,64 @@ class Soft(Selector):
         return SoftRoute(dispatch_TS, mix_TS, ends_E)
 
 
+class Merged(Selector):
+    """No token goes to an expert: those that a group of tokens chooses are merged into one MLP, which the group takes.
+
+    The group's score is the mean of its tokens' scores (with a linear gate and ``score: logits``, the gate's answer to
+    their mean row); ``weigh`` makes merging weights of it. MEO, arXiv:2310.09832; SMEAR, arXiv:2306.03745; per segment
+    Lory, arXiv:2405.03133. Experts that are linear give what a mixture of their outputs gives.
+    """
+
+    type: Literal["merged"] = "merged"
+    k: int | None = Field(None, ge=1)
+    """Experts that are merged for a group; null: all."""
+    over: Literal["document", "segment_before", "equal_scores"] = "document"
+    """A token's group decides by all tokens of its document; by the segment before its own (a document's first one gets
+    scores of zero); or by the scores that it shares with the group, for gates that look up an id."""
+    segment: int = Field(64, ge=1)
+    """Tokens in a segment, counted from the start of the document."""
+
+    @property
+    def leaks(self) -> bool:  # type: ignore[override]
+        """Whether tokens after a token have a say."""
+        return self.over == "document"
+
+    @property
+    def looks_back(self) -> bool:  # type: ignore[override]
+        """Whether tokens that a KV cache no longer shows have a say."""
+        return self.over == "segment_before"
+
+    def check(self, num_experts: int) -> None:
+        """Raises ValueError when no such choice exists among ``num_experts``."""
+        check_k(self.k or 1, num_experts)
+
+    def mean_experts(self, num_experts: int) -> float:
+        """The one that all are merged into; the work of merging is shared by a group, and not counted."""
+        return 1.0
+
+    def route(
+        self, scores_TE: Tensor, biased_TE: Tensor, weigh: Callable[..., Tensor], context: Context
+    ) -> MergedRoute:
+        """[T, E] -> parameters' weights for each of G groups."""
+        if self.over == "equal_scores":
+            _, group_T = scores_TE.detach().unique(dim=0, return_inverse=True)
+            scores_GE = mean_of_groups(scores_TE, group_T, int(group_T.max()) + 1)
+        else:
+            length = self.segment if self.looks_back else None
+            group_T, goes_on_G = runs(context, len(scores_TE), length, scores_TE.device)
+            scores_GE = mean_of_groups(scores_TE, group_T, len(goes_on_G))
+            if self.looks_back:
+                scores_GE = torch.where(goes_on_G[:, None], scores_GE.roll(1, 0), 0)
+        ids_GK = _top_k(scores_GE.detach(), self.k or scores_GE.shape[1])
+        weights_GK = weigh(scores_GE, Selection(ids=ids_GK), context)
+        return MergedRoute(torch.zeros_like(scores_GE).scatter(1, ids_GK, weights_GK), group_T)
+
+
 def _mask_of(ids_TK: Tensor, keep_TK: Tensor, like_TE: Tensor) -> Tensor:
     """[T, E] bool: true at each id that is kept."""
     return torch.zeros_like(like_TE, dtype=torch.bool).scatter(1, ids_TK, keep_TK)
 
 
 Select = slot(
-    TopK, TopPerGroup, Confident, TopP, Threshold, ExpertChoice, Uncertain, Random, Sinkhorn, Soft, default=TopK
+    TopK, TopPerGroup, Confident, TopP, Threshold, ExpertChoice, Uncertain, Random, Sinkhorn, Soft, Merged, default=TopK
 )
