@@ -146,7 +146,7 @@ def test_the_short_form_of_a_slot_is_its_default_member() -> None:
             {"moe": MOE | {"router": {"gate": PREVIOUS}}, "layers": {2: {"moe": {"experts": {"num_experts": 4}}}}},
             "layer 2: its gate takes a state of 4, the layer below hands on 8",
         ),
-        ({"moe": MOE | {"router": {"gate": {"type": "lookup", "num_ids": 9}}}}, "a decoder knows token ids alone"),
+        ({"moe": MOE | {"router": {"gate": {"type": "lookup", "num_ids": 9}}}}, "a decoder knows token and domain ids"),
         (
             {"vocab_size": 11, "moe": MOE | {"router": {"gate": {"type": "lookup", "by": "token", "num_ids": 9}}}},
             "gate.num_ids = 9 is less than 11 tokens",
@@ -166,6 +166,14 @@ def test_the_short_form_of_a_slot_is_its_default_member() -> None:
             },
             "layer 1: its gate takes a state of 4, the layer below hands on 8",
         ),
+        (
+            {
+                "domains": ["a", "b"],
+                "moe": MOE | {"router": {"gate": {"type": "lookup", "by": "domain", "num_ids": 1}}},
+            },
+            "layer 0: gate.num_ids = 1 is less than 2 domains",
+        ),
+        ({"domains": ["a", "b"], "moe": MOE}, "domains has names, but no gate looks domains up"),
         ({"layers": {"one": {}}}, "input should be a valid integer"),
         ({"moe": MOE, "moe_every": "x", "layers": {1: {}}}, "moe_every = 'x': input should be a valid integer"),
     ],

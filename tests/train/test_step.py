@@ -34,9 +34,10 @@ def batch(rows: slice = slice(0, SIZE)) -> Batch:
     torch.manual_seed(1)
     ids = torch.randint(0, VOCABULARY, (SIZE, LENGTH + 1))
     position = torch.arange(LENGTH).expand(SIZE, -1)
-    whole = Batch(ids[:, :-1], ids[:, 1:], torch.zeros(SIZE, LENGTH, dtype=torch.int32), position, 0)
+    whole = Batch(ids[:, :-1], ids[:, 1:], torch.zeros(SIZE, LENGTH, dtype=torch.int32), position, position, 0)
     return replace(
-        whole, **{name: getattr(whole, name)[rows] for name in ("input_ids", "labels", "document", "position")}
+        whole,
+        **{name: getattr(whole, name)[rows] for name in ("input_ids", "labels", "document", "position", "domain")},
     )
 
 

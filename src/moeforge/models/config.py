@@ -85,6 +85,8 @@ class ModelConfig(LayerConfig):
     """This many layers at the bottom have no experts."""
     moe_every: int = Field(1, ge=1)
     """Of the layers above them, every so-manieth has experts, the last of each group."""
+    domains: tuple[str, ...] = ()
+    """Names of the domains that a gate looks up, in order of their ids; a run takes them from its data."""
     layers: dict[int, LayerConfig] = Field(default_factory=dict)
     """By layer number from 0, what differs from the default layer: ``3: {moe: {experts: {num_experts: 32}}}``."""
 
@@ -119,6 +121,8 @@ class ModelConfig(LayerConfig):
             raise ValueError(f"layers names layer {beyond[0]}, but num_layers = {self.num_layers} (numbered from 0)")
         if self.moe and not any(layer.moe for layer in self.all_layers):
             raise ValueError("moe is set but no layer has experts: see first_dense_layers, moe_every and layers")
+        if self.domains and not self.looks_up_domains:
+            raise ValueError("domains has names, but no gate looks domains up")
         if self.momentum and not any(layer.moe for layer in self.all_layers):
             raise ValueError("momentum acts on what experts add, and no layer has experts")
         if not any(layer.attends for layer in self.all_layers):
@@ -132,14 +136,22 @@ class ModelConfig(LayerConfig):
         for depth, moe in ((depth, layer.moe) for depth, layer in enumerate(self.applied_layers) if layer.moe):
             index = depth % self.num_layers
             gate = moe.router.gate
-            if gate.type == "lookup" and gate.by != "token":
-                raise ValueError(f"layer {index}: gate: lookup by {gate.by}: a decoder knows token ids alone")
-            if gate.type == "lookup" and gate.num_ids < (self.vocab_size or 0):
-                raise ValueError(f"layer {index}: gate.num_ids = {gate.num_ids} is less than {self.vocab_size} tokens")
+            if gate.type == "lookup":
+                if gate.by not in ("token", "domain"):
+                    raise ValueError(f"layer {index}: gate: lookup by {gate.by}: a decoder knows token and domain ids")
+                count = len(self.domains) if gate.by == "domain" else self.vocab_size or 0
+                if gate.num_ids < count:
+                    raise ValueError(f"layer {index}: gate.num_ids = {gate.num_ids} is less than {count} {gate.by}s")
             width = gate.state_width(moe.num_experts) if hasattr(gate, "state_width") else None
             if width and below and width != below:
                 raise ValueError(f"layer {index}: its gate takes a state of {width}, the layer below hands on {below}")
             below = width
+
+    @property
+    def looks_up_domains(self) -> bool:
+        """Whether a gate must be told each token's domain."""
+        gates = [layer.moe.router.gate for layer in self.all_layers if layer.moe]
+        return any(gate.type == "lookup" and gate.by == "domain" for gate in gates)
 
     @property
     def size_of_head(self) -> int:

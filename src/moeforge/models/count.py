@@ -103,6 +103,6 @@ def dense_twin(config: ModelConfig) -> ModelConfig:
         active = _matrices(moe) - _idle(moe) - _looked_up(moe)
         per_unit = config.d_model * (3 if layer.activation.endswith("glu") else 2)
         layers[index] = layer.replace(d_ff=math.ceil(active / per_unit), moe=None)
-    of_experts = ("moe", "layers", "momentum")
+    of_experts = ("moe", "layers", "momentum", "domains")
     shape = {name: getattr(config, name) for name in ModelConfig.model_fields if name not in of_experts}
     return ModelConfig.model_validate({**shape, "first_dense_layers": 0, "moe_every": 1, "layers": layers})

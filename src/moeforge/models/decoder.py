@@ -1,5 +1,6 @@
 """The decoder: token ids in, logits and every router's decision out."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -59,11 +60,13 @@ class Decoder(nn.Module):
         document: Tensor | None = None,
         cache: Cache | None = None,
         step: int | None = None,
+        known: Mapping[str, Tensor] | None = None,
     ) -> Output:
         """[B, L] ids -> logits [B, L, V].
 
         ``position`` and ``document`` [B, L] describe packed sequences: positions restart with each document, and no
-        token sees another document. With a ``cache`` the ids follow what it holds.
+        token sees another document. With a ``cache`` the ids follow what it holds. ``known`` [B, L] by kind is what the
+        tokens are known to be (``domain``), for gates that look it up.
         """
         past = cache.length if cache else 0
         if position is None:
@@ -72,7 +75,9 @@ class Decoder(nn.Module):
         x, routings = self.embedding(input_ids), {}
         if self.config.embedding_scale != 1.0:
             x = x * self.config.embedding_scale
-        context = Context(len(input_ids), input_ids.flatten(), x.flatten(0, 1), positions=position.flatten(), step=step)
+        facts = {kind: ids.flatten() for kind, ids in (known or {}).items()}
+        tokens, embedded = input_ids.flatten(), x.flatten(0, 1)
+        context = Context(len(input_ids), tokens, embedded, positions=position.flatten(), step=step, ids=facts)
         recompute = self.recompute_activations and torch.is_grad_enabled()
         moments, momentum = Moments(), self.config.momentum
         for depth, block in enumerate(self.stack):

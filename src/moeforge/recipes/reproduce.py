@@ -79,8 +79,8 @@ def trained(config: RunConfig, out: Path, data: TextData | None = None) -> None:
 
 
 def _what_counts(run: RunConfig, like: RunConfig) -> Tree:
-    """All settings but words, and the vocabulary that a run takes from its tokenizer."""
-    model = run.model.replace(vocab_size=like.model.vocab_size)
+    """All settings but words, and what a run takes from its text."""
+    model = run.model.replace(vocab_size=like.model.vocab_size, domains=like.model.domains)
     return json.loads(run.replace(model=model, recipe=None, name=like.name).model_dump_json())
 
 
