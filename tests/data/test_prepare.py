@@ -1,5 +1,6 @@
 """From settings to packed data, with and without the cache."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -95,8 +96,19 @@ def test_domains_are_numbered_alike_in_both_parts_and_kept(tmp_path: Path, monke
         assert [text.split()[0] for text in texts] == [made.domains[domain] for domain in part.domain]
     assert_same(made, prepare(corpus, BPE(vocab_size=270)))
     assert len(entries(tmp_path)) == 1
-    (tmp_path / "text" / "verse").rename(tmp_path / "text" / "zen")
-    assert prepare(corpus, BPE(vocab_size=270)).domains == ("law", "zen") and len(entries(tmp_path)) == 2
+
+
+def test_equal_texts_of_other_domains_are_another_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOEFORGE_CACHE", str(tmp_path / "cache"))
+    rows = [{"text": f"the cat sat on mat {n} " * 9, "kind": "ab"[n % 2], "mood": "ab"[n % 3 == 0]} for n in range(30)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = [
+        prepare(Files(path=str(tmp_path / "rows.jsonl"), domain_field=field), BPE(vocab_size=270))
+        for field in ("kind", "mood", None)
+    ]
+    assert [data.domains for data in found] == [("a", "b"), ("a", "b"), ("",)]
+    assert len(entries(tmp_path)) == 3 and len({data.train.fingerprint for data in found}) == 1
+    assert len({data.train.domain_fingerprint for data in found}) == 3
 
 
 def test_other_texts_are_another_entry(corpus: Files) -> None:

@@ -413,8 +413,16 @@ class Merged(Selector):
     over: Literal["document", "segment_before", "equal_scores"] = "document"
     """A token's group decides by all tokens of its document; by the segment before its own (a document's first one gets
     scores of zero); or by the scores that it shares with the group, for gates that look up an id."""
-    segment: int = Field(64, ge=1)
+    segment: int | None = Field(None, ge=1)
     """Tokens in a segment, counted from the start of the document."""
+
+    @model_validator(mode="after")
+    def _cuts_where_it_looks_back(self) -> Self:
+        if self.looks_back != (self.segment is not None):
+            raise ValueError(
+                f"over: {self.over}: segment says how long one is for over: segment_before, and only there"
+            )
+        return self
 
     @property
     def leaks(self) -> bool:  # type: ignore[override]
@@ -442,8 +450,7 @@ class Merged(Selector):
             _, group_T = scores_TE.detach().unique(dim=0, return_inverse=True)
             scores_GE = mean_of_groups(scores_TE, group_T, int(group_T.max()) + 1)
         else:
-            length = self.segment if self.looks_back else None
-            group_T, goes_on_G = runs(context, len(scores_TE), length, scores_TE.device)
+            group_T, goes_on_G = runs(context, len(scores_TE), self.segment, scores_TE.device)
             scores_GE = mean_of_groups(scores_TE, group_T, len(goes_on_G))
             if self.looks_back:
                 scores_GE = torch.where(goes_on_G[:, None], scores_GE.roll(1, 0), 0)
