@@ -92,7 +92,9 @@ def moe_trees() -> st.SearchStrategy[Any]:
 
 
 def model_trees() -> st.SearchStrategy[Any]:
-    layer = st.fixed_dictionaries({}, optional={"d_ff": st.integers(1, 9), "moe": st.none() | moe_trees()})
+    layer = st.fixed_dictionaries(
+        {}, optional={"d_ff": st.integers(1, 9), "moe": st.none() | moe_trees(), "attends": st.booleans()}
+    )
     return st.fixed_dictionaries(
         {"moe": moe_trees(), "num_layers": st.just(5)},
         optional={
@@ -102,6 +104,8 @@ def model_trees() -> st.SearchStrategy[Any]:
             "norm_eps": st.sampled_from([1e-6, 1e-5]),
             "init": st.sampled_from(["normal", "fan_in", {"type": "normal", "std": 0.006}]),
             "tie_embeddings": st.booleans(),
+            "num_repeats": st.integers(1, 3),
+            "momentum": st.fixed_dictionaries({"decay": st.floats(0, 0.9)}, optional={"second": st.just(0.9)}),
         },
     )
 

@@ -36,6 +36,7 @@ def describe(config: "ModelConfig", bytes_per_weight: int = 4, seq_len: int | No
         "vocab_size": config.vocab_size,
         "d_model": config.d_model,
         "layers": [_layer(config, layer) for layer in config.all_layers],
+        "num_repeats": config.num_repeats,
         "total_params": asdict(size.total),
         "active_params": asdict(size.active),
         "context": context,
@@ -63,6 +64,8 @@ def _layer(config: "ModelConfig", layer: "LayerConfig") -> Tree:
 def show(tree: Tree, console: "Console") -> None:
     """Prints what ``describe`` found."""
     console.print(_layers(tree), _parameters(tree), highlight=False)
+    if tree["num_repeats"] > 1:
+        console.print(f"all layers are passed {tree['num_repeats']} times, with the same weights", highlight=False)
     context = f"context {tree['context']:,}"
     console.print(f"FLOPs per token  {short(tree['flops_per_token'])}  (forward pass, {context})", highlight=False)
     console.print(f"weights          {in_bytes(tree['weight_bytes'])}", highlight=False)

@@ -75,7 +75,7 @@ class RouterConfig(Config):
         """Raises ValueError for parts that mean nothing where experts are merged."""
         if self.losses or self.controller or self.capacity:
             raise ValueError("select: merged routes no rows; set losses: [] and neither controller nor capacity")
-        by_id = self.gate.type == "hash" or (self.gate.type == "lookup" and not self.gate.rows)
+        by_id = self.gate.type == "lookup" and not self.gate.rows
         if self.select.over == "equal_scores" and not by_id:
             raise ValueError(
                 "select: merged over: equal_scores needs a gate by ids alone; rows have scores of their own"
