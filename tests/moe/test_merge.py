@@ -150,6 +150,10 @@ def test_a_merged_layer_runs_under_autocast_and_in_bf16() -> None:
         ({"router": MERGED | {"select": {"type": "merged", "segment": 4}}}, "only there"),
         ({"router": MERGED | {"select": {"type": "merged", "over": "segment_before"}}}, "segment says how long"),
         (
+            {"router": {"select": {"type": "merged", "over": "segment_before", "segment": 2}, "losses": []}},
+            "segment_before needs score: logits and weigh: softmax",
+        ),
+        (
             {"router": MERGED | {"select": "merged"}, "experts": [MLPExperts(d_expert=4), CopyExperts()]},
             "needs one bank, of type mlp",
         ),

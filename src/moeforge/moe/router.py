@@ -75,6 +75,11 @@ class RouterConfig(Config):
         """Raises ValueError for parts that mean nothing where experts are merged."""
         if self.losses or self.controller or self.capacity:
             raise ValueError("select: merged routes no rows; set losses: [] and neither controller nor capacity")
+        if self.select.over == "segment_before" and (self.score.type, self.weigh.type) != ("logits", "softmax"):
+            raise ValueError(
+                "select: merged over: segment_before needs score: logits and weigh: softmax: "
+                "they make equal weights for a document's first segment, which has nothing before it"
+            )
         by_id = self.gate.type == "lookup" and not self.gate.rows
         if self.select.over == "equal_scores" and not by_id:
             raise ValueError(

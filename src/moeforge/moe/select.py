@@ -404,7 +404,7 @@ class Merged(Selector):
 
     The group's score is the mean of its tokens' scores (with a linear gate and ``score: logits``, the gate's answer to
     their mean row); ``weigh`` makes merging weights of it. MEO, arXiv:2310.09832; SMEAR, arXiv:2306.03745; per segment
-    Lory, arXiv:2405.03133. Experts that are linear give what a mixture of their outputs gives.
+    Lory, arXiv:2405.03133. Experts that differ in one linear map alone give what mixing their outputs would.
     """
 
     type: Literal["merged"] = "merged"
@@ -412,7 +412,7 @@ class Merged(Selector):
     """Experts that are merged for a group; null: all."""
     over: Literal["document", "segment_before", "equal_scores"] = "document"
     """A token's group decides by all tokens of its document; by the segment before its own (a document's first one gets
-    scores of zero); or by the scores that it shares with the group, for gates that look up an id."""
+    all experts alike, or the first k); or by the scores that it shares with the group, for gates that look up an id."""
     segment: int | None = Field(None, ge=1)
     """Tokens in a segment, counted from the start of the document."""
 
