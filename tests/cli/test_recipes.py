@@ -22,6 +22,7 @@ def test_a_pattern_finds_recipes_by_name_claim_or_number(call):
 
     assert found("Null Experts") == ["adamoe"] and found("2202.09368") == ["expert-choice"]
     assert {"hash-layers", "word-experts"} <= set(found("token id"))
+    assert call("recipes", "token id", "--json").out == call("recipes", "list", "token id", "--json").out
     code, _, err = call("recipes", "list", "no such thing")
     assert code == 2 and "no recipe has 'no such thing' in it" in err
 

@@ -28,8 +28,11 @@ def normed(x_LD: Tensor, norm: torch.nn.Module, eps: float) -> Tensor:
     return x_LD / (x_LD.square().mean(1, keepdim=True) + eps).sqrt() * norm.weight
 
 
-def by_loop(attention: Attention, config: ModelConfig, x_LD: Tensor, position_L: Tensor, allowed_LL: Tensor) -> Tensor:
-    size, heads = config.size_of_head, []
+def by_loop(
+    attention: Attention, config: ModelConfig, x_LD: Tensor, position_L: Tensor, allowed_LL: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Output, and the attention that each token gets on average from a head of a query that may look at it."""
+    size, heads, received_L = config.size_of_head, [], torch.zeros(len(x_LD))
     for head in range(config.num_heads):
         shared = head // (config.num_heads // config.num_key_heads)
         rows, key_rows = slice(head * size, (head + 1) * size), slice(shared * size, (shared + 1) * size)
@@ -37,8 +40,9 @@ def by_loop(attention: Attention, config: ModelConfig, x_LD: Tensor, position_L:
         key = normed(x_LD @ attention.k_proj.weight[key_rows].T, attention.k_norm, config.norm_eps)
         query, key = (turned(part, position_L, config.rope_theta) for part in (query, key))
         weights = (query @ key.T / size**0.5).masked_fill(~allowed_LL, -torch.inf).softmax(1)
+        received_L = received_L + weights.sum(0) / allowed_LL.sum(0) / config.num_heads
         heads.append(weights @ (x_LD @ attention.v_proj.weight[key_rows].T))
-    return torch.cat(heads, 1) @ attention.o_proj.weight.T
+    return torch.cat(heads, 1) @ attention.o_proj.weight.T, received_L
 
 
 @pytest.mark.parametrize(
@@ -62,10 +66,12 @@ def test_attention_is_a_loop_over_heads(changes: dict[str, object], packed: bool
     if packed:
         position, document = torch.tensor([[0, 1, 2, 0, 1, 2, 3]] * 2), torch.tensor([[0, 0, 0, 1, 1, 1, 1], [0] * 7])
     allowed = torch.tril(torch.ones(7, 7)).bool() & (document[:, :, None] == document[:, None, :])
-    y = attention(x, locate(config, position, document if packed else None, past=0))
+    positions = locate(config, position, document if packed else None, past=0)
+    y, received = attention(x, positions), attention.received(x, positions)
     for row in range(2):
-        expected = by_loop(attention, config, x[row], position[row], allowed[row])
+        expected, attended = by_loop(attention, config, x[row], position[row], allowed[row])
         torch.testing.assert_close(y[row], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(received[row], attended, rtol=1e-4, atol=1e-5)
 
 
 def test_packed_documents_after_a_cache_are_refused() -> None:

@@ -162,6 +162,10 @@ def test_the_short_form_of_a_slot_is_its_default_member() -> None:
             "layers.1: moe.shortcut leads past the layer's attention",
         ),
         (
+            {"moe": MOE | {"router": {"select": "by_importance"}}, "layers": {1: {"attends": False}}},
+            "layers.1: select: by_importance reads attention, and attends: false leaves that out",
+        ),
+        (
             {
                 "moe": MOE | {"router": {"gate": PREVIOUS}},
                 "num_layers": 2,

@@ -92,11 +92,19 @@ def test_a_look_up_is_no_multiplication_and_shared_factors_are_multiplied_with_f
     plain, looked_up = small(), small(moe=MOE | {"router": gate})
     assert measure(plain).flops_per_token - measure(looked_up).flops_per_token == 2 * 2 * E * D  # two layers' gates
     assert measure(looked_up).total.all == measure(plain).total.all + 2 * (V - D) * E
+    assert measure(looked_up).active.all == measure(plain).active.all + 2 * (1 - D) * E, "a token reads one row"
     rank, bank = 3, {"type": "factorised", "num_experts": E, "d_expert": H, "rank": 3}
     work = K * rank * (D + 2 * H + H + D)
     factorised = measure(small(moe={"experts": bank}))
     assert factorised.flops_per_token == measure(plain).flops_per_token + 2 * 2 * (work - K * 3 * D * H)
     assert factorised.active.all <= factorised.total.all
+
+
+def test_a_second_look_at_attention_is_counted() -> None:
+    asks = small(moe=MOE | {"router": {"select": {"type": "by_importance", "k": K}}})
+    heads, size = asks.num_heads * asks.size_of_head, asks.num_key_heads * asks.size_of_head
+    per_layer = 2 * D * (heads + size) + heads * asks.max_seq_len
+    assert measure(asks).flops_per_token == measure(small()).flops_per_token + 2 * per_layer
 
 
 def test_experts_without_work_cost_nothing() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moeforge.config import build
 from moeforge.models import Cache, Decoder, ModelConfig
+from moeforge.models.attention import locate
 from moeforge.moe import MoE, Router
 from moeforge.moe.select import Select
 from tests.moe import brute_force
@@ -60,12 +61,14 @@ def test_a_token_sees_none_after_it() -> None:
 
 
 ROUTERS = {f"{one.type}-{n}": {"select": one} for m in members(Select) for n, one in enumerate(SELECTS[m])}
+ROUTERS |= {name: {**ROUTERS[name], "score": "logits", "weigh": "drawn"} for name in ("draw-0", "draw-1")}
 ROUTERS["soft"] = {"select": "soft", "score": "logits", "losses": []}
 MERGED = {"score": "logits", "weigh": "softmax", "losses": []}
 ROUTERS["merged"] = {"select": "merged", **MERGED}
 ROUTERS["merged-before"] = {"select": {"type": "merged", "over": "segment_before", "segment": 6}, **MERGED}
 BY_TOKEN = {"gate": {"type": "lookup", "by": "token", "num_ids": VOCAB}}
 ROUTERS["merged-equal"] = {"select": {"type": "merged", "over": "equal_scores"}, **MERGED, **BY_TOKEN}
+ROUTERS["by_importance"] = {"select": {"type": "by_importance", "k": 2.5, "max_k": 4}}
 ROUTERS["capacity"] = {
     "select": {"k": 2},
     "capacity": [{"type": "capacity", "capacity_factor": 0.5, "keep": "heaviest"}],
@@ -82,6 +85,16 @@ def test_a_token_sees_none_after_it_unless_its_router_says_so(router: str) -> No
     changed[:, 16:] = (changed[:, 16:] + 1) % VOCAB
     one, other = model(input_ids).logits[:, :16], model(changed).logits[:, :16]
     assert torch.allclose(one, other, rtol=1e-4, atol=1e-4) != model.moe_layers[0].config.router.leaks
+
+
+@torch.no_grad()
+def test_tokens_that_get_more_attention_get_no_fewer_experts() -> None:
+    moe = {"experts": {"num_experts": 6, "d_expert": 8}, "router": {"select": {"type": "by_importance", "k": 2.5}}}
+    model, input_ids = decoder(moe=moe), ids(4, 30)
+    block, positions = model.blocks[0], locate(model.config, torch.arange(30).expand(4, 30), None, 0)
+    importance_T = block.attention.received(block.attention_norm(model.embedding(input_ids)), positions).flatten()
+    numbers_T = torch.bincount(model(input_ids).routings[0].route.token, minlength=120)[importance_T.argsort()]
+    assert numbers_T.sum() == 300 and bool((numbers_T.diff() >= 0).all()) and len(numbers_T.unique()) > 2
 
 
 @torch.no_grad()

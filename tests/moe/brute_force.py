@@ -103,6 +103,7 @@ SELECTS: dict[str, Callable[[Any, list[float]], list[int]]] = {
     "threshold": _threshold,
     "uncertain": lambda select, scores: ranked(scores)[: select.k],  # as outside training
     "sinkhorn": lambda select, scores: ranked(scores)[: select.k],  # as outside training
+    "draw": lambda select, scores: ranked(scores)[: select.k],  # as outside training
 }
 """Per token; ``random`` and ``expert_choice`` do not choose per token and have tests of their own."""
 
@@ -170,6 +171,12 @@ def _factorised_bank(bank: Any, x_TD: Tensor) -> list[Tensor]:
     return [mlp(x_TD, up_HD, down_DH, bank.config.activation) for up_HD, down_DH in up]
 
 
+def _low_rank_bank(bank: Any, x_TD: Tensor) -> list[Tensor]:
+    stacks = zip(bank.gate_in, bank.gate_out, bank.up_proj, bank.down_proj, strict=True)
+    activation = bank.config.activation
+    return [mlp(x_TD, torch.cat([b @ a, up]), down, activation) for a, b, up, down in stacks]
+
+
 def _nested_bank(bank: Any, x_TD: Tensor) -> list[Tensor]:
     def slices(width: int) -> tuple[Tensor, Tensor]:
         return torch.cat([rows[:width] for rows in bank.gate_up_proj]), bank.down_proj[:, :width]
@@ -188,13 +195,15 @@ def _constant_bank(bank: Any, x_TD: Tensor) -> list[Tensor]:
 BANKS: dict[str, Callable[[Any, Tensor], list[Tensor]]] = {
     "mlp": _mlp_bank,
     "factorised": _factorised_bank,
+    "low_rank": _low_rank_bank,
     "nested": _nested_bank,
     "zero": lambda bank, x_TD: [torch.zeros_like(x_TD)] * bank.config.num_experts,
     "copy": lambda bank, x_TD: [x_TD] * bank.config.num_experts,
     "constant": _constant_bank,
 }
 
-MIXES: dict[str, Callable[[Tensor | None, Tensor, Tensor], Tensor]] = {
+MIXES: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
+    "interpolated": lambda logits, routed, shared: (routed * torch.exp(logits) + shared) / (torch.exp(logits) + 1),
     "sum": lambda logits, routed, shared: routed + shared,
     "gated": lambda logits, routed, shared: routed + shared / (1 + torch.exp(-logits)),
     "coefficient": lambda logits, routed, shared: (

@@ -11,11 +11,18 @@ from torch import Tensor
 from moeforge.moe import Context, Route, Router, RouterConfig, Routing
 from moeforge.moe.balance import (
     BalanceLoss,
+    BudgetLoss,
+    ClusterLoss,
+    ConflictLoss,
     Controller,
+    EmbeddingLoss,
     EntropyLoss,
     ExpertBias,
+    GateLoss,
     ImportanceLoss,
     LoadBalancingLoss,
+    LoadLoss,
+    LocalityLoss,
     Overflow,
     Sparsity,
     SparsityLoss,
@@ -110,8 +117,15 @@ def test_the_micro_batch_scope_counts_each_micro_batch_by_itself() -> None:
 
 
 def test_every_kind_is_tested_here() -> None:
-    assert set(members(BalanceLoss)) == {LoadBalancingLoss, ZLoss, ImportanceLoss, EntropyLoss, SparsityLoss}
+    here = {LoadBalancingLoss, ZLoss, ImportanceLoss, EntropyLoss, SparsityLoss, GateLoss}
+    elsewhere = {LoadLoss, ClusterLoss, LocalityLoss, EmbeddingLoss, BudgetLoss, ConflictLoss}
+    assert set(members(BalanceLoss)) == here | elsewhere
     assert set(members(Controller)) == {ExpertBias, Sparsity, Overflow}
+
+
+def test_what_a_gate_wants_is_its_mean_over_tokens() -> None:
+    routing = replace(routing_of(torch.randn(4, E)), gate_loss=torch.tensor([1.0, 2.0, 3.0, 6.0]))
+    assert float(GateLoss()(routing, 2)) == 3.0
 
 
 def test_importance_is_the_loop() -> None:
@@ -139,6 +153,18 @@ def test_entropies_are_the_loop_and_their_difference_is_mutual_information() -> 
     assert float(EntropyLoss(batch=-1)(one_each, 1)) == pytest.approx(-math.log(E), rel=1e-5)
 
 
+def test_a_masked_expert_has_no_part_in_the_entropy() -> None:
+    logits_TE = torch.randn(9, E)
+    logits_TE[:, 2] = -torch.inf
+    leaf_TE, rest_TE = logits_TE.clone().requires_grad_(), logits_TE[:, [0, 1, 3, 4]].clone().requires_grad_()
+    loss = EntropyLoss(batch=-0.5)
+    ours, theirs = loss(routing_of(leaf_TE), 1), loss(routing_of(rest_TE), 1)
+    torch.testing.assert_close(ours, theirs)
+    (ours_TE,), (theirs_TE,) = torch.autograd.grad(ours, leaf_TE), torch.autograd.grad(theirs, rest_TE)
+    torch.testing.assert_close(ours_TE[:, [0, 1, 3, 4]], theirs_TE)
+    assert not ours_TE[:, 2].any()
+
+
 def test_sparsity_is_the_loop() -> None:
     router = Router(RouterConfig(score=Relu(), select=Threshold(), losses=()), 6, E)
     with torch.no_grad():
@@ -160,7 +186,7 @@ def test_dear_experts_pay_more_and_free_ones_are_judged_together() -> None:
     together = E * sum(f * p for f, p in zip(share, mean_P, strict=True))
     assert float(LoadBalancingLoss(free="together")(routing, 1)) == pytest.approx(together, rel=1e-5)
     dear = E * sum(f * p * c / 0.4 for f, p, c in zip(fraction, mean_P, routing.cost, strict=True))
-    assert float(LoadBalancingLoss(by_cost=True)(routing, 1)) == pytest.approx(dear, rel=1e-5)
+    assert float(LoadBalancingLoss(prices="cost")(routing, 1)) == pytest.approx(dear, rel=1e-5)
 
 
 def test_a_bias_in_proportion_to_the_load() -> None:
@@ -246,3 +272,11 @@ def test_forward_never_moves_the_bias() -> None:
     plain = Router(RouterConfig(), 4, 4)
     plain.step(torch.tensor([1, 2, 3, 4]), 10)
     assert plain.expert_bias is None
+
+
+def test_probabilities_of_zero_have_an_entropy_with_a_gradient() -> None:
+    router = Router(RouterConfig(score={"type": "relu"}, losses=[EntropyLoss(batch=-1.0)]), 8, 4)
+    routing = router(torch.randn(9, 8, generator=torch.Generator().manual_seed(1)), Context())
+    assert (routing.probs == 0).any()
+    sum(router.balance_losses(routing, 1).values()).backward()
+    assert router.gate.weight.grad.isfinite().all() and router.gate.weight.grad.abs().sum() > 0

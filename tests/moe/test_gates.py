@@ -9,15 +9,35 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from moeforge.moe import Context, MLPExperts, MoE, MoEConfig, Router, RouterConfig
-from moeforge.moe.gates import MLP, Cosine, Distance, Gate, Hash, Linear, Lookup, Recurrent, TwoLevel
+from moeforge.moe.bank import LowRankExperts
+from moeforge.moe.gates import (
+    MLP,
+    ActivationNorm,
+    Competition,
+    Cosine,
+    Distance,
+    Gate,
+    Hash,
+    Linear,
+    Lookup,
+    Paths,
+    Recurrent,
+    SmoothStep,
+    Spline,
+    TwoLevel,
+)
 from moeforge.moe.select import TopK
 from tests.moe.brute_force import members
 
 D, E, T = 8, 6, 5
 X_TD = torch.randn(T, D, generator=torch.Generator().manual_seed(3))
 EMBEDDED_TD = torch.randn(T, D, generator=torch.Generator().manual_seed(4))
+BANKS = (LowRankExperts(num_experts=2, d_expert=4, rank=3), LowRankExperts(num_experts=4, d_expert=5, rank=2))
 CONTEXT = Context(
-    token_ids=torch.tensor([3, 1, 3, 900, 7]), embedded=EMBEDDED_TD, ids={"task": torch.tensor([0, 1, 1, 0, 2])}
+    token_ids=torch.tensor([3, 1, 3, 900, 7]),
+    embedded=EMBEDDED_TD,
+    ids={"task": torch.tensor([0, 1, 1, 0, 2])},
+    banks=tuple(bank.build(D) for bank in BANKS),
 )
 
 
@@ -63,7 +83,50 @@ def linear(gate: Any, x: Tensor, e: int, t: int) -> Tensor:
     return dot(token / (dot(token, token) / D).sqrt() if gate.of_token else x, gate.weight[e])
 
 
+def bump(u: Tensor, degree: int) -> Tensor:
+    """The spline of this degree whose pieces start at 0, by its definition in powers."""
+    terms = [(-1) ** i * math.comb(degree + 1, i) * torch.relu(u - i) ** degree for i in range(degree + 2)]
+    return sum(terms) / math.factorial(degree)
+
+
+def spline(gate: Any, x: Tensor, e: int, t: int) -> Tensor:
+    config, count = gate.config, gate.config.intervals + gate.config.degree
+
+    def layer(inputs: list[Tensor], weight: Tensor, activate: Any) -> Tensor:
+        features = []
+        for value in inputs:
+            place = (value + config.reach) * config.intervals / (2 * config.reach) + config.degree
+            features += [activate(value), *(bump(place - j, config.degree) for j in range(count))]
+        return torch.stack([dot(row, torch.stack(features)) for row in weight])
+
+    hidden = layer(list(layer(list(x), gate.inner, torch.nn.functional.elu)), gate.outer, torch.nn.functional.silu)
+    halves = [(dot(gate.gated[i], hidden), dot(gate.gated[E + i], hidden)) for i in range(E)]
+    raw = [dot(row, x) + value * torch.sigmoid(by) for row, (value, by) in zip(gate.skip, halves, strict=True)]
+    mean = sum(raw) / E
+    variance = sum((value - mean) ** 2 for value in raw) / E
+    return (raw[e] - mean) / torch.sqrt(variance + 1e-5) * gate.norm.weight[e] + gate.norm.bias[e]
+
+
+def activation_norm(gate: Any, x: Tensor, e: int, t: int) -> Tensor:
+    first = [expert for bank in CONTEXT.banks for expert in bank.gate_in][e]
+    return torch.sqrt(sum(dot(row, x) ** 2 for row in first))
+
+
+def paths(gate: Any, x: Tensor, e: int, t: int) -> Tensor:
+    size = E // len(gate.parts)
+    part, shares = gate.parts[e // size], torch.stack([torch.exp(dot(row, x)) for row in gate.share])
+    if hasattr(part, "centre"):
+        inside = torch.stack([torch.exp(-dot(x - c, x - c) / math.sqrt(D)) for c in part.centre])
+    else:
+        inside = torch.stack([torch.exp(dot(x, w)) for w in part.weight])
+    return torch.log(shares[e // size] / shares.sum() * inside[e % size] / inside.sum())
+
+
 LOGITS: dict[str, Any] = {
+    "spline": spline,
+    "activation_norm": activation_norm,
+    "competition": lambda gate, x, e, t: dot(x, gate.weight[e]),  # as outside training
+    "paths": paths,
     "linear": linear,
     "cosine": cosine,
     "mlp": mlp,
@@ -78,7 +141,12 @@ EXAMPLES: dict[type, list[Any]] = {
     MLP: [MLP(width=7)],
     TwoLevel: [TwoLevel(num_groups=2), TwoLevel(num_groups=3)],
     Recurrent: [Recurrent(d_route=4)],
-    Distance: [Distance()],
+    Distance: [Distance(), Distance(commitment=0.25)],
+    Spline: [Spline(width=4), Spline(width=3, intervals=2, degree=1, reach=1.0)],
+    SmoothStep: [],  # needs a power of two of experts: see below
+    ActivationNorm: [ActivationNorm()],
+    Competition: [Competition(share=1.0)],
+    Paths: [Paths(parts=(Linear(), Distance(commitment=0.25)))],
     Lookup: [Lookup(num_ids=3), Lookup(num_ids=3, rows=True), Lookup(by="token", num_ids=901, rows=True)],
     Hash: [],  # has no logits to compare: see below
 }
@@ -88,13 +156,13 @@ EXAMPLES: dict[type, list[Any]] = {
 def test_every_gate_is_its_loop(config: Any) -> None:
     torch.manual_seed(1)
     gate = config.build(D, E)
-    logits_TE, _ = gate(X_TD, CONTEXT)
+    logits_TE = gate(X_TD, CONTEXT).logits
     logits = LOGITS[config.type]
     expected = torch.stack([logits(gate, x, e, t) for t, x in enumerate(X_TD) for e in range(E)]).view(T, E)
     torch.testing.assert_close(logits_TE, expected, rtol=1e-4, atol=1e-5)
     learned = [p for p in gate.parameters() if p.requires_grad]
     if not learned:
-        assert config.frozen
+        assert getattr(config, "frozen", config.type == "activation_norm")
         return
     towards_TE = torch.randn(T, E)
     ours = torch.autograd.grad((logits_TE * towards_TE).sum(), learned, allow_unused=True, materialize_grads=True)
@@ -104,8 +172,8 @@ def test_every_gate_is_its_loop(config: Any) -> None:
 
 @pytest.mark.parametrize("config", [example for member in members(Gate) for example in EXAMPLES[member]], ids=repr)
 def test_every_gate_decides_in_float32_in_a_bf16_model(config: Any) -> None:
-    logits_TE, state = config.build(D, E).bfloat16()(X_TD.bfloat16(), CONTEXT)
-    assert logits_TE.dtype == torch.float32 and (state is None or state.dtype == torch.float32)
+    signal = config.build(D, E).bfloat16()(X_TD.bfloat16(), CONTEXT)
+    assert {part.dtype for part in signal if part is not None} == {torch.float32}
 
 
 def test_a_hash_sends_a_token_id_to_one_expert_whatever_surrounds_it() -> None:
@@ -131,9 +199,9 @@ def test_a_frozen_gate_stays_and_its_experts_learn() -> None:
 def test_the_state_of_a_gate_reaches_the_next_layer() -> None:
     for config in (Recurrent(d_route=4), Linear(previous=True)):
         first, second = config.build(D, E), config.build(D, E)
-        _, state = first(X_TD, CONTEXT)
-        with_state, _ = second(X_TD, Context(router_state=state))
-        without, _ = second(X_TD, Context())
+        state = first(X_TD, CONTEXT).state
+        with_state = second(X_TD, Context(router_state=state)).logits
+        without = second(X_TD, Context()).logits
         assert not torch.allclose(with_state, without)
         changed = state.clone()
         changed[3] += 1  # another token's state: nothing else may move

@@ -11,6 +11,7 @@ from torch import Tensor
 from moeforge.moe import Context, MoEConfig
 from moeforge.moe.schedule import Ramp, at
 from moeforge.moe.select import (
+    ByImportance,
     Confident,
     ExpertChoice,
     Random,
@@ -22,7 +23,7 @@ from moeforge.moe.select import (
     TopP,
     Uncertain,
 )
-from tests.moe.brute_force import members
+from tests.moe.brute_force import members, ranked
 from tests.moe.test_layer import EXAMPLES
 
 TRAINING, OUTSIDE = Context(training=True), Context()
@@ -85,6 +86,27 @@ def test_unsure_tokens_go_everywhere_only_while_training() -> None:
     assert mask_of(Uncertain(k=1, max_entropy=0.0)(scores_TE, TRAINING), 4).all()
 
 
+@pytest.mark.parametrize(("k", "max_k"), [(1.1, None), (1.5, 2), (2.25, 4), (2.0, None), (6.0, None)])
+def test_important_tokens_get_more_experts_one_claim_after_the_other(k: float, max_k: int | None) -> None:
+    importance_T = torch.rand(64, generator=torch.Generator().manual_seed(4)) ** 3
+    select = ByImportance(k=k, max_k=max_k)
+    chosen_TE = mask_of(select(PROBS_TE, replace(OUTSIDE, importance=importance_T)))
+    numbers = [1] * 64
+    for _ in range(round((k - 1) * 64)):
+        open_to = [t for t in range(64) if numbers[t] < (max_k or 6)]
+        numbers[max(open_to, key=lambda t: float(importance_T[t] / numbers[t]))] += 1
+    assert chosen_TE.sum(1).tolist() == numbers and chosen_TE.sum() == round(k * 64)
+    for token, number in enumerate(numbers):
+        assert chosen_TE[token].nonzero().flatten().tolist() == sorted(ranked(PROBS_TE[token].tolist())[:number])
+    by_importance = [numbers[t] for t in importance_T.argsort()]
+    assert by_importance == sorted(by_importance), "more importance, no fewer experts"
+
+
+def test_importance_must_be_there() -> None:
+    with pytest.raises(ValueError, match="needs the attention that rows get"):
+        ByImportance()(PROBS_TE, OUTSIDE)
+
+
 def test_lots_are_even_and_distinct() -> None:
     ids_TK = Random(k=2)(torch.zeros(6000, 6), OUTSIDE).ids
     assert (ids_TK[:, 0] != ids_TK[:, 1]).all()
@@ -143,6 +165,8 @@ def test_ramps() -> None:
         ({"type": "threshold", "at_least": 7}, "k = 7 is more than"),
         ({"type": "expert_choice", "k": 7}, "k = 7 is more than"),
         ({"type": "random", "k": 7}, "k = 7 is more than"),
+        ({"type": "by_importance", "k": 2.5, "max_k": 2}, "k = 2.5 on average is more than 2 at most"),
+        ({"type": "by_importance", "max_k": 7}, "k = 7 is more than"),
         ({"type": "soft"}, "select: soft fills every slot"),
     ],
 )

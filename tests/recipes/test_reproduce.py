@@ -9,7 +9,7 @@ from moeforge.cli.main import main
 from moeforge.config import build
 from moeforge.errors import UserError
 from moeforge.recipes.reproduce import Measured, arms, experts_per_token, gain, verdict
-from moeforge.train import RunConfig
+from moeforge.train.config import RecipeNote, RunConfig
 
 RECIPE = """
 extends: adamoe
@@ -53,7 +53,7 @@ def test_claim_and_result_stand_side_by_side(recipe: Path, capsys: pytest.Captur
     shown = capsys.readouterr().out
     assert "Null experts save work." in shown and "benchmarks/reproduce/mine.json" in shown
     found = json.loads(Path("benchmarks/reproduce/mine.json").read_text())
-    ours, other = found["runs"]["mine"], found["runs"]["mine, changed"]
+    ours, other = found["runs"]["mine"], found["runs"]["mine, changed for mine"]
     assert found["seeds"] == [0, 1] and len(ours) == len(other) == 2
     assert all(run["experts_per_token"] == 4 for run in other), "four of eight real ones"
     assert all(1 < run["experts_per_token"] < 3 for run in ours), "null experts are not counted"
@@ -65,6 +65,8 @@ def test_claim_and_result_stand_side_by_side(recipe: Path, capsys: pytest.Captur
     assert main(["reproduce", str(recipe), "--seeds", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["gain"] == found["gain"]
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps, "what is there is read, not trained again"
+    kept = Path("runs/reproduce/mine/mine-0/measured.json")
+    assert json.loads(kept.read_text()) == ours[0], "measured once"
     assert main(["reproduce", str(recipe), "--seeds", "2", "--steps=11"]) == 2
     problem = capsys.readouterr().err
     assert "holds a run of other settings; name another folder" in problem and '"steps"' in problem
@@ -84,7 +86,7 @@ def test_repeated_layers_that_route_by_domain_are_counted_and_found_again(
     for _ in range(2):
         assert main(["reproduce", str(recipe), "--seeds=1", "--steps=2", "--json"]) == 0
         found = json.loads(capsys.readouterr().out)["runs"]
-        assert found["mine, changed"][0]["experts_per_token"] == 4
+        assert found["mine, changed for mine"][0]["experts_per_token"] == 4
         assert before in (None, found), "the second time it is read"
         before = found
 
@@ -116,23 +118,43 @@ def test_experts_per_token_is_a_mean_over_every_pass_of_a_layer() -> None:
     assert experts_per_token(loads, config) == (16 + 4) / 2 / 8
 
 
-def test_gains_point_where_the_claim_points() -> None:
-    def run(bits: float, experts: float, entropy: float) -> Measured:
-        return Measured(bits, experts, entropy, 1, 1, 1, 1, 1, 1.0)
+def run(bits: float, experts: float = 2.0, entropy: float = 0.9) -> Measured:
+    return Measured(bits, experts, entropy, 1, 1, 1, 1, 1, 1.0)
 
+
+def note(by: str = "bits_per_byte", within: float | None = None, needs_scale: str | None = None) -> RecipeNote:
+    against = {"by": by, "within": within}
+    words = {"title": "A paper", "claim": "It helps.", "check": "See.", "expected": "nothing"}
+    return RecipeNote.model_validate({**words, "against": against, "needs_scale": needs_scale})
+
+
+def test_gains_point_where_the_claim_points() -> None:
     better, worse = run(1.0, 1.0, 0.9), run(1.5, 2.0, 0.5)
     assert [gain(by, better, worse) for by in ("bits_per_byte", "experts_per_token", "load_entropy")] == [0.5, 1.0, 0.4]
 
 
 @pytest.mark.parametrize(
-    ("gains", "expected"),
+    ("gains", "within", "shows"),
     [
-        ([0.1], "shows"),
-        ([-0.1], "does not show here"),
-        ([0.1, 0.12, 0.08], "shows"),
-        ([0.1, -0.1, 0.06], "does not show here"),
+        ([0.1], None, True),
+        ([-0.1], None, False),
+        ([0.1, 0.12, 0.08], None, True),
+        ([0.1, -0.1, 0.06], None, False),
+        ([-0.01, -0.02, -0.01], 0.05, True),
+        ([-0.1, -0.12, -0.1], 0.05, False),
     ],
 )
-def test_a_verdict_weighs_the_spread(gains: list[float], expected: str) -> None:
-    assert verdict(gains) == expected
-    assert verdict([-1.0], needs_scale="tokens") == "needs scale" and verdict([1.0], needs_scale="tokens") == "shows"
+def test_a_verdict_weighs_the_spread_and_what_the_claim_allows(
+    gains: list[float], within: float | None, shows: bool
+) -> None:
+    ours, other = [run(1.0) for _ in gains], [run(1.0 + each) for each in gains]
+    assert verdict(ours, other, note(within=within)) == ("shows" if shows else "does not show here")
+    assert verdict(ours, other, note(within=within, needs_scale="tokens")) == ("shows" if shows else "needs scale")
+
+
+def test_less_work_counts_only_at_the_quality_that_the_claim_names() -> None:
+    cheap_but_worse, base = [run(1.1, experts=1.0)], [run(1.0, experts=2.0)]
+    assert verdict(cheap_but_worse, base, note("experts_per_token")) == "shows", "nothing said of quality"
+    assert verdict(cheap_but_worse, base, note("experts_per_token", within=0.01)) == "does not show here"
+    assert verdict([run(1.005, experts=1.0)], base, note("experts_per_token", within=0.01)) == "shows"
+    assert verdict([run(1.0, experts=2.5)], base, note("experts_per_token", within=0.01)) == "does not show here"

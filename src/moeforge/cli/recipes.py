@@ -2,13 +2,23 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from moeforge.errors import UserError
 
-recipes = typer.Typer(help="List, show and copy recipes.", invoke_without_command=True)
+
+class OrPattern(TyperGroup):
+    """``moeforge recipes balance`` is short for ``moeforge recipes list balance``."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command, its name, and what is left for it."""
+        return super().resolve_command(ctx, args if args[0] in self.commands else ["list", *args])
+
+
+recipes = typer.Typer(cls=OrPattern, help="List, show and copy recipes.", invoke_without_command=True)
 
 Json = Annotated[bool, typer.Option("--json", help="JSON instead of text.")]
 Name = Annotated[str, typer.Argument(help="A recipe's name.")]

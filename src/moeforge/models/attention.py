@@ -52,12 +52,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, positions: Positions, cache: LayerCache | None = None) -> Tensor:
         """One pass; with a cache, x is what follows what the cache holds."""
-        queries, keys, values = (
-            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        queries = rotate(self.q_norm(queries), positions.cos, positions.sin).to(values.dtype)
-        keys = rotate(self.k_norm(keys), positions.cos, positions.sin).to(values.dtype)
+        queries, keys = self._queries_and_keys(x, positions)
+        values = self._heads(self.v_proj(x))
         if cache is not None:
             keys, values = cache.append(keys, values)
         causal = positions.mask is None and queries.shape[2] > 1
@@ -66,6 +62,29 @@ class Attention(nn.Module):
             queries, keys, values, attn_mask=positions.mask, is_causal=causal, enable_gqa=grouped
         )
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
+
+    @torch.no_grad()
+    def received(self, x: Tensor, positions: Positions) -> Tensor:
+        """[B, L, D] -> [B, L] float32: attention to each token, mean over heads and the queries that may look at it.
+
+        Among these tokens alone, not what a cache holds.
+        """
+        queries, keys = self._queries_and_keys(x, positions)
+        keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1)
+        scores = queries.float() @ keys.float().transpose(2, 3) / self.head_dim**0.5
+        plain = torch.ones(scores.shape[2:], dtype=torch.bool, device=x.device).tril()
+        looks = plain if positions.mask is None else positions.mask[..., -scores.shape[3] :]
+        attention = scores.masked_fill(~looks, -torch.inf).softmax(-1).mean(1, keepdim=True)
+        return (attention.sum(2) / looks.sum(-2)).squeeze(1)
+
+    def _queries_and_keys(self, x: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+        queries, keys = self._heads(self.q_proj(x)), self._heads(self.k_proj(x))
+        dtype = keys.dtype
+        queries = rotate(self.q_norm(queries), positions.cos, positions.sin).to(dtype)
+        return queries, rotate(self.k_norm(keys), positions.cos, positions.sin).to(dtype)
+
+    def _heads(self, projected: Tensor) -> Tensor:
+        return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """One decoder layer: attention where it attends, then experts or an MLP, each behind a norm."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -41,19 +42,26 @@ class Block(nn.Module):
         run = _recomputed if recompute else _called
         before = x
         if self.attention is not None:
+            if self.moe is not None and self.moe.config.router.select.reads_importance:
+                importance = self.attention.received(self._normed(x), positions)
+                context = replace(context, importance=importance.flatten())
             x = x + run(lambda x: self._attend(x, positions, cache), x)
         if self.moe is None:
             return Passed(x, run(lambda x: self._dense(self.mlp_norm(x)), x), None)
         moe = self.moe
         normed_TD = self.mlp_norm(x).flatten(0, -2)
         rows_TD = self.mlp_norm(before).flatten(0, -2) if moe.config.shortcut else normed_TD
-        routing = moe.router(rows_TD, context)
+        routing = moe.decide(rows_TD, context)
         beside = (normed_TD,) if moe.config.shortcut else ()
         return Passed(x, run(moe.experts, rows_TD, routing.route, *beside).view_as(x), routing)
 
     def _attend(self, x: Tensor, positions: Positions, cache: LayerCache | None) -> Tensor:
-        assert self.attention is not None and self.attention_norm is not None
-        return self.attention(self.attention_norm(x), positions, cache)
+        assert self.attention is not None
+        return self.attention(self._normed(x), positions, cache)
+
+    def _normed(self, x: Tensor) -> Tensor:
+        assert self.attention_norm is not None
+        return self.attention_norm(x)
 
     def _dense(self, x: Tensor) -> Tensor:
         assert self.mlp is not None

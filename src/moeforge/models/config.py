@@ -45,6 +45,10 @@ class LayerConfig(Config):
     def _shortcut_leads_past_something(self) -> Self:
         if self.moe and self.moe.shortcut and not self.attends:
             raise ValueError("moe.shortcut leads past the layer's attention, and attends: false leaves that out")
+        if self.moe and self.moe.router.select.reads_importance and not self.attends:
+            raise ValueError(
+                f"select: {self.moe.router.select.type} reads attention, and attends: false leaves that out"
+            )
         return self
 
 

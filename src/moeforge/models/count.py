@@ -30,7 +30,10 @@ class Size:
 
     total: Count
     active: Count
-    """Parameters a token uses: every dense one, and of each bank the mean number of chosen experts (of one pass)."""
+    """Parameters a token uses: dense ones, of each bank the mean number of chosen experts, of a gate's table a row.
+
+    With repeats, those of one pass.
+    """
     flops_per_token: int
     """Forward pass at full context: two per active weight of a matrix, and attention over half the context."""
     weight_bytes: int
@@ -48,16 +51,25 @@ def measure(config: ModelConfig, bytes_per_weight: int = 4, seq_len: int | None 
     table = model.embedding.weight.numel()
     attending = sum(layer.attends for layer in config.applied_layers)
     attention = 2 * attending * config.num_heads * config.size_of_head * (seq_len or config.max_seq_len)
+    attention += _looks_again(model, seq_len or config.max_seq_len)
     # The input embedding is a look-up; a tied one is still multiplied with, once, at the output.
     multiplied = table + config.num_repeats * (_matrices(model.blocks) - idle - _looked_up(model.blocks))
     return Size(
         total=_count(total, table, config),
-        active=_count(total - max(0, idle), table, config),
+        active=_count(total - max(0, idle) - _looked_up(model, but_rows=1), table, config),
         flops_per_token=2 * multiplied + attention,
         weight_bytes=bytes_per_weight * total,
         optimizer_bytes=16 * total,
         kv_bytes_per_token=2 * bytes_per_weight * attending * config.num_key_heads * config.size_of_head,
     )
+
+
+def _looks_again(model: Decoder, seq_len: int) -> int:
+    """FLOPs per token of queries, keys and their products where a router asks which tokens attention goes to."""
+    again = [moe for moe in model.moe_layers.values() if moe.config.router.select.reads_importance]
+    config, size = model.config, model.config.size_of_head
+    projections = 2 * config.d_model * (config.num_heads + config.num_key_heads) * size
+    return len(again) * (projections + config.num_heads * size * seq_len)
 
 
 def _count(parameters: int, table: int, config: ModelConfig) -> Count:
@@ -73,7 +85,9 @@ def _idle(moe: MoE) -> int:
     """
     num_experts, costs = moe.config.num_experts, moe.config.costs(moe.d_model)
     used = moe.config.router.select.mean_experts(num_experts) * sum(costs) / num_experts
-    return round(sum(p.numel() for p in moe.banks.parameters()) - used)
+    gate = moe.config.router.gate
+    asked = gate.expert_work(moe.config.experts, moe.d_model) if hasattr(gate, "expert_work") else 0
+    return round(sum(p.numel() for p in moe.banks.parameters()) - used - asked)
 
 
 def _matrices(module: nn.Module) -> int:
@@ -81,10 +95,10 @@ def _matrices(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.ndim >= 2)
 
 
-def _looked_up(model: nn.Module) -> int:
-    """Weights in tables that a token reads one row of: no multiplication."""
+def _looked_up(model: nn.Module, but_rows: int = 0) -> int:
+    """Weights in tables that a token reads one row of, no multiplication; ``but_rows`` rows of each left out."""
     tables = (getattr(module, name) for module in model.modules() for name in getattr(module, "looked_up", ()))
-    return sum(table.numel() for table in tables)
+    return sum(table[but_rows:].numel() for table in tables)
 
 
 def dense_twin(config: ModelConfig) -> ModelConfig:

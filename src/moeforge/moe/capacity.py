@@ -1,16 +1,24 @@
-"""Capacity: which edges of a route are kept. Nothing is dropped unless one of these parts is named."""
+"""Capacity: which edges of a route are kept. Nothing is dropped unless one of these parts is named.
+
+A limit is called with (route, probs [T, E], weigh, context): what it sends elsewhere goes by the probabilities, and
+gets its weights from ``weigh(selection)``, the router's own.
+"""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from moeforge.config import Config, slot
 from moeforge.moe.context import Context
 from moeforge.moe.route import Route
+from moeforge.moe.select import Selection, top_k
+
+Weighing = Callable[[Selection], Tensor]
 
 
 class Capacity(Config):
@@ -27,13 +35,24 @@ class Capacity(Config):
     """Outside training; null: the same."""
     keep: Literal["first", "heaviest", "random"] = "first"
     """By position, by combine weight over the whole batch (V-MoE, arXiv:2106.05974), or by lot."""
+    overflow: Literal["drop", "next"] = "drop"
+    """What does not fit is left out, or goes to the token's next best expert with room (arXiv:2101.03961, app. B)."""
 
-    def __call__(self, route: Route, context: Context) -> Route:
-        """The route without what does not fit."""
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.overflow == "next" and self.keep != "first":
+            raise ValueError(f"overflow: next admits tokens by position; keep: {self.keep} would not be heard")
+        return self
+
+    def __call__(self, route: Route, probs_TE: Tensor, weigh: Weighing, context: Context) -> Route:
+        """The route without, or with another place for, what does not fit."""
         factor = self.capacity_factor
         if not context.training and self.eval_capacity_factor is not None:
             factor = self.eval_capacity_factor
         room = math.ceil(factor * len(route.token) / route.num_experts)
+        if self.overflow == "next":
+            taken_TE = next_with_room(route, probs_TE, room)
+            return Route.from_mask(taken_TE, weigh(Selection(mask=taken_TE)), route.carry)
         return keep_edges(route, place_in_expert(route, self._rank(route)) < room)
 
     def _rank(self, route: Route) -> Tensor:
@@ -53,13 +72,33 @@ class Drop(Config):
     what: Literal["edge", "token"] = "edge"
     """One expert's output for a token, or all of them."""
 
-    def __call__(self, route: Route, context: Context) -> Route:
+    def __call__(self, route: Route, probs_TE: Tensor, weigh: Weighing, context: Context) -> Route:
         """The route without what was drawn."""
         if not context.training:
             return route
         if self.what == "edge":
             return keep_edges(route, torch.rand_like(route.weight) >= self.rate)
         return keep_edges(route, (torch.rand(route.num_tokens, device=route.token.device) >= self.rate)[route.token])
+
+
+def next_with_room(route: Route, probs_TE: Tensor, room: int) -> Tensor:
+    """[T, E] bool: as many experts per token as it has edges, where experts with room are left.
+
+    In round r every token that still wants an expert asks its r-th best one, and experts admit by position: what was
+    chosen is asked first, then the others by probability; an expert of probability zero is never asked.
+    """
+    num_tokens, num_experts = probs_TE.shape
+    chosen_TE = torch.zeros_like(probs_TE, dtype=torch.bool)
+    chosen_TE[route.token, route.expert] = True
+    by_prob_TE = top_k(probs_TE.detach(), num_experts)
+    chosen_first_TE = top_k(chosen_TE.gather(1, by_prob_TE).float(), num_experts)
+    wanted_T = torch.bincount(route.token, minlength=num_tokens)
+    taken_TE, open_TE = torch.zeros_like(chosen_TE), chosen_TE | (probs_TE > 0)
+    for asked_T in by_prob_TE.gather(1, chosen_first_TE).T:
+        wants_T = taken_TE.sum(1) < wanted_T
+        asks_TE = torch.zeros_like(taken_TE).scatter(1, asked_T[:, None], wants_T[:, None]) & open_TE
+        taken_TE |= asks_TE & (asks_TE.cumsum(0) <= room - taken_TE.sum(0))
+    return taken_TE
 
 
 def place_in_expert(route: Route, rank_N: Tensor) -> Tensor:

@@ -1,9 +1,13 @@
 """What a router may want to know besides the rows themselves. Most ignore it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from moeforge.moe.bank import Bank
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,10 @@ class Context:
     """[T] int64 by kind (``task``, ``domain``, ``modality``): what the rows are known to be."""
     cost: tuple[float, ...] | None = None
     """Of each expert, its work as a share of the dearest one's; 0 for no work. Set by the router."""
+    banks: "Sequence[Bank] | None" = None
+    """The layer's experts, for gates that ask them. Set by the layer."""
+    importance: Tensor | None = None
+    """[T] float32: mean attention that each row gets. Only where the router asks for it."""
     training: bool = False
     """Set by the router from its own mode: noise and dropping may differ."""
 

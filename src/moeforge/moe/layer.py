@@ -1,5 +1,6 @@
 """The layer: y = mix(sum over edges of w * expert(x), shared(x)). It reads in one screen and names no paper."""
 
+from dataclasses import replace
 from typing import Self
 
 from pydantic import SerializerFunctionWrapHandler, field_serializer, field_validator, model_validator
@@ -44,6 +45,19 @@ class MoEConfig(Config):
         if self.router.select.type == "merged" and not (len(self.experts) == 1 and hasattr(self.experts[0], "merges")):
             raise ValueError("select: merged sums parameters: it needs one bank, of type mlp")
         self.router.check(self.num_experts, self.costs(d_model=64))  # which cost more does not depend on the width
+        if hasattr(self.router.gate, "check_banks"):
+            self.router.gate.check_banks(self.experts)
+        return self
+
+    @model_validator(mode="after")
+    def _mixable(self) -> Self:
+        budget = any(loss.type == "budget_loss" for loss in self.router.losses)
+        if budget and not hasattr(self.shared and self.shared.mix, "routed_share"):
+            raise ValueError("losses: budget_loss needs shared: with mix: interpolated or coefficient")
+        if budget and self.shortcut:
+            raise ValueError(
+                "losses: budget_loss asks the mix about the experts' row, and with shortcut it reads another"
+            )
         return self
 
     @property
@@ -72,8 +86,16 @@ class MoE(nn.Module):
         A layer by itself has no attention for ``shortcut`` to pass: both branches read x.
         """
         x_TD = x.flatten(0, -2)
-        routing = self.router(x_TD, context or Context())
+        routing = self.decide(x_TD, context or Context())
         return self.experts(x_TD, routing.route).view_as(x), routing
+
+    def decide(self, x_TD: Tensor, context: Context) -> Routing:
+        """What the router decides, which may ask the experts, and what a loss wants to know about the layer besides."""
+        routing = self.router(x_TD, replace(context, banks=tuple(self.banks)))  # type: ignore[arg-type]
+        for loss in self.config.router.losses:
+            if hasattr(loss, "watch"):
+                routing = loss.watch(routing, x_TD, self.shared)
+        return routing
 
     def experts(self, x_TD: Tensor, route: Route | SoftRoute | MergedRoute, shared_TD: Tensor | None = None) -> Tensor:
         """[T, D] -> [T, D] once the route is known: the part that activation checkpointing may recompute.
@@ -85,4 +107,6 @@ class MoE(nn.Module):
         y_TD = banks[0](x_TD, parts[0])
         for bank, part in zip(banks[1:], parts[1:], strict=True):
             y_TD = y_TD + bank(x_TD, part)
+        if isinstance(route, Route) and route.probe is not None:
+            y_TD = y_TD + route.probe.to(y_TD.dtype)
         return y_TD if self.shared is None else self.shared(x_TD if shared_TD is None else shared_TD, y_TD)

@@ -32,6 +32,8 @@ class Route:
     """[N] int64: t*K+k, set with ``top_k``."""
     carry: Tensor | None = None
     """[T] float32: weight of the identity expert (copy, skip, dropped). It costs no rows."""
+    probe: Tensor | None = None
+    """[T, D]: zeros added to the layer's routed output, for a loss that wants the gradient there."""
 
     @classmethod
     def from_top_k(cls, ids_TK: Tensor, weights_TK: Tensor, num_experts: int) -> "Route":

@@ -55,16 +55,16 @@ class RouterConfig(Config):
             raise ValueError(f"losses: each type once, not {types}")
         if self.controller and self.controller.moves == "loss_scale" and not self.losses:
             raise ValueError(f"controller: {self.controller.type} moves the weight of the losses, and losses is empty")
-        if self.gate.type == "hash" and (self.score.type not in ("softmax", "sigmoid") or self.select != TopK(k=1)):
-            raise ValueError(
-                "gate: hash names one expert: it needs select: {type: top_k, k: 1}, score: softmax or sigmoid"
-            )
+        if "gate_loss" in types and not getattr(self.gate, "hands_loss", False):
+            raise ValueError(f"losses: gate_loss, but gate: {self.gate.type} as it is set has no loss of its own")
         if self.select.compares_sizes and self.score.type == "logits":
             raise ValueError(f"select: {self.select.type} compares sizes: logits may be negative, name another score")
         if self.select.type == "soft" and (self.losses or self.controller or self.capacity):
             raise ValueError("select: soft fills every slot; set losses: [] and neither controller nor capacity")
-        if self.select.type == "soft" and self.score.type != "logits":
-            raise ValueError(f"select: soft has its own softmax; score: {self.score.type} would come before it")
+        if self.select.own_softmax and self.score.type != "logits":
+            raise ValueError(
+                f"select: {self.select.type} has its own softmax; score: {self.score.type} would come before it"
+            )
         if self.select.type == "merged":
             self._merges()
         if not getattr(self.gate, "learns", True) and (self.losses or self.controller):
@@ -91,9 +91,11 @@ class RouterConfig(Config):
         for part in (self.gate, self.score, self.select):
             if hasattr(part, "check"):
                 part.check(num_experts)
-        for part in (self.weigh, *self.losses):
+        for part in (self.gate, *self.noise, self.weigh, *self.losses):
             if hasattr(part, "check_costs"):
                 part.check_costs(costs)
+            if hasattr(part, "check_router"):
+                part.check_router(self, num_experts)
 
     @property
     def leaks(self) -> bool:
@@ -119,10 +121,22 @@ class Routing:
     """[T, E] float32, as weights are made of them."""
     state: Tensor | None = None
     """Handed to the next MoE layer's router."""
+    gate_loss: Tensor | None = None
+    """[T] float32: what the gate itself wants small, where it says so."""
     cost: tuple[float, ...] | None = None
     """Of each expert, its work as a share of the dearest one's."""
     before_limits: Route | SoftRoute | MergedRoute | None = None
     """The route before its capacity limits; None where nothing was left out."""
+    clean: Tensor | None = None
+    """[T, E] float32: logits before noise."""
+    noise_std: Tensor | None = None
+    """[T, E] or scalar: deviation of Gaussian noise, where a loss asks for it."""
+    embeddings: Tensor | None = None
+    """[E, ...]: the gate's row of each expert, where it has one."""
+    routed_share: Tensor | None = None
+    """[T, 1] float32: how much of a token's output comes from experts, where a loss asks for it."""
+    conflict: Tensor | None = None
+    """Scalar: zero, with a gradient that is known in the backward pass, where a loss asks for it."""
 
     @property
     def chosen(self) -> Route | SoftRoute | MergedRoute:
@@ -136,7 +150,7 @@ class Routing:
 
     @property
     def dropped(self) -> int:
-        """Choices that were left out."""
+        """Choices that were left out for good."""
         return 0 if self.before_limits is None else int(self.choices.sum() - self.route.counts.sum())
 
 
@@ -175,25 +189,35 @@ class Router(nn.Module):
         """[T, D] rows -> where they go."""
         config, context = self.config, replace(context, training=self.training, cost=self.cost)
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE, state = self._logits(x_TD, context)
+            signal, clean_TE = self._signal(x_TD, context)
+            logits_TE = signal.logits
             scores_TE = config.score(logits_TE, context)
             biased_TE = scores_TE if self.expert_bias is None else scores_TE + self.expert_bias
             route = config.select.route(scores_TE, biased_TE.detach(), config.weigh, context)
-            kept = route
+            probs_TE, kept = config.score.probs(scores_TE), route
             for limit in config.capacity:
-                kept = limit(kept, context)
-            probs_TE = config.score.probs(scores_TE)
+                kept = limit(kept, probs_TE, lambda selection: config.weigh(scores_TE, selection, context), context)
             before = None if kept is route else route
-            return Routing(kept, probs_TE, logits_TE, scores_TE, state, self.cost, before)
+            seen = {"clean": clean_TE, "noise_std": self._noise_std(x_TD, logits_TE)}
+            seen["embeddings"] = getattr(self.gate, "weight", None)
+            return Routing(kept, probs_TE, logits_TE, scores_TE, signal.state, signal.loss, self.cost, before, **seen)
 
-    def _logits(self, x_TD: Tensor, context: Context) -> Signal:
+    def _signal(self, x_TD: Tensor, context: Context) -> tuple[Signal, Tensor]:
+        """What the gate says of the rows, with noise on its logits; and the logits [T, E] before noise."""
         rows_TD, jitter = x_TD, self.config.input_jitter
         if jitter and self.training:
             rows_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - jitter, 1 + jitter)
-        logits_TE, state = self.gate(rows_TD, context)
+        signal = self.gate(rows_TD, context)
+        clean_TE = signal.logits
         for part in self.noise:
-            logits_TE = part(logits_TE, x_TD, context)
-        return logits_TE, state
+            signal = signal._replace(logits=part(signal.logits, x_TD, context))
+        return signal, clean_TE
+
+    def _noise_std(self, x_TD: Tensor, like_TE: Tensor) -> Tensor | None:
+        if not any(getattr(loss, "reads_noise", False) for loss in self.config.losses):
+            return None
+        (noise,) = self.noise
+        return noise.std_of(x_TD, like_TE)  # type: ignore[operator]
 
     def balance_losses(
         self, routing: Routing, batch_size: int, step_counts: dict[str, Tensor] | None = None

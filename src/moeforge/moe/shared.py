@@ -1,6 +1,6 @@
 """The branch beside the routed experts that every token takes: shared experts, or PR-MoE's fixed MLP."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -29,6 +29,7 @@ class Sum(Config):
 
     type: Literal["sum"] = "sum"
     num_outputs: Literal[0] = Field(0, exclude=True)
+    has_bias: ClassVar[bool] = False
 
     def __call__(self, logits: Tensor | None, routed_TD: Tensor, shared_TD: Tensor) -> Tensor:
         """[T, D] each."""
@@ -40,6 +41,7 @@ class Gated(Config):
 
     type: Literal["gated"] = "gated"
     num_outputs: Literal[1] = Field(1, exclude=True)
+    has_bias: ClassVar[bool] = False
 
     def __call__(self, logits: Tensor | None, routed_TD: Tensor, shared_TD: Tensor) -> Tensor:
         """logits [T, 1]."""
@@ -52,6 +54,11 @@ class Coefficient(Config):
 
     type: Literal["coefficient"] = "coefficient"
     num_outputs: Literal[2] = Field(2, exclude=True)
+    has_bias: ClassVar[bool] = True
+
+    def routed_share(self, logits: Tensor) -> Tensor:
+        """logits [T, 2] -> [T, 1]: how much of each token's output comes from its experts."""
+        return logits.softmax(-1)[:, :1]
 
     def __call__(self, logits: Tensor | None, routed_TD: Tensor, shared_TD: Tensor) -> Tensor:
         """logits [T, 2]: routed first."""
@@ -60,7 +67,28 @@ class Coefficient(Config):
         return weight_T2[:, :1] * routed_TD + weight_T2[:, 1:] * shared_TD
 
 
-Mix = slot(Sum, Gated, Coefficient)
+class Interpolated(Config):
+    """g * routed + (1 - g) * shared with g = sigmoid(x w + b): a token may do without experts.
+
+    Conditional MoE routing (arXiv:2212.07571). ``losses: budget_loss`` says how much the experts are used.
+    """
+
+    type: Literal["interpolated"] = "interpolated"
+    num_outputs: Literal[1] = Field(1, exclude=True)
+    has_bias: ClassVar[bool] = True
+
+    def routed_share(self, logits: Tensor) -> Tensor:
+        """logits [T, 1] -> [T, 1]: how much of each token's output comes from its experts."""
+        return torch.sigmoid(logits)
+
+    def __call__(self, logits: Tensor | None, routed_TD: Tensor, shared_TD: Tensor) -> Tensor:
+        """logits [T, 1]."""
+        assert logits is not None
+        share_T1 = self.routed_share(logits)
+        return share_T1 * routed_TD + (1 - share_T1) * shared_TD
+
+
+Mix = slot(Sum, Gated, Coefficient, Interpolated)
 
 
 class SharedConfig(Config):
@@ -89,9 +117,14 @@ class Shared(nn.Module):
         self.config = config
         self.mlp = MLP(d_model, config.d_ff, config.activation)
         outputs = config.mix.num_outputs
-        self.gate = nn.Linear(d_model, outputs, bias=outputs == 2) if outputs else None
+        self.gate = nn.Linear(d_model, outputs, bias=config.mix.has_bias) if outputs else None
 
     def forward(self, x_TD: Tensor, routed_TD: Tensor) -> Tensor:
         """[T, D] input and routed output -> [T, D] layer output."""
         logits = self.gate(x_TD) if self.gate is not None else None
         return self.config.mix(logits, routed_TD, self.mlp(x_TD))
+
+    def routed_share(self, x_TD: Tensor) -> Tensor:
+        """[T, D] -> [T, 1] float32: how much of each token's output comes from its experts, where the mix says so."""
+        assert self.gate is not None
+        return self.config.mix.routed_share(self.gate(x_TD)).float()

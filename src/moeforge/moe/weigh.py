@@ -1,7 +1,7 @@
 """Weigh: scores of the chosen experts -> combine weights."""
 
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 from pydantic import model_validator
@@ -10,6 +10,9 @@ from torch import Tensor
 from moeforge.config import Config, slot
 from moeforge.moe.context import Context
 from moeforge.moe.select import Selection
+
+if TYPE_CHECKING:
+    from moeforge.moe.router import RouterConfig
 
 
 class Scores(Config):
@@ -73,4 +76,42 @@ class Ones(Config):
         return weights / chosen.sum(-1, keepdim=True).clamp_min(1) if self.average else weights
 
 
-Weigh = slot(Scores, SoftmaxChosen, Ones, default=Scores)
+RULES = {"midpoint": (1 / 2, 1 / 2, 2.0), "heun": (1 / 3, 3 / 4, 1.0)}
+"""How far a weight shrinks, how often, and the factor of its gradient."""
+
+
+class Drawn(Config):
+    """The probability that each choice of ``select: draw`` had, with an estimate of the gradient of the draw itself.
+
+    A change of the loss L between no expert and the chosen one is integrated along its weight: at half of it and the
+    whole of it (midpoint rule, SparseMixer, arXiv:2310.00811, which also keeps the gradient of the weight, hence the
+    factor 2), or at a third, three times in four, and the whole (Heun's third-order rule, GRIN, arXiv:2409.12136). The
+    place is chosen by lot; the likeliest expert is always taken whole. Gradients are those of the unshrunk probability.
+    """
+
+    type: Literal["drawn"] = "drawn"
+    rule: Literal["midpoint", "heun"] = "heun"
+    """Where the integral is looked at."""
+
+    def check_router(self, router: "RouterConfig", num_experts: int) -> None:
+        """Raises ValueError when choices are not drawn, or may be changed after their draw."""
+        if router.select.type != "draw":
+            raise ValueError("weigh: drawn needs select: draw: no other selector says what it chose among")
+        if any(getattr(limit, "overflow", "drop") == "next" for limit in router.capacity):
+            raise ValueError("weigh: drawn cannot weigh what a capacity with overflow: next chooses afterwards")
+
+    def __call__(self, scores_TE: Tensor, selection: Selection, context: Context) -> Tensor:
+        """[T, E] logits -> weights [T, K]."""
+        assert selection.ids is not None and selection.among is not None
+        among_TKE, ids_TK1 = selection.among, selection.ids[:, :, None]
+        probs_TKE = scores_TE[:, None].masked_fill(~among_TKE, -torch.inf).softmax(-1)
+        prob_TK = probs_TKE.gather(2, ids_TK1)[:, :, 0]
+        if not context.training:
+            return prob_TK
+        shrunk, often, gain = RULES[self.rule]
+        shrink_TK = (torch.rand_like(prob_TK) < often) & (probs_TKE.argmax(2) != selection.ids)
+        value_TK = torch.where(shrink_TK, shrunk * prob_TK, prob_TK).detach()
+        return value_TK + gain * (prob_TK - prob_TK.detach())
+
+
+Weigh = slot(Scores, SoftmaxChosen, Ones, Drawn, default=Scores)

@@ -1,7 +1,12 @@
-"""``docs/papers.md``, made by ``python -m moeforge.recipes.page`` from the recipes and what ``reproduce`` stored."""
+"""What ``python -m moeforge.recipes.page`` makes from recipes, results and code.
+
+docs/papers.md, the table of lines in CONTRIBUTING.md, and the ``expected`` of each recipe that has a stored result.
+"""
 
 import ast
 import json
+import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +19,8 @@ HEAD = """# Papers
 
 Each row is a recipe: a paper's idea as settings of the same few parts, what it claims, and what came out here. The page
 is made from `src/moeforge/recipes/*.yaml` and `benchmarks/reproduce/*.json` by `python -m moeforge.recipes.page`. The
-verdict is *shows* when the mean gain over seeds is above twice its standard error; *not run* is what it says.
+verdict is *shows* when the mean gain over seeds is above twice its standard error; *within* is how far behind still
+counts, where the claim is to be as good or to cost less at no loss. *not run* is what it says.
 
 | recipe | paper | parts it names | claim | compared with | measured | verdict |
 |---|---|---|---|---|---|---|
@@ -56,15 +62,33 @@ def _against(note: RecipeNote) -> str:
     against = note.against
     what = against.recipe or "itself"
     changed = ", ".join(f"`{setting.removeprefix('--')}`" for setting in against.settings)
-    return f"{what}{f' with {changed}' if changed else ''}, by {against.by.replace('_', ' ')}"
+    within = "" if against.within is None else f", within {against.within:g} bits per byte"
+    return f"{what}{f' with {changed}' if changed else ''}, by {against.by.replace('_', ' ')}{within}"
+
+
+def outcome(found: dict[str, Any]) -> str:
+    """What a recipe's ``expected`` says once ``reproduce`` has stored ``found``: numbers and verdict, one sentence."""
+    ours, other = found["runs"].values()
+    parts = [f"{_mean(ours, 'bits_per_byte')} bits per byte against {_mean(other, 'bits_per_byte')}"]
+    if found["by"] != "bits_per_byte":
+        parts.append(
+            f"{_mean(ours, found['by'])} against {_mean(other, found['by'])} in {found['by'].replace('_', ' ')}"
+        )
+    work = ours[0]["flops_per_token"] / other[0]["flops_per_token"]
+    if abs(work - 1) > 0.02:
+        parts.append(f"{work:.2f} times its FLOPs per token")
+    length = f"{len(found['seeds'])} seed{'s' * (len(found['seeds']) > 1)}, {ours[0]['steps']} steps"
+    return f"{', '.join(parts)} ({length}): {found['verdict']}."
+
+
+def _mean(runs: list[dict[str, Any]], what: str) -> str:
+    values = [run[what] for run in runs]
+    spread = f" ± {(max(values) - min(values)) / 2:.4f}" if len(values) > 1 else ""
+    return f"{sum(values) / len(values):.4f}{spread}"
 
 
 def _measured(note: RecipeNote, found: dict[str, Any] | None) -> str:
-    if found is None:
-        return note.expected
-    means = [sum(run[found["by"]] for run in runs) / len(runs) for runs in found["runs"].values()]
-    steps = next(iter(found["runs"].values()))[0]["steps"]
-    return f"{means[0]:.4f} and {means[1]:.4f}, {len(found['seeds'])} seeds, {steps} steps"
+    return note.expected if found is None else outcome(found).rpartition(":")[0]
 
 
 def _verdict(found: dict[str, Any] | None) -> str:
@@ -72,16 +96,20 @@ def _verdict(found: dict[str, Any] | None) -> str:
 
 
 def lines_per_member(folder: Path) -> dict[str, int]:
-    """Lines of code of every slot member in ``moe/``, with the classes that it alone uses; docstrings left out."""
+    """Lines of code of every slot member in ``moe/``, with the classes that it alone uses; docstrings left out.
+
+    A slot is a file, or a folder where it has grown.
+    """
     counts: dict[str, int] = {}
-    for path in sorted(folder.glob("*.py")):
+    for path in sorted(folder.rglob("*.py")):
+        slot = path.relative_to(folder).with_suffix("").parts[0]
         nodes = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)]
         members = {node: label for node in nodes if (label := _type_of(node))}
         used = {node: {part.id for part in ast.walk(node) if isinstance(part, ast.Name)} for node in members}
         for node, label in members.items():
             shared = set().union(*(names for other, names in used.items() if other is not node))
             own = [other for other in nodes if other not in members and other.name in used[node] - shared]
-            counts[f"{path.stem}.{label}"] = sum(map(_lines, [node, *own]))
+            counts[f"{slot}.{label}"] = sum(map(_lines, [node, *own]))
     return counts
 
 
@@ -100,6 +128,29 @@ def _lines(node: ast.ClassDef) -> int:
     return len((spoken | {node.lineno}) - silent)
 
 
+def with_outcome(recipe: str, found: dict[str, Any]) -> str:
+    """A recipe's YAML text with what came out as its ``expected``."""
+    lines = textwrap.fill(outcome(found), 116, initial_indent="    ", subsequent_indent="    ")
+    return re.sub(r"^  expected:.*\n(?:    .*\n)*", f"  expected: >-\n{lines}\n", recipe, flags=re.M)
+
+
+def with_lines(contributing: str, counted: dict[str, int]) -> str:
+    """CONTRIBUTING.md with its table of lines made anew."""
+    head, rest = contributing.split("| member | lines |\n|---|---|\n")
+    table = "".join(f"| `{name}` | {lines} |\n" for name, lines in counted.items())
+    return f"{head}| member | lines |\n|---|---|\n{table}\n{rest.partition(chr(10) * 2)[2]}"
+
+
+def _rewrite(root: Path) -> None:
+    """All that is made from recipes, results and code."""
+    results, contributing = root / "benchmarks" / "reproduce", root / "CONTRIBUTING.md"
+    for file in sorted(results.glob("*.json")):
+        recipe, found = RECIPES[file.stem], json.loads(file.read_text(encoding="utf-8"))
+        recipe.write_text(with_outcome(recipe.read_text(encoding="utf-8"), found), encoding="utf-8")
+    (root / "docs" / "papers.md").write_text(papers_page(results), encoding="utf-8")
+    counted = lines_per_member(root / "src" / "moeforge" / "moe")
+    contributing.write_text(with_lines(contributing.read_text(encoding="utf-8"), counted), encoding="utf-8")
+
+
 if __name__ == "__main__":
-    root = Path(__file__).parents[3]
-    (root / "docs" / "papers.md").write_text(papers_page(root / "benchmarks" / "reproduce"), encoding="utf-8")
+    _rewrite(Path(__file__).parents[3])

@@ -17,9 +17,11 @@ from moeforge.data.tokenizers import TokenizerConfig
 from moeforge.errors import UserError
 from moeforge.evaluate import bits_per_byte
 from moeforge.hub import load as open_model
+from moeforge.hub.folder import write_text
 from moeforge.models import measure
 from moeforge.recipes.catalogue import load_tree
 from moeforge.train import RunConfig, train
+from moeforge.train.config import RecipeNote
 from moeforge.train.loop import Run
 from moeforge.train.metrics import Line, read_metrics
 
@@ -49,7 +51,7 @@ class Measured:
 def arms(name: str, changes: Sequence[str] = ()) -> dict[str, RunConfig]:
     """The recipe's run and the one it is compared with, ``changes`` laid on both. Raises UserError.
 
-    Recipes are listed under their own name, and under "<name>, changed" where only settings differ.
+    Recipes are listed under their own name, and under "<name>, changed for <ours>" where settings differ.
     """
     tree = load_tree(name)
     ours = build(RunConfig, override(tree, changes), source=name)
@@ -58,7 +60,7 @@ def arms(name: str, changes: Sequence[str] = ()) -> dict[str, RunConfig]:
     against = ours.recipe.against
     base = load_tree(against.recipe) if against.recipe else tree
     other = build(RunConfig, override(base, [*against.settings, *changes]), source=f"{name}, recipe.against")
-    label = against.recipe if against.recipe and not against.settings else f"{other.name}, changed"
+    label = against.recipe if against.recipe and not against.settings else f"{other.name}, changed for {ours.name}"
     if label == ours.name:
         raise UserError(f"{name}: recipe.against is the recipe itself; name another one, or settings that differ")
     return {ours.name: ours, label: other}
@@ -85,8 +87,15 @@ def _what_counts(run: RunConfig, like: RunConfig) -> Tree:
 
 
 def measured(config: RunConfig, out: Path, data: TextData) -> Measured:
-    """Trains ``config`` into ``out`` as ``trained`` does, and reads the result from disk."""
+    """Trains ``config`` into ``out``, measures what is on disk, and keeps that as ``measured.json``."""
     trained(config, out, data)
+    kept = out / "measured.json"
+    if not kept.exists():
+        write_text(kept, json.dumps(asdict(_measure(config, out, data)), indent=1) + "\n")
+    return Measured(**json.loads(kept.read_text(encoding="utf-8")))
+
+
+def _measure(config: RunConfig, out: Path, data: TextData) -> Measured:
     model, _ = open_model(out)
     lines = read_metrics(out / "metrics.jsonl")
     size = measure(config.model.replace(vocab_size=model.config.vocab_size), seq_len=config.seq_len)
@@ -149,12 +158,29 @@ def gain(by: str, ours: Measured, other: Measured) -> float:
     return sign * (getattr(other, by) - getattr(ours, by))
 
 
-def verdict(gains: Sequence[float], needs_scale: str | None = None) -> Verdict:
-    """``shows`` when the mean gain is above twice its standard error (for one seed: above zero)."""
-    error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
-    if statistics.fmean(gains) > 2 * error:
+def verdict(ours: Sequence[Measured], other: Sequence[Measured], note: RecipeNote) -> Verdict:
+    """``shows`` when each mean gain that the claim needs is above twice its standard error (one seed: above zero)."""
+    by, within = note.against.by, note.against.within
+
+    def gains(by: str) -> list[float]:
+        return [gain(by, a, b) for a, b in zip(ours, other, strict=True)]
+
+    needed = [gains(by)] if by != "bits_per_byte" else []
+    if by == "bits_per_byte" or within is not None:
+        needed.append([each + (within or 0.0) for each in gains("bits_per_byte")])
+    if all(map(_above_zero, needed)):
         return "shows"
-    return "needs scale" if needs_scale else "does not show here"
+    return "needs scale" if note.needs_scale else "does not show here"
+
+
+def _above_zero(gains: Sequence[float]) -> bool:
+    error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
+    return statistics.fmean(gains) > 2 * error
+
+
+def folder_of(label: str, seed: int, out: Path) -> Path:
+    """Where an arm's run lies below ``out``; recipes that are compared with the same one share it."""
+    return out / f"{label.replace(', ', '-').replace(' ', '-')}-{seed}"
 
 
 def reproduce(
@@ -169,8 +195,7 @@ def reproduce(
     for seed in seeds:
         for label, config in pair.items():
             say(f"seed {seed}: {label}, {config.steps} steps")
-            folder = out / f"{label.replace(', ', '-')}-{seed}"
-            run = measured(config.replace(seed=seed), folder, texts[label])
+            run = measured(config.replace(seed=seed), folder_of(label, seed, out), texts[label])
             runs[label].append(run)
             say(f"seed {seed}: {label}: {run.bits_per_byte:.4f} bits per byte")
     ours, other = runs.values()
@@ -181,9 +206,10 @@ def reproduce(
         "claim": note.claim,
         "differs": note.differs,
         "by": note.against.by,
+        "within": note.against.within,
         "changes": list(changes),
         "seeds": list(seeds),
         "gain": gains,
-        "verdict": verdict(gains, note.needs_scale),
+        "verdict": verdict(ours, other, note),
         "runs": {label: [asdict(run) for run in each] for label, each in runs.items()},
     }

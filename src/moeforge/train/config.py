@@ -68,6 +68,9 @@ class Against(Config):
     """``--dotted.name=value``, laid on top."""
     by: Literal["bits_per_byte", "experts_per_token", "load_entropy"] = "bits_per_byte"
     """What the claim is about. Bits per byte and experts per token should be lower, load entropy higher."""
+    within: float | None = Field(None, ge=0)
+    """Bits per byte that it may be behind and the claim still holds: for claims of being as good, or of costing less at
+    no loss. Null: it must be ahead in bits per byte, or they play no part in a claim about something else."""
 
 
 class RecipeNote(Config):

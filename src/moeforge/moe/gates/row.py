@@ -1,27 +1,17 @@
-"""Gate: rows -> one logit per expert. The part of a router that owns parameters.
-
-Every gate is called with (rows [T, D], context) and gives (logits [T, E], state): the state, where there is one, goes
-to the next MoE layer's router as ``context.router_state``. All decide in float32, also in a bf16 model.
-"""
+"""Gates that look at the row."""
 
 import math
-from typing import ClassVar, Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from moeforge.config import Config, slot
+from moeforge.config import Config
 from moeforge.moe.bank import matrix
-from moeforge.moe.context import Context, hashed
+from moeforge.moe.context import Context
+from moeforge.moe.gates.signal import Signal, in_float32
 from moeforge.moe.select import check_groups
-
-Signal = tuple[Tensor, Tensor | None]
-
-
-def _float(tensor: Tensor) -> Tensor:
-    """float32 at least; float64 stays."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class LinearGate(nn.Module):
@@ -39,18 +29,18 @@ class LinearGate(nn.Module):
 
     def forward(self, x_TD: Tensor, context: Context) -> Signal:
         """[T, D] -> [T, E]."""
-        rows_TD = self._token(context) if self.of_token else _float(x_TD)
+        rows_TD = self._token(context) if self.of_token else in_float32(x_TD)
         logits_TE = nn.functional.linear(rows_TD, self.weight.to(rows_TD.dtype))
         if self.previous is None:
-            return logits_TE, None
+            return Signal(logits_TE)
         if context.router_state is not None:
-            logits_TE = logits_TE + nn.functional.linear(context.router_state, _float(self.previous))
-        return logits_TE, logits_TE
+            logits_TE = logits_TE + nn.functional.linear(context.router_state, in_float32(self.previous))
+        return Signal(logits_TE, logits_TE)
 
     def _token(self, context: Context) -> Tensor:
         if context.embedded is None:
             raise ValueError("gate: linear with reads: token needs the tokens' embeddings in the context")
-        return nn.functional.rms_norm(_float(context.embedded), context.embedded.shape[-1:])
+        return nn.functional.rms_norm(in_float32(context.embedded), context.embedded.shape[-1:])
 
 
 class Linear(Config):
@@ -76,7 +66,7 @@ class Linear(Config):
         return num_experts if self.previous else None
 
     def build(self, d_model: int, num_experts: int) -> nn.Module:
-        """The module: ``(x [T, D], context) -> (logits [T, E], state)``."""
+        """The module: ``(x [T, D], context) -> Signal``."""
         return LinearGate(self, d_model, num_experts)
 
 
@@ -92,13 +82,13 @@ class CosineGate(nn.Module):
 
     def forward(self, x_TD: Tensor, context: Context) -> Signal:
         """[T, D] -> [T, E]; with thresholds, positive where the expert's own one is passed."""
-        rows = _float(x_TD)
+        rows = in_float32(x_TD)
         if self.project is not None:
-            rows = nn.functional.linear(rows, _float(self.project))
-        cosine_TE = nn.functional.normalize(rows, dim=-1) @ nn.functional.normalize(_float(self.weight), dim=-1).T
+            rows = nn.functional.linear(rows, in_float32(self.project))
+        cosine_TE = nn.functional.normalize(rows, dim=-1) @ nn.functional.normalize(in_float32(self.weight), dim=-1).T
         if self.bar is not None:
-            cosine_TE = cosine_TE - _float(self.bar)
-        return cosine_TE * _float(self.scale).exp(), None
+            cosine_TE = cosine_TE - in_float32(self.bar)
+        return Signal(cosine_TE * in_float32(self.scale).exp())
 
 
 class Cosine(Config):
@@ -113,7 +103,7 @@ class Cosine(Config):
     """Subtract a learned bar of each expert (arXiv:2405.14297); use with ``select: threshold``."""
 
     def build(self, d_model: int, num_experts: int) -> nn.Module:
-        """The module: ``(x [T, D], context) -> (logits [T, E], state)``."""
+        """The module: ``(x [T, D], context) -> Signal``."""
         return CosineGate(self, d_model, num_experts)
 
 
@@ -126,8 +116,8 @@ class MLPGate(nn.Module):
 
     def forward(self, x_TD: Tensor, context: Context) -> Signal:
         """[T, D] -> [T, E]."""
-        hidden = nn.functional.silu(nn.functional.linear(_float(x_TD), _float(self.up)))
-        return nn.functional.linear(hidden, _float(self.weight)), None
+        hidden = nn.functional.silu(nn.functional.linear(in_float32(x_TD), in_float32(self.up)))
+        return Signal(nn.functional.linear(hidden, in_float32(self.weight)))
 
 
 class MLP(Config):
@@ -138,7 +128,7 @@ class MLP(Config):
     """Of the hidden layer."""
 
     def build(self, d_model: int, num_experts: int) -> nn.Module:
-        """The module: ``(x [T, D], context) -> (logits [T, E], state)``."""
+        """The module: ``(x [T, D], context) -> Signal``."""
         return MLPGate(self.width, d_model, num_experts)
 
 
@@ -151,9 +141,9 @@ class TwoLevelGate(nn.Module):
 
     def forward(self, x_TD: Tensor, context: Context) -> Signal:
         """[T, D] -> [T, E]; their softmax is the product of both."""
-        group_TG = nn.functional.linear(_float(x_TD), _float(self.group)).log_softmax(-1)
-        place_TP = nn.functional.linear(_float(x_TD), _float(self.place)).log_softmax(-1)
-        return (group_TG[:, :, None] + place_TP[:, None]).flatten(1), None
+        group_TG = nn.functional.linear(in_float32(x_TD), in_float32(self.group)).log_softmax(-1)
+        place_TP = nn.functional.linear(in_float32(x_TD), in_float32(self.place)).log_softmax(-1)
+        return Signal((group_TG[:, :, None] + place_TP[:, None]).flatten(1))
 
 
 class TwoLevel(Config):
@@ -182,10 +172,10 @@ class RecurrentGate(nn.Module):
 
     def forward(self, x_TD: Tensor, context: Context) -> Signal:
         """[T, D] -> [T, E], and the state [T, d_route] for the next layer."""
-        rows = nn.functional.linear(_float(x_TD), _float(self.project))
+        rows = nn.functional.linear(in_float32(x_TD), in_float32(self.project))
         below = context.router_state if context.router_state is not None else torch.zeros_like(rows)
-        state = torch.gru_cell(rows, below, *(_float(weight) for weight in self.cell.parameters()))
-        return nn.functional.linear(state, _float(self.weight)), state
+        state = torch.gru_cell(rows, below, *(in_float32(weight) for weight in self.cell.parameters()))
+        return Signal(nn.functional.linear(state, in_float32(self.weight)), state)
 
 
 class Recurrent(Config):
@@ -200,7 +190,7 @@ class Recurrent(Config):
         return self.d_route
 
     def build(self, d_model: int, num_experts: int) -> nn.Module:
-        """The module: ``(x [T, D], context) -> (logits [T, E], state)``."""
+        """The module: ``(x [T, D], context) -> Signal``."""
         return RecurrentGate(self.d_route, d_model, num_experts)
 
 
@@ -211,11 +201,19 @@ class DistanceGate(nn.Module):
         super().__init__()
         self.centre = matrix(num_experts, d_model)
         self.centre.requires_grad = not config.frozen
+        self.commitment = config.commitment
 
     def forward(self, x_TD: Tensor, context: Context) -> Signal:
         """[T, D] -> [T, E]."""
-        distance_TE = torch.cdist(_float(x_TD), _float(self.centre)).square()
-        return -distance_TE / x_TD.shape[1] ** 0.5, None
+        rows_TD, centre = in_float32(x_TD), in_float32(self.centre)
+        distance_TE = torch.cdist(rows_TD, centre).square()
+        logits_TE = -distance_TE / x_TD.shape[1] ** 0.5
+        if self.commitment is None:
+            return Signal(logits_TE)
+        nearest_TD = centre[distance_TE.argmin(1)]
+        to_row_T = (rows_TD.detach() - nearest_TD).square().mean(1)
+        to_centre_T = (rows_TD - nearest_TD.detach()).square().mean(1)
+        return Signal(logits_TE, loss=to_row_T + self.commitment * to_centre_T)
 
 
 class Distance(Config):
@@ -224,6 +222,20 @@ class Distance(Config):
     type: Literal["distance"] = "distance"
     frozen: bool = False
     """Centres stay as they are set, for example by k-means."""
+    commitment: float | None = Field(None, ge=0)
+    """Centres as a codebook, with ``losses: gate_loss``: the mean squared difference between a row and its nearest
+    centre pulls the centre, and with this factor the row (arXiv:1711.00937, equation 3)."""
+
+    @model_validator(mode="after")
+    def _codebook_learns(self) -> Self:
+        if self.frozen and self.commitment is not None:
+            raise ValueError("gate: distance with frozen centres has no codebook to learn: leave commitment out")
+        return self
+
+    @property
+    def hands_loss(self) -> bool:
+        """Whether the centres are a codebook."""
+        return self.commitment is not None
 
     @property
     def learns(self) -> bool:
@@ -231,75 +243,5 @@ class Distance(Config):
         return not self.frozen
 
     def build(self, d_model: int, num_experts: int) -> nn.Module:
-        """The module: ``(x [T, D], context) -> (logits [T, E], state)``."""
+        """The module: ``(x [T, D], context) -> Signal``."""
         return DistanceGate(self, d_model, num_experts)
-
-
-class HashGate(nn.Module):
-    """The token id alone decides: nothing is learned (Hash Layers, arXiv:2106.04426)."""
-
-    def __init__(self, seed: int, num_experts: int) -> None:
-        super().__init__()
-        self.seed, self.num_experts = seed, num_experts
-
-    def forward(self, x_TD: Tensor, context: Context) -> Signal:
-        """[T, D] -> [T, E]: 0 at one expert, minus infinity elsewhere, so that its softmax score is one."""
-        if context.token_ids is None:
-            raise ValueError("gate: hash needs the token ids in the context")
-        expert_T1 = hashed(context.token_ids, self.seed)[:, None] % self.num_experts
-        nowhere = _float(x_TD).new_full((len(x_TD), self.num_experts), -torch.inf)
-        return nowhere.scatter(1, expert_T1, 0.0), None
-
-
-class Hash(Config):
-    """A fixed expert for every token id: ``select: {type: top_k, k: 1}``, no balance loss."""
-
-    type: Literal["hash"] = "hash"
-    learns: ClassVar[bool] = False
-    seed: int = Field(0, ge=0)
-    """Another one, another assignment."""
-
-    def build(self, d_model: int, num_experts: int) -> nn.Module:
-        """The module: ``(x [T, D], context) -> (logits [T, E], state)``."""
-        return HashGate(self.seed, num_experts)
-
-
-class LookupGate(nn.Module):
-    """Logits by what the rows are known to be (Task-MoE, arXiv:2110.03742), added to those of the row where asked."""
-
-    initialised = looked_up = ("table",)
-
-    def __init__(self, config: "Lookup", d_model: int, num_experts: int) -> None:
-        super().__init__()
-        self.by = config.by
-        self.table = nn.Parameter(nn.init.trunc_normal_(torch.empty(config.num_ids, num_experts)))
-        self.weight = matrix(num_experts, d_model) if config.rows else None
-
-    def forward(self, x_TD: Tensor, context: Context) -> Signal:
-        """[T, D] -> [T, E]."""
-        known = context.ids if context.token_ids is None else {"token": context.token_ids, **context.ids}
-        if self.by not in known:
-            raise ValueError(f"gate: lookup needs {self.by} ids in the context; it has {sorted(known) or 'none'}")
-        logits_TE = _float(self.table)[known[self.by]]
-        if self.weight is not None:
-            logits_TE = logits_TE + nn.functional.linear(_float(x_TD), _float(self.weight))
-        return logits_TE, None
-
-
-class Lookup(Config):
-    """One learned row of logits per token id, task, domain or modality."""
-
-    type: Literal["lookup"] = "lookup"
-    by: str = "task"
-    """Which ids of the context; ``token`` is always there in a language model."""
-    num_ids: int = Field(ge=1)
-    """How many there are."""
-    rows: bool = False
-    """Also look at the row: the sum of both is a linear gate on row plus task embedding (arXiv:2204.07689)."""
-
-    def build(self, d_model: int, num_experts: int) -> nn.Module:
-        """The module: ``(x [T, D], context) -> (logits [T, E], state)``."""
-        return LookupGate(self, d_model, num_experts)
-
-
-Gate = slot(Linear, Cosine, MLP, TwoLevel, Recurrent, Distance, Hash, Lookup, default=Linear)
