@@ -23,7 +23,7 @@ def model() -> Decoder:
 @pytest.fixture
 def packed() -> Packed:
     ids = torch.randint(VOCAB, (75,), dtype=torch.int32)
-    return Packed(ids, torch.tensor([0, 30]), torch.ones(75, dtype=torch.int32))
+    return Packed(ids, torch.tensor([0, 30]), torch.ones(75, dtype=torch.int32), torch.zeros(2, dtype=torch.int64))
 
 
 def test_counts_equal_a_loop_over_tokens(model: Decoder, packed: Packed) -> None:

@@ -33,7 +33,14 @@ def test_tables_name_every_layer_and_memory(call, monkeypatch):
     assert code == 0
     for part in ("dense 256 swiglu", "experts 32 x 128 swiglu", "1 x 128 swiglu, sum", "KV cache", "4 x 16, 2 kv"):
         assert part in " ".join(out.split())
-    assert "context 1,024" in out
+    assert "context 1,024" in out and "passed" not in out
+
+
+def test_repeats_and_layers_without_attention_are_named(call, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    _, out, _ = call("inspect", "dense", "--model.num_repeats=3", "--model.layers={1: {attends: false}}")
+    assert "all layers are passed 3 times, with the same weights" in out
+    assert [line.split()[3] for line in out.splitlines() if "dense 256" in line] == ["4", "none", "4", "4"]
 
 
 def test_settings_of_a_recipe_can_be_changed_but_not_of_a_model(call, tiny, run_folder):

@@ -43,8 +43,14 @@ def saved_bytes(config: RunConfig) -> int:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"dtype": "bfloat16"}, {"model": {"moe": EXPERTS}}, {"model": {"moe": EXPERTS}, "dtype": "bfloat16"}],
-    ids=["dense", "dense bf16", "experts", "experts bf16"],
+    [
+        {},
+        {"dtype": "bfloat16"},
+        {"model": {"moe": EXPERTS}},
+        {"model": {"moe": EXPERTS}, "dtype": "bfloat16"},
+        {"model": {"num_layers": 4, "num_repeats": 3, "layers": {1: {"attends": False}, 2: {"attends": False}}}},
+    ],
+    ids=["dense", "dense bf16", "experts", "experts bf16", "repeated, half without attention"],
 )
 def test_the_estimate_is_near_what_is_kept(changes):
     config = build(RunConfig, merge(BASE, changes))

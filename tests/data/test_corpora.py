@@ -91,7 +91,7 @@ def test_stdlib_without_sources_and_with_other_encodings(tmp_path: Path) -> None
         next(stdlib.documents(tmp_path))
     write(tmp_path / "latin.py", b"# caf\xe9")
     write(tmp_path / "good.py", "pass")
-    assert next(stdlib.documents(tmp_path)) == Document("good.py", "pass")
+    assert next(stdlib.documents(tmp_path)) == Document("good.py", "pass", "code")
 
 
 def test_files_of_a_folder_in_order(tmp_path: Path) -> None:
@@ -102,13 +102,34 @@ def test_files_of_a_folder_in_order(tmp_path: Path) -> None:
     write(tmp_path / "d.jsonl", '{"text": "four"}\n\n{"text": "five"}\n')
     write(tmp_path / "e.jsonl.gz", gzip.compress(b'{"text": "s\xc3\xa9x"}'))
     assert list(Files(path=str(tmp_path)).documents()) == [
-        Document("a/x.md", "one"),
+        Document("a/x.md", "one", "a"),
         Document("b.txt", "two"),
         Document("c.txt.gz", "drei\r\n"),
         Document("d.jsonl#1", "four"),
         Document("d.jsonl#3", "five"),
         Document("e.jsonl.gz#1", "séx"),
     ]
+
+
+def test_a_domain_is_the_first_folder_or_a_field(tmp_path: Path) -> None:
+    for place in ("top.txt", "law/acts/one.txt", "verse/two.txt"):
+        write(tmp_path / place, place)
+    write(tmp_path / "verse" / "rows.jsonl", '{"text": "a", "kind": "ode"}\n{"text": "b", "kind": "epic"}\n')
+    folders = [(document.name, document.domain) for document in Files(path=str(tmp_path)).documents()]
+    assert [domain for _, domain in folders] == ["law", "", "verse", "verse", "verse"]
+    by_field = Files(path=str(tmp_path / "verse" / "rows.jsonl"), domain_field="kind")
+    assert [document.domain for document in by_field.documents()] == ["ode", "epic"]
+    both = Files(path=str(tmp_path), domain_field="kind").documents()
+    assert [document.domain for document in both] == ["law", "", "ode", "epic", "verse"]
+    with pytest.raises(UserError, match=r"has no field 'genre'; it has: text, kind. Set data.domain_field to one"):
+        list(by_field.replace(domain_field="genre").documents())
+
+
+def test_code_and_topics_are_the_domains_of_the_standard_library() -> None:
+    train, validation = split(Stdlib())
+    for part in (train, validation):
+        assert {document.domain for document in part} == {"code", "topics"}
+        assert all((document.domain == "topics") == document.name.startswith("topics/") for document in part)
 
 
 def test_parquet(tmp_path: Path) -> None:
@@ -120,6 +141,12 @@ def test_parquet(tmp_path: Path) -> None:
     assert [next(found), next(found)] == [Document("t.parquet#0", "one"), Document("t.parquet#1", "two")]
     with pytest.raises(UserError, match=r"row 2: field 'body' holds NoneType"):
         next(found)
+    parquet.write_table(arrow.table({"text": ["one"], "kind": ["ode"]}), tmp_path / "k.parquet")
+    (document,) = Files(path=str(tmp_path / "k.parquet"), domain_field="kind").documents()
+    assert document == Document("k.parquet#0", "one", "ode")
+    with pytest.raises(UserError, match=r"no column 'genre'; it has: text, kind. Set data.domain_field"):
+        list(Files(path=str(tmp_path / "k.parquet"), domain_field="genre").documents())
+    (tmp_path / "k.parquet").unlink()
     with pytest.raises(UserError, match=r"no column 'text'; it has: body"):
         list(Files(path=str(tmp_path)).documents())
     write(tmp_path / "bad.parquet", "PAR?")

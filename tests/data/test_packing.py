@@ -86,6 +86,29 @@ def test_texts_that_make_no_token() -> None:
         packed_of("", tokenizer=BYTES)
 
 
+def test_every_token_knows_its_documents_domain() -> None:
+    names = ("prose", "verse")
+    documents = [Document(str(number), chr(97 + number) * 5, names[number % 3 == 0]) for number in range(9)]
+    packed = pack(documents, BYTES, names)
+    assert packed.domain.tolist() == [int(number % 3 == 0) for number in range(9)]
+    batches = [*evaluation_batches(packed, 2, 7), next(Loader(packed, 3, 7, seed=1))]
+    for batch in batches:
+        assert batch.domain.shape == batch.input_ids.shape and batch.domain.dtype == torch.int64
+        for ids, domains in zip(batch.input_ids.tolist(), batch.domain.tolist(), strict=True):
+            letters = [(token, domain) for token, domain in zip(ids, domains, strict=True) if token != BYTES.eos_id]
+            assert all(domain == ((token - 97) % 3 == 0) for token, domain in letters)
+            following = zip(ids, domains, ids[1:], domains[1:], strict=False)
+            assert all(a == b for token, a, after, b in following if token == BYTES.eos_id and after != token)
+    assert not packed_of("a", "b").domain.any()
+    with pytest.raises(UserError, match="1 is of domain 'prose', this model knows verse, law"):
+        pack(documents[1:], BYTES, ("verse", "law"))
+
+
+def test_domains_have_a_fingerprint_of_their_own() -> None:
+    one, other = (pack([Document("a", "x", d), Document("b", "y", "p")], BYTES, ("p", "q")) for d in "pq")
+    assert one.fingerprint == other.fingerprint and one.domain_fingerprint != other.domain_fingerprint
+
+
 def test_the_fingerprint_tells_data_apart() -> None:
     assert packed_of("one", "two").fingerprint == packed_of("one", "two").fingerprint
     assert packed_of("one", "two").fingerprint != packed_of("two", "one").fingerprint

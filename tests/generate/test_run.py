@@ -121,10 +121,12 @@ def test_a_pass_that_is_interrupted_leaves_the_document_as_it_was(model, tokeniz
 
 
 def test_routers_that_compare_tokens_write_only_when_asked(tokenizer: Tokenizer) -> None:
-    for router in ({"select": "expert_choice", "losses": []}, {"capacity": [{"type": "capacity"}]}):
+    select = {"type": "merged", "over": "segment_before", "segment": 4}
+    before = {"select": select, "score": "logits", "weigh": "softmax", "losses": []}
+    for router in ({"select": "expert_choice", "losses": []}, {"capacity": [{"type": "capacity"}]}, before):
         moe = {"experts": {"num_experts": 4, "d_expert": 8}, "router": router}
         shape = {"vocab_size": 257, "d_model": 16, "num_layers": 2, "num_heads": 2, "layers": {1: {"moe": moe}}}
         model = Decoder(ModelConfig.model_validate(shape)).eval()
-        with pytest.raises(UserError, match="in layers 1 a token's experts depend on the tokens after and beside it"):
+        with pytest.raises(UserError, match="in layers 1 a token's experts depend on other tokens than itself"):
             generate(model, tokenizer, "a", GREEDY)
         assert len(list(generate(model, tokenizer, "a", GREEDY, unsafe_batch_dependent=True))) > 0

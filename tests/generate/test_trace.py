@@ -3,9 +3,12 @@
 import pytest
 import torch
 
+from moeforge.data.tokenizers import Tokenizer
 from moeforge.errors import UserError
 from moeforge.generate import trace
 from moeforge.generate.trace import choices
+from moeforge.models import Decoder, ModelConfig
+from tests.generate.conftest import SHAPE
 
 
 def test_each_token_has_the_experts_of_its_row(model, tokenizer):
@@ -39,3 +42,16 @@ def test_an_empty_text_has_no_tokens_and_a_long_one_is_refused(model, tokenizer)
     assert trace(model, tokenizer, "") == []
     with pytest.raises(UserError, match="the text has 48 tokens, the model's context takes 47"):
         trace(model, tokenizer, "a" * 48)
+
+
+def test_merged_experts_are_those_that_have_a_part(tokenizer: Tokenizer) -> None:
+    gate = {"type": "lookup", "by": "token", "num_ids": 257}
+    select = {"type": "merged", "k": 2, "over": "equal_scores"}
+    router = {"gate": gate, "score": "logits", "select": select, "weigh": "softmax", "losses": []}
+    merged = Decoder(ModelConfig.model_validate(SHAPE | {"moe": SHAPE["moe"] | {"router": router}})).eval()
+    for token in trace(merged, tokenizer, "abca"):
+        for layer, choice in token.choices.items():
+            row = merged.moe_layers[layer].router.gate.table[tokenizer.encode(token.piece)[0]]
+            best = row.topk(2)
+            assert choice.experts == best.indices.tolist()
+            assert choice.weights == pytest.approx(best.values.softmax(0).tolist(), rel=1e-5)

@@ -92,7 +92,9 @@ def moe_trees() -> st.SearchStrategy[Any]:
 
 
 def model_trees() -> st.SearchStrategy[Any]:
-    layer = st.fixed_dictionaries({}, optional={"d_ff": st.integers(1, 9), "moe": st.none() | moe_trees()})
+    layer = st.fixed_dictionaries(
+        {}, optional={"d_ff": st.integers(1, 9), "moe": st.none() | moe_trees(), "attends": st.booleans()}
+    )
     return st.fixed_dictionaries(
         {"moe": moe_trees(), "num_layers": st.just(5)},
         optional={
@@ -102,6 +104,8 @@ def model_trees() -> st.SearchStrategy[Any]:
             "norm_eps": st.sampled_from([1e-6, 1e-5]),
             "init": st.sampled_from(["normal", "fan_in", {"type": "normal", "std": 0.006}]),
             "tie_embeddings": st.booleans(),
+            "num_repeats": st.integers(1, 3),
+            "momentum": st.fixed_dictionaries({"decay": st.floats(0, 0.9)}, optional={"second": st.just(0.9)}),
         },
     )
 
@@ -146,11 +150,38 @@ def test_the_short_form_of_a_slot_is_its_default_member() -> None:
             {"moe": MOE | {"router": {"gate": PREVIOUS}}, "layers": {2: {"moe": {"experts": {"num_experts": 4}}}}},
             "layer 2: its gate takes a state of 4, the layer below hands on 8",
         ),
-        ({"moe": MOE | {"router": {"gate": {"type": "lookup", "num_ids": 9}}}}, "a decoder knows token ids alone"),
+        ({"moe": MOE | {"router": {"gate": {"type": "lookup", "num_ids": 9}}}}, "a decoder knows token and domain ids"),
         (
             {"vocab_size": 11, "moe": MOE | {"router": {"gate": {"type": "lookup", "by": "token", "num_ids": 9}}}},
             "gate.num_ids = 9 is less than 11 tokens",
         ),
+        ({"momentum": {"decay": 0.5}}, "momentum acts on what experts add, and no layer has experts"),
+        ({"attends": False}, "attends is false in every layer: no token would see another"),
+        (
+            {"moe": MOE, "layers": {1: {"attends": False, "moe": {"shortcut": True}}}},
+            "layers.1: moe.shortcut leads past the layer's attention",
+        ),
+        (
+            {"moe": MOE | {"router": {"select": "by_importance"}}, "layers": {1: {"attends": False}}},
+            "layers.1: select: by_importance reads attention, and attends: false leaves that out",
+        ),
+        (
+            {
+                "moe": MOE | {"router": {"gate": PREVIOUS}},
+                "num_layers": 2,
+                "num_repeats": 2,
+                "layers": {1: {"moe": {"experts": {"num_experts": 4}}}},
+            },
+            "layer 1: its gate takes a state of 4, the layer below hands on 8",
+        ),
+        (
+            {
+                "domains": ["a", "b"],
+                "moe": MOE | {"router": {"gate": {"type": "lookup", "by": "domain", "num_ids": 1}}},
+            },
+            "layer 0: gate.num_ids = 1 is less than 2 domains",
+        ),
+        ({"domains": ["a", "b"], "moe": MOE}, "domains has names, but no gate looks domains up"),
         ({"layers": {"one": {}}}, "input should be a valid integer"),
         ({"moe": MOE, "moe_every": "x", "layers": {1: {}}}, "moe_every = 'x': input should be a valid integer"),
     ],

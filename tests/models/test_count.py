@@ -112,3 +112,18 @@ def test_experts_without_work_cost_nothing() -> None:
     size, plain = measure(small(moe=half)), measure(small())
     gates = 2 * 2 * E * D
     assert size.flops_per_token == plain.flops_per_token + gates - 2 * 2 * (K // 2) * 3 * D * H
+
+
+def test_parameters_do_not_depend_on_repeats_and_work_does() -> None:
+    once, thrice = measure(small(moe=MOE)), measure(small(moe=MOE, num_repeats=3))
+    assert (thrice.total, thrice.active, thrice.weight_bytes) == (once.total, once.active, once.weight_bytes)
+    assert thrice.kv_bytes_per_token == 3 * once.kv_bytes_per_token
+    unrolled = measure(small(moe=MOE, num_layers=6))
+    assert thrice.flops_per_token == unrolled.flops_per_token
+
+
+def test_the_dense_twin_repeats_and_leaves_attention_out_where_the_model_does() -> None:
+    config = small(num_layers=4, num_repeats=2, layers={1: {"attends": False}}, momentum={"decay": 0.5})
+    twin = dense_twin(config)
+    assert 1 <= measure(twin).flops_per_token / measure(config).flops_per_token < 1.1
+    assert twin.num_repeats == 2 and [layer.attends for layer in twin.all_layers] == [True, False, True, True]

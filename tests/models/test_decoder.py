@@ -1,5 +1,6 @@
 """The decoder: cached decoding, packed documents, tied tables, and recomputed activations."""
 
+import re
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ from moeforge.models import Cache, Decoder, ModelConfig
 from moeforge.models.attention import locate
 from moeforge.moe import MoE, MoEConfig, Router
 from moeforge.moe.capacity import Capacity
-from moeforge.moe.gates import Linear
+from moeforge.moe.gates import Linear, Lookup
 from moeforge.moe.scores import Relu
+from moeforge.moe.select import Merged
 from tests.moe import brute_force
 from tests.moe.test_combinations import SLOTS, config_of
 
@@ -60,11 +62,15 @@ def test_a_token_sees_none_after_it() -> None:
     assert not torch.allclose(one[:, 5:], other[:, 5:], atol=1e-2)
 
 
+MERGED = {"score": "logits", "weigh": "softmax", "losses": []}
+
+
 def layers() -> dict[str, MoEConfig | None]:
     """One for every example of every member of every slot that can change what is computed."""
     slots = {name: parts for name, parts in SLOTS.items() if name not in ("losses", "controller")}
     own = [{name: part} for name, parts in slots.items() for part in parts]
     own += [{"gate": gate} for gate in (Linear(previous=True), Linear(reads="token"))]
+    own += [{"gate": Lookup(by="token", num_ids=VOCAB), "select": Merged(over="equal_scores")}]
     own += [{"capacity": (Capacity(capacity_factor=0.5, keep=keep),)} for keep in ("heaviest", "random")]
     return {str(parts): config_of(parts) or config_of({"score": Relu(), **parts}) for parts in own}
 
@@ -225,6 +231,45 @@ def test_forward_writes_nothing_to_the_model() -> None:
     before = {name: dict(module.__dict__) for name, module in model.named_modules()}
     model(ids())
     assert before == {name: module.__dict__ for name, module in model.named_modules()}
+
+
+def unrolled(model: Decoder) -> Decoder:
+    """As many layers of their own, each with a copy of the repeated layer's weights."""
+    layers, config = model.config.num_layers, model.config
+    deep = Decoder(config.replace(num_layers=layers * config.num_repeats, num_repeats=1))
+    state = model.state_dict()
+    copies = {
+        name: state[re.sub(r"^blocks\.(\d+)", lambda m: f"blocks.{int(m[1]) % layers}", name)]
+        for name in deep.state_dict()
+    }
+    deep.load_state_dict(copies)
+    return deep
+
+
+@pytest.mark.parametrize("gate", ["linear", "recurrent", {"type": "linear", "previous": True}], ids=str)
+def test_repeats_are_unrolled_copies(gate: Any) -> None:
+    repeated = decoder(num_layers=2, num_repeats=3, moe=MOE | {"router": {"gate": gate}})
+    deep, input_ids = unrolled(repeated), ids()
+    (loss, gradients), (expected, unrolled_gradients) = step(repeated, input_ids), step(deep, input_ids)
+    torch.testing.assert_close(loss, expected)
+    assert repeated.moe_layers.keys() == repeated(input_ids).routings.keys() == deep.moe_layers.keys()
+    for name, gradient in gradients.items():
+        number = re.match(r"blocks\.(\d+)\.", name)
+        if number is None:
+            summed = unrolled_gradients[name]
+        else:
+            depths = range(int(number[1]), 6, 2)
+            summed = sum(unrolled_gradients.get(name.replace(number[1], str(d), 1), torch.zeros(())) for d in depths)
+        torch.testing.assert_close(gradient, summed, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_repeated_layers_decode_with_keys_of_their_own_at_every_depth() -> None:
+    model, input_ids = decoder(num_layers=2, num_repeats=2), ids()
+    cache = Cache(model, 2, LENGTH)
+    logits = [model(part, cache=cache).logits for part in input_ids.split([3, 1, 5], dim=1)]
+    assert sorted(cache.layers) == [0, 1, 2, 3]
+    assert_close(torch.cat(logits, 1), model(input_ids).logits)
 
 
 def test_a_decoder_needs_a_vocabulary() -> None:

@@ -31,6 +31,11 @@ def test_normal() -> None:
         assert deviation(model, part) == pytest.approx(0.006, rel=0.05)
 
 
+def test_what_repeated_layers_write_is_smaller() -> None:
+    model = Decoder(build(ModelConfig, BASE | {"num_repeats": 4, "init": {"type": "normal", "std": 0.006}}))
+    assert deviation(model, "o_proj") == pytest.approx(0.006 / 4, rel=0.05)
+
+
 def test_fan_in() -> None:
     model = Decoder(build(ModelConfig, BASE | {"init": "fan_in"}))
     for part, fan_in in FAN_IN.items():

@@ -14,13 +14,14 @@ from moeforge.moe.capacity import Capacity, Drop, Limit
 from moeforge.moe.gates import Cosine, Gate, Hash, Linear, Lookup, Paths, SmoothStep
 from moeforge.moe.noise import ExpertDropout, Gaussian, Gumbel, Noise, Visible
 from moeforge.moe.scores import Logits, Relu, Score
-from moeforge.moe.select import Draw, ExpertChoice, Random, Select, Soft, Threshold, TopK
-from moeforge.moe.weigh import Drawn, Weigh
+from moeforge.moe.select import Draw, ExpertChoice, Merged, Random, Select, Soft, Threshold, TopK
+from moeforge.moe.weigh import Drawn, SoftmaxChosen, Weigh
 from tests.moe import test_gates, test_layer
 from tests.moe.brute_force import members
 
 D, E, T = 8, 6, 24
 
+MERGED = {"select": "merged", "score": "logits", "weigh": "softmax", "losses": []}
 HOPELESS: list[tuple[dict[str, Any], str]] = [
     ({"gate": "hash", "losses": []}, "gate: hash names one expert"),
     ({"gate": "hash", "losses": [], "select": {"k": 1}, "noise": ["gumbel"]}, "so noise does nothing"),
@@ -51,6 +52,8 @@ HOPELESS: list[tuple[dict[str, Any], str]] = [
     ({"select": "soft", "score": "logits"}, "soft fills every slot"),
     ({"select": "soft", "score": "logits", "losses": [], "capacity": ["capacity"]}, "soft fills every slot"),
     ({"select": "soft", "score": "logits", "losses": [], "weigh": "ones"}, "weigh does nothing"),
+    ({**MERGED, "noise": [{"type": "visible", "common": 9}]}, "takes means of logits"),
+    ({**MERGED, "losses": ["z_loss"]}, "routes no rows"),
     ({"score": {"temperature": 0}}, "it must stay above zero"),
     ({"score": {"temperature": {"start": 1, "end": 0, "steps": 9}}}, "it must stay above zero"),
     ({"select": {"k": 1}, "weigh": "softmax"}, "normalised over one expert"),
@@ -121,7 +124,8 @@ SLOTS: dict[str, list[Any]] = {
         (ExpertDropout(at_least=3),),
     ],
     "score": test_layer.examples(Score),
-    "select": [one for one in test_layer.examples(Select) if one != ExpertChoice(k=0.5)] + [Random(k=2), Soft()],
+    "select": [one for one in test_layer.examples(Select) if one != ExpertChoice(k=0.5)]
+    + [Random(k=2), Soft(), Merged(), Merged(over="segment_before", segment=6)],
     "weigh": [*test_layer.examples(Weigh), Drawn()],
     "capacity": [(), (Capacity(capacity_factor=0.7),), (Drop(rate=0.3),)],
     "losses": [(), *((member(),) for member in members(BalanceLoss))],
@@ -148,6 +152,7 @@ INSISTS: dict[str, dict[str, Any]] = {
     "smooth_step": {"score": Relu(), "select": Threshold()},
     "competition": {"losses": (GateLoss(),)},
     "soft": {"losses": (), "score": Logits()},
+    "merged": {"losses": (), "score": Logits(), "weigh": SoftmaxChosen()},
     "draw": {"score": Logits(), "weigh": Drawn()},
     "drawn": {"score": Logits(), "select": Draw()},
     "expert_choice": {"losses": ()},
@@ -190,7 +195,8 @@ def test_every_pair_that_is_accepted_is_finite_and_teaches_the_gate(pair: tuple[
         where = f"{first!r} with {second!r}"
         assert y_TD.isfinite().all(), where
         assert all(gradient is None or gradient.isfinite().all() for gradient in gradients), where
-        if learned and len(routing.route.ends) and int(routing.route.ends[-1]):
+        ends_E = getattr(routing.route, "ends", torch.ones(1))  # a merged route has no rows: it has weights throughout
+        if learned and len(ends_E) and int(ends_E[-1]):
             assert any(gradient is not None and gradient.abs().max() > 1e-7 for gradient in gradients[1:]), where
         moe.router.step(routing.choices, T)
         assert all(buffer.isfinite().all() for buffer in moe.router.buffers()), where

@@ -28,6 +28,7 @@ from moeforge.moe.select import (
     Confident,
     Draw,
     ExpertChoice,
+    Merged,
     Random,
     Select,
     Sinkhorn,
@@ -77,6 +78,7 @@ EXAMPLES: dict[type, list[Any]] = {
     CopyExperts: [CopyExperts(num_experts=4)],
     ConstantExperts: [ConstantExperts(num_experts=4)],
     Soft: [],
+    Merged: [],  # mixes parameters, not outputs: see test_merge.py
     ByImportance: [],  # needs attention: see test_select.py
     Sum: [Sum()],
     Gated: [Gated()],
@@ -279,6 +281,14 @@ def test_one_bank_is_written_without_a_list() -> None:
             "over: sequence does not know free: together",
         ),
         ({"router": {"weigh": {"normalize_weights": True, "over": "computed"}}}, "no expert is without work"),
+        (
+            {
+                "router": {"losses": ["budget_loss"]},
+                "shared": {"d_expert": 4, "mix": "coefficient"},
+                "shortcut": True,
+            },
+            "with shortcut it reads another",
+        ),
         ({"router": {"losses": ["budget_loss"]}}, "budget_loss needs shared: with mix: interpolated or coeff"),
         ({"router": {"losses": ["budget_loss"]}, "shared": {"d_expert": 4, "mix": "gated"}}, "budget_loss needs"),
         ({"router": {"gate": "hash", "losses": []}}, "gate: hash names one expert"),

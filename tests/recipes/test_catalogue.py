@@ -20,7 +20,7 @@ VOCAB = 101
 def batch(rows: int = 2, length: int = 24) -> Batch:
     ids, position = torch.randint(VOCAB, (rows, length + 1)), torch.arange(length).expand(rows, length)
     document = torch.zeros(rows, length, dtype=torch.int32)
-    return Batch(ids[:, :-1], ids[:, 1:], document, position, num_bytes=rows * length)
+    return Batch(ids[:, :-1], ids[:, 1:], document, position, torch.zeros_like(position), num_bytes=rows * length)
 
 
 def small(name: str) -> RunConfig:

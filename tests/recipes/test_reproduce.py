@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from moeforge.cli.main import main
+from moeforge.config import build
 from moeforge.errors import UserError
-from moeforge.recipes.reproduce import Measured, arms, gain, verdict
-from moeforge.train.config import RecipeNote
+from moeforge.recipes.reproduce import Measured, arms, experts_per_token, gain, verdict
+from moeforge.train.config import RecipeNote, RunConfig
 
 RECIPE = """
 extends: adamoe
@@ -71,6 +72,25 @@ def test_claim_and_result_stand_side_by_side(recipe: Path, capsys: pytest.Captur
     assert "holds a run of other settings; name another folder" in problem and '"steps"' in problem
 
 
+def test_repeated_layers_that_route_by_domain_are_counted_and_found_again(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for domain in ("prose", "verse"):
+        (tmp_path / "text" / domain).mkdir(parents=True)
+        for number in range(30):
+            (tmp_path / "text" / domain / f"{number}.txt").write_text(f"{domain} number {number}\n" * 9)
+    text = RECIPE.replace("PATH", str(tmp_path / "text")).replace("num_layers: 1", "num_repeats: 2\n  num_layers: 2")
+    router = "router: {gate: {type: lookup, by: domain, num_ids: 2}}}"
+    recipe.write_text(text.replace("type: zero, num_experts: 8}]}", f"type: zero, num_experts: 8}}], {router}"))
+    before = None
+    for _ in range(2):
+        assert main(["reproduce", str(recipe), "--seeds=1", "--steps=2", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)["runs"]
+        assert found["mine, changed for mine"][0]["experts_per_token"] == 4
+        assert before in (None, found), "the second time it is read"
+        before = found
+
+
 def test_minutes_shorten_both_runs(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["reproduce", str(recipe), "--seeds=1", "--minutes=600", "--json"]) == 0
     runs = json.loads(capsys.readouterr().out)["runs"]
@@ -88,6 +108,14 @@ def test_what_has_no_comparison(tmp_path: Path) -> None:
         arms(str(file))
     with pytest.raises(UserError, match=r"recipe\.against is the recipe itself"):
         arms("dense")
+
+
+def test_experts_per_token_is_a_mean_over_every_pass_of_a_layer() -> None:
+    moe = {"experts": [{"num_experts": 2, "d_expert": 4}, {"type": "zero", "num_experts": 1}]}
+    model = {"d_model": 16, "num_layers": 1, "num_repeats": 2, "moe": moe}
+    config = build(RunConfig, {"batch_size": 2, "seq_len": 4, "model": model})
+    loads = {"moe/tokens_per_expert/layer_00": [8, 8, 0], "moe/tokens_per_expert/layer_01": [4, 0, 12]}
+    assert experts_per_token(loads, config) == (16 + 4) / 2 / 8
 
 
 def run(bits: float, experts: float = 2.0, entropy: float = 0.9) -> Measured:

@@ -113,6 +113,19 @@ def first_steps(config: RunConfig, out: Path, stop: int, resume: bool) -> list[s
     return [*map(json.dumps, lines), *sums]
 
 
+def test_a_checkpoint_from_before_a_setting_was_there_stands_at_its_default(tiny, tmp_path):
+    config, data = tiny(), prepare(tiny().data, tiny().tokenizer)
+    run = Run(config, tmp_path, data)
+    file = run.checkpoint() / "state.json"
+    state = json.loads(file.read_text())
+    del state["config"]["model"]["num_repeats"], state["config"]["model"]["moe"]["shortcut"]
+    file.write_text(json.dumps(state))
+    run.resume()
+    other = config.replace(model=config.model.replace(num_repeats=2))
+    with pytest.raises(UserError, match=r"another config; now different: .*num_repeats"):
+        Run(other, tmp_path, data).resume()
+
+
 def test_ctrl_c_saves_and_says_how_to_go_on(tiny, tmp_path):
     config = tiny()
     out = tmp_path / "stopped"

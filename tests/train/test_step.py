@@ -34,9 +34,10 @@ def batch(rows: slice = slice(0, SIZE)) -> Batch:
     torch.manual_seed(1)
     ids = torch.randint(0, VOCABULARY, (SIZE, LENGTH + 1))
     position = torch.arange(LENGTH).expand(SIZE, -1)
-    whole = Batch(ids[:, :-1], ids[:, 1:], torch.zeros(SIZE, LENGTH, dtype=torch.int32), position, 0)
+    whole = Batch(ids[:, :-1], ids[:, 1:], torch.zeros(SIZE, LENGTH, dtype=torch.int32), position, position, 0)
     return replace(
-        whole, **{name: getattr(whole, name)[rows] for name in ("input_ids", "labels", "document", "position")}
+        whole,
+        **{name: getattr(whole, name)[rows] for name in ("input_ids", "labels", "document", "position", "domain")},
     )
 
 
@@ -91,6 +92,20 @@ def test_the_bias_moves_once_per_step_against_the_load_of_all_micro_batches():
         expected = 0.001 * torch.sign(load.mean() - load)
         torch.testing.assert_close(moe.router.expert_bias.double(), expected, rtol=1e-6, atol=1e-9)
         assert int(load.sum()) == SIZE * LENGTH * 2
+
+
+def test_the_bias_of_a_repeated_layer_moves_once_by_the_load_of_all_its_passes():
+    decoder = Decoder(model(controller="expert_bias").config.replace(num_repeats=3)).double()
+    result, _ = gradients(decoder, [batch()])
+    apply_gradients(decoder, build_optimizer(decoder, AdamW()), result, 1.0, 0)
+    assert sorted(result.tokens_per_expert) == sorted(decoder.moe_layers) == list(range(6))
+    for index, block in enumerate(decoder.blocks):
+        load = sum(result.tokens_per_expert[depth].double() for depth in range(index, 6, 2))
+        assert int(load.sum()) == 3 * SIZE * LENGTH * 2
+        expected = 0.001 * torch.sign(load.mean() - load)
+        torch.testing.assert_close(block.moe.router.expert_bias.double(), expected, rtol=1e-6, atol=1e-9)
+    loads = step_line(1, result, 0.1, 1.0, 1)
+    assert sorted(name for name in loads if "tokens_per_expert" in name)[-1] == "moe/tokens_per_expert/layer_05"
 
 
 def test_recomputing_activations_changes_neither_gradients_nor_counts():

@@ -59,7 +59,8 @@ def tally(
         text, device = text.to(model.embedding.weight.device), model.embedding.weight.device
         counted_T = (text.labels != IGNORED).flatten()
         tokens_T, kinds_T = text.input_ids.flatten(), mark.input_ids.flatten().to(device)
-        for layer, routing in model(text.input_ids, text.position, text.document).routings.items():
+        output = model(text.input_ids, text.position, text.document, known=text.known)
+        for layer, routing in output.routings.items():
             if isinstance(routing.route, Route):
                 by_kind = _count(routing.route, kinds_T, counted_T, len(KINDS))
                 by_token = _count(routing.route, tokens_T, counted_T, model.embedding.num_embeddings)

@@ -58,11 +58,14 @@ def read_run(folder: Path, data: "TextData | None" = None) -> "Record":
     if not any("eval/bits_per_byte" in line for line in lines):
         raise UserError(f"{folder} has no evaluation in metrics.jsonl: let the run finish first")
     model, tokenizer = load(folder)
-    text = (data or prepare(config.data, tokenizer)).validation
+    data = data or prepare(config.data, tokenizer)
+    if model.config.domains not in ((), data.domains):
+        raise UserError(f"{folder} routes by domain, and its data now has others: {', '.join(data.domains)}")
+    text = data.validation
     batches = evaluation_batches(text, config.batch_size, config.seq_len, EVALUATED_TOKENS)
     score = bits_per_byte(model, batches)
     kinds = kinds_of(text, tokenizer) if model.moe_layers else None
-    leaks = any(moe.config.router.leaks for moe in model.moe_layers.values())  # such a model writes only when asked
+    writes = all(moe.config.router.decodes for moe in model.moe_layers.values())  # others write only when asked
     return Record(
         name=config.name,
         folder=str(folder),
@@ -72,7 +75,9 @@ def read_run(folder: Path, data: "TextData | None" = None) -> "Record":
         bits_per_byte=score.bits_per_byte,
         usage={} if kinds is None else tally(model, text, kinds, config.seq_len, TALLIED_TOKENS),
         tokens=tokenizer.pieces(range(tokenizer.vocab_size)),
-        samples=[] if leaks else [write(model, tokenizer, prompt, config.seed + i) for i, prompt in enumerate(PROMPTS)],
+        samples=[write(model, tokenizer, prompt, config.seed + i) for i, prompt in enumerate(PROMPTS)]
+        if writes
+        else [],
     )
 
 
@@ -81,8 +86,10 @@ def write(model: "Decoder", tokenizer: "Tokenizer", prompt: str, seed: int) -> "
     from moeforge.analyze import Sample
     from moeforge.generate import Sampling, generate, trace
 
-    steps = list(generate(model, tokenizer, prompt, Sampling(temperature=0.7, seed=seed, max_tokens=WRITTEN_TOKENS)))
-    given = trace(model, tokenizer, prompt)
+    domain = next(iter(model.config.domains), None)  # the prompts are of no domain more than another
+    sampling = Sampling(temperature=0.7, seed=seed, max_tokens=WRITTEN_TOKENS)
+    steps = list(generate(model, tokenizer, prompt, sampling, domain=domain))
+    given = trace(model, tokenizer, prompt, domain)
     pieces = [token.piece for token in given] + tokenizer.pieces([step.token_id for step in steps])
     experts = [{layer: choice.experts for layer, choice in token.choices.items()} for token in given]
     return Sample(prompt, pieces, experts + [step.experts for step in steps])

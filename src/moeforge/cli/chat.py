@@ -27,6 +27,7 @@ def chat(
     max_tokens: Annotated[int, typer.Option(help="Per turn.", min=1)] = 200,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy.", show_default="0.8")] = None,
     seed: Annotated[int | None, typer.Option(help="Equal seeds, equal text.", show_default="random")] = None,
+    domain: Annotated[str | None, typer.Option(help="Of the text, for a model that routes by it.")] = None,
 ) -> None:
     """Write a document in turns with a model. Base models have no chat template, so nothing is put around your text."""
     from moeforge.cli.generate import read_sampling
@@ -34,7 +35,7 @@ def chat(
     from moeforge.hub import load
 
     sampling = read_sampling({"max_tokens": max_tokens, "temperature": temperature, "seed": seed})
-    session = Session(Writer(*load(model)), sampling)
+    session = Session(Writer(*load(model), domain=domain), sampling)
     print(HELP)
     while True:
         try:
@@ -71,7 +72,7 @@ class Session:
 
         match name, value.strip():
             case "reset", "":
-                self.writer = Writer(self.writer.model, self.writer.tokenizer)
+                self.writer = Writer(self.writer.model, self.writer.tokenizer, domain=self.writer.domain)
                 print("the document is empty")
             case "temp", number:
                 self.sampling = _warmer(self.sampling, number)

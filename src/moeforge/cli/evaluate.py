@@ -99,6 +99,8 @@ def _score(model: "Decoder", tokenizer: "Tokenizer", config: "RunConfig", tokens
     from moeforge.evaluate import bits_per_byte
 
     _, validation = split(config.data)
-    batches = evaluation_batches(pack(validation, tokenizer), config.batch_size, config.seq_len, tokens)
+    batches = evaluation_batches(
+        pack(validation, tokenizer, model.config.domains), config.batch_size, config.seq_len, tokens
+    )
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     return bits_per_byte(model, batches, torch.bfloat16 if config.dtype == "bfloat16" else torch.float32)

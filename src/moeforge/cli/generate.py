@@ -32,6 +32,7 @@ def generate(
     min_p: Annotated[float | None, typer.Option(help="Least likelihood, to the best's.", show_default="0")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Stop after so many.", show_default="200")] = None,
     seed: Annotated[int | None, typer.Option(help="Equal seeds, equal text.", show_default="random")] = None,
+    domain: Annotated[str | None, typer.Option(help="Of the text, for a model that routes by it.")] = None,
     show_experts: Annotated[bool, typer.Option("--show-experts", help="Colour each token by its expert.")] = False,
     layer: Annotated[int | None, typer.Option(help="Whose experts.", show_default="last with experts")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, with every token's experts.")] = False,
@@ -49,11 +50,11 @@ def generate(
     sampling = read_sampling({**asked, "max_tokens": max_tokens, "seed": seed})
     text = _prompt(prompt)
     opened, tokenizer = load(model)
-    steps = run(opened, tokenizer, text, sampling, unsafe_batch_dependent)
+    steps = run(opened, tokenizer, text, sampling, unsafe_batch_dependent, domain)
     if as_json:
         _print_json(text, steps)
     else:
-        _stream(opened, tokenizer, text, steps, Painter(opened, layer) if show_experts else None)
+        _stream(opened, tokenizer, text, steps, Painter(opened, layer) if show_experts else None, domain)
 
 
 def read_sampling(asked: dict[str, float | None]) -> "Sampling":
@@ -78,14 +79,19 @@ def _print_json(prompt: str, written: Iterator["Step"]) -> None:
 
 
 def _stream(
-    model: "Decoder", tokenizer: "Tokenizer", prompt: str, steps: Iterator["Step"], painter: Painter | None
+    model: "Decoder",
+    tokenizer: "Tokenizer",
+    prompt: str,
+    steps: Iterator["Step"],
+    painter: Painter | None,
+    domain: str | None,
 ) -> None:
     from moeforge.generate import trace
 
     if painter is None:
         _emit(prompt)
     else:
-        for piece, choices in trace(model, tokenizer, prompt):
+        for piece, choices in trace(model, tokenizer, prompt, domain):
             _emit(painter.paint(piece, {number: choice.experts for number, choice in choices.items()}))
     last: Step | None = None
     for last in steps:

@@ -13,11 +13,11 @@ FLOAT = 4
 def activation_bytes(config: "RunConfig", model: "ModelConfig") -> int:
     """An estimate for one micro-batch, from the tensors that each part saves; temporary ones come on top."""
     width = 2 if config.dtype == "bfloat16" else FLOAT
-    blocks = [_block(model, layer, width) for layer in model.all_layers]
+    blocks = [_block(model, layer, width) for layer in model.applied_layers]
     kept = sum(blocks)
     if config.recompute_activations:
         # Only what enters attention and MLP stays; one block at a time is made again.
-        kept = 2 * FLOAT * model.d_model * model.num_layers + max(blocks)
+        kept = 2 * FLOAT * model.d_model * len(blocks) + max(blocks)
     vocabulary = model.vocab_size or 0
     last = (FLOAT + width) * model.d_model + (width + 2 * FLOAT) * vocabulary
     return round(config.batch_size * config.seq_len * (kept + last))
@@ -25,6 +25,8 @@ def activation_bytes(config: "RunConfig", model: "ModelConfig") -> int:
 
 def _block(model: "ModelConfig", layer: "LayerConfig", width: int) -> float:
     """Bytes per token: attention's norm, its input, queries, keys, values and output (twice), then the MLP."""
+    if not layer.attends:
+        return (FLOAT + width) * model.d_model + _mlp(layer, width)
     heads, keys = model.num_heads * model.size_of_head, model.num_key_heads * model.size_of_head
     attention = (FLOAT + width) * model.d_model + width * (3 * heads + 2 * keys)
     return attention + (FLOAT + width) * model.d_model + _mlp(layer, width)

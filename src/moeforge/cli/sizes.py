@@ -36,6 +36,7 @@ def describe(config: "ModelConfig", bytes_per_weight: int = 4, seq_len: int | No
         "vocab_size": config.vocab_size,
         "d_model": config.d_model,
         "layers": [_layer(config, layer) for layer in config.all_layers],
+        "num_repeats": config.num_repeats,
         "total_params": asdict(size.total),
         "active_params": asdict(size.active),
         "context": context,
@@ -48,7 +49,8 @@ def describe(config: "ModelConfig", bytes_per_weight: int = 4, seq_len: int | No
 
 
 def _layer(config: "ModelConfig", layer: "LayerConfig") -> Tree:
-    shape = {"num_heads": config.num_heads, "num_kv_heads": config.num_key_heads, "head_dim": config.size_of_head}
+    heads = config.num_heads if layer.attends else 0
+    shape = {"num_heads": heads, "num_kv_heads": config.num_key_heads, "head_dim": config.size_of_head}
     if layer.moe is None:
         return {**shape, "d_ff": layer.d_ff, "activation": layer.activation}
     return {
@@ -62,6 +64,8 @@ def _layer(config: "ModelConfig", layer: "LayerConfig") -> Tree:
 def show(tree: Tree, console: "Console") -> None:
     """Prints what ``describe`` found."""
     console.print(_layers(tree), _parameters(tree), highlight=False)
+    if tree["num_repeats"] > 1:
+        console.print(f"all layers are passed {tree['num_repeats']} times, with the same weights", highlight=False)
     context = f"context {tree['context']:,}"
     console.print(f"FLOPs per token  {short(tree['flops_per_token'])}  (forward pass, {context})", highlight=False)
     console.print(f"weights          {in_bytes(tree['weight_bytes'])}", highlight=False)
@@ -76,8 +80,8 @@ def _layers(tree: Tree) -> "Table":
 
     table = Table("layer", "attention", "MLP or experts", "per token", "shared", title_justify="left")
     for number, layer in enumerate(tree["layers"]):
-        heads = f"{layer['num_heads']} x {layer['head_dim']}"
-        if layer["num_kv_heads"] != layer["num_heads"]:
+        heads = f"{layer['num_heads']} x {layer['head_dim']}" if layer["num_heads"] else "none"
+        if layer["num_heads"] and layer["num_kv_heads"] != layer["num_heads"]:
             heads += f", {layer['num_kv_heads']} kv"
         if "d_ff" in layer:
             table.add_row(str(number), heads, f"dense {layer['d_ff']} {layer['activation']}", "", "")

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 
 import tokenizers
@@ -21,7 +22,7 @@ from moeforge.errors import UserError
 
 Entry = tuple[Packed, Packed, Tokenizer]
 """Training part, validation part, tokenizer."""
-_FORMAT = "1"
+_FORMAT = "2"
 
 
 def entry_folder(tokenizer: str, parts: Iterable[Iterable[str]]) -> Path:
@@ -52,8 +53,9 @@ def store(folder: Path, entry: Entry) -> None:
             whole = Path(temporary) / "entry"
             whole.mkdir()
             for name, part in zip(("train", "validation"), entry[:2], strict=True):
-                tensors = {"ids": part.ids, "starts": part.starts, "byte_lengths": part.byte_lengths}
-                save_file(tensors, whole / f"{name}.safetensors")
+                save_file(
+                    {field.name: getattr(part, field.name) for field in fields(part)}, whole / f"{name}.safetensors"
+                )
             entry[2].save(whole)
             whole.rename(folder)
     except (OSError, SafetensorError) as error:

@@ -1,5 +1,6 @@
 """Where text comes from: the standard library, local files, or a Hugging Face dataset, split by a fixed hash."""
 
+import itertools
 from abc import abstractmethod
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
@@ -51,9 +52,12 @@ class Files(Source):
     """A file, a folder, or a list of them."""
     text_field: str = "text"
     """Field of a JSON line, or column of a parquet file, that holds the text."""
+    domain_field: str | None = None
+    """The one that names the text's domain; null: a document's domain is the first folder below ``path``."""
 
     def documents(self) -> Iterator[Document]:
-        return files.documents([self.path] if isinstance(self.path, str) else self.path, self.text_field)
+        paths = [self.path] if isinstance(self.path, str) else self.path
+        return files.documents(paths, self.text_field, self.domain_field)
 
 
 class Datasets(Source):
@@ -70,15 +74,20 @@ class Datasets(Source):
     """The split to validate on; without it, a fixed part of ``train_split`` is held out."""
     text_field: str = "text"
     """The column that holds the text."""
+    domain_field: str | None = None
+    """The column that names its domain."""
 
     def documents(self) -> Iterator[Document]:
         for split in filter(None, (self.train_split, self.validation_split)):
             rows = self._load(split)
-            if self.text_field not in rows.column_names:
-                columns = ", ".join(rows.column_names)
-                raise UserError(f"dataset {self.name} ({split}) has no column '{self.text_field}'; it has: {columns}")
-            for number, text in enumerate(rows[self.text_field]):
-                yield Document(f"{split}#{number}", files.checked(text, f"dataset {self.name}, {split} row {number}"))
+            for column in filter(None, (self.text_field, self.domain_field)):
+                if column not in rows.column_names:
+                    columns = ", ".join(rows.column_names)
+                    raise UserError(f"dataset {self.name} ({split}) has no column '{column}'; it has: {columns}")
+            domains = rows[self.domain_field] if self.domain_field else itertools.repeat("")
+            for number, (text, domain) in enumerate(zip(rows[self.text_field], domains, strict=False)):
+                where = f"dataset {self.name}, {split} row {number}"
+                yield Document(f"{split}#{number}", files.checked(text, where), files.checked(domain, where))
 
     def draw(self, name: str) -> float:
         if self.validation_split is None:

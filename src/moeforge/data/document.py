@@ -11,6 +11,8 @@ class Document:
     name: str
     """Stable id, such as a relative path or ``path#line``. It decides between training and validation."""
     text: str
+    domain: str = ""
+    """What kind of text it is, for gates that look that up; empty where a corpus tells none apart."""
 
 
 def draw(key: str) -> float:

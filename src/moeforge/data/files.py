@@ -6,6 +6,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from moeforge.data.document import Document
@@ -19,9 +20,10 @@ PIECE = 8192
 """Characters per document when a lone text file has to give both training and validation."""
 
 
-def documents(paths: list[str], text_field: str) -> Iterator[Document]:
+def documents(paths: list[str], text_field: str, domain_field: str | None = None) -> Iterator[Document]:
     """Every document under ``paths``, in their order; folders are searched to the bottom, sorted by path.
 
+    A document's domain is the ``domain_field`` of its row, or else the first folder below the one that was named.
     A named file of unknown suffix is read as text; in folders such files are passed over. A text file that is all
     there is gets cut at paragraphs. Raises UserError for what is missing, empty, malformed or not UTF-8.
     """
@@ -30,7 +32,8 @@ def documents(paths: list[str], text_field: str) -> Iterator[Document]:
         yield from _pieces(*found[0])
         return
     for file, name in found:
-        yield from _read(file, name, text_field)
+        for document in _read(file, name, text_field, domain_field):
+            yield document if document.domain else replace(document, domain=name.rpartition("/")[0].partition("/")[0])
 
 
 def _expand(path: Path) -> Iterator[tuple[Path, str]]:
@@ -55,11 +58,11 @@ def _kind(path: Path) -> str:
     return (suffixes[-2] if len(suffixes) > 1 and suffixes[-1] in _GZIPPED else path.suffix).lower()
 
 
-def _read(path: Path, name: str, text_field: str) -> Iterator[Document]:
+def _read(path: Path, name: str, text_field: str, domain_field: str | None) -> Iterator[Document]:
     if _kind(path) in _LINES:
-        return _json_lines(path, name, text_field)
+        return _json_lines(path, name, text_field, domain_field)
     if _kind(path) in _TABLE:
-        return _parquet(path, name, text_field)
+        return _parquet(path, name, text_field, domain_field)
     return iter([Document(name, _text(path))])
 
 
@@ -95,7 +98,7 @@ def _piece_end(text: str, start: int) -> int:
     return start + PIECE
 
 
-def _json_lines(path: Path, name: str, text_field: str) -> Iterator[Document]:
+def _json_lines(path: Path, name: str, text_field: str, domain_field: str | None) -> Iterator[Document]:
     for number, line in enumerate(io.StringIO(_text(path)), start=1):
         if not line.strip():
             continue
@@ -106,13 +109,18 @@ def _json_lines(path: Path, name: str, text_field: str) -> Iterator[Document]:
             raise UserError(f"{where} is not JSON: {error.msg} at column {error.colno}") from error
         if not isinstance(row, dict):
             raise UserError(f"{where} holds {type(row).__name__}, not an object with a field '{text_field}'")
-        yield Document(f"{name}#{number}", _field(row, text_field, where))
+        yield _document(f"{name}#{number}", row, text_field, domain_field, where)
 
 
-def _field(row: dict[str, object], text_field: str, where: str) -> str:
-    if text_field not in row:
-        raise UserError(f"{where} has no field '{text_field}'; it has: {', '.join(row)}. Set data.text_field to one.")
-    return checked(row[text_field], f"{where}: field '{text_field}'")
+def _document(name: str, row: dict[str, object], text_field: str, domain_field: str | None, where: str) -> Document:
+    domain = _field(row, domain_field, "domain_field", where) if domain_field else ""
+    return Document(name, _field(row, text_field, "text_field", where), domain)
+
+
+def _field(row: dict[str, object], field: str, setting: str, where: str) -> str:
+    if field not in row:
+        raise UserError(f"{where} has no field '{field}'; it has: {', '.join(row)}. Set data.{setting} to one.")
+    return checked(row[field], f"{where}: field '{field}'")
 
 
 def checked(value: object, where: str) -> str:
@@ -126,7 +134,7 @@ def checked(value: object, where: str) -> str:
     return value
 
 
-def _parquet(path: Path, name: str, text_field: str) -> Iterator[Document]:
+def _parquet(path: Path, name: str, text_field: str, domain_field: str | None) -> Iterator[Document]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
@@ -134,10 +142,12 @@ def _parquet(path: Path, name: str, text_field: str) -> Iterator[Document]:
     try:
         table = parquet.ParquetFile(path)
         columns = table.schema_arrow.names
-        if text_field not in columns:
-            raise UserError(f"{path} has no column '{text_field}'; it has: {', '.join(columns)}. Set data.text_field.")
-        rows = (row for batch in table.iter_batches(columns=[text_field]) for row in batch.to_pylist())
+        wanted = {"text_field": text_field} | ({"domain_field": domain_field} if domain_field else {})
+        for setting, column in wanted.items():
+            if column not in columns:
+                raise UserError(f"{path} has no column '{column}'; it has: {', '.join(columns)}. Set data.{setting}.")
+        rows = (row for batch in table.iter_batches(columns=list(wanted.values())) for row in batch.to_pylist())
         for number, row in enumerate(rows):
-            yield Document(f"{name}#{number}", _field(row, text_field, f"{path} row {number}"))
+            yield _document(f"{name}#{number}", row, text_field, domain_field, f"{path} row {number}")
     except (ArrowException, OSError) as error:
         raise UserError(f"{path} cannot be read as parquet: {error}") from error

@@ -29,6 +29,8 @@ class Packed:
     """[D] int64 position of each document's end token; the first is 0."""
     byte_lengths: Tensor
     """[N] int32 UTF-8 bytes of text behind each token, 0 for end tokens. They sum to the bytes of the texts."""
+    domain: Tensor
+    """[D] int64 number of each document's domain, in the order of the names given to ``pack``; 0 without names."""
 
     @property
     def num_tokens(self) -> int:
@@ -48,29 +50,53 @@ class Packed:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of the tokens: equal exactly when the data and the tokenizer are."""
-        ids = self.ids.contiguous()
-        size = ids.numel() * ids.element_size()
-        return hashlib.sha256((ctypes.c_char * size).from_address(ids.data_ptr())).hexdigest()
+        return _digest(self.ids)
+
+    @cached_property
+    def domain_fingerprint(self) -> str:
+        """sha256 of the documents' domains."""
+        return _digest(self.domain)
 
 
-def pack(documents: Sequence[Document], tokenizer: Tokenizer) -> Packed:
-    """Encodes and joins ``documents``. Raises UserError when no token comes of them."""
+def _digest(values: Tensor) -> str:
+    values = values.contiguous()
+    size = values.numel() * values.element_size()
+    return hashlib.sha256((ctypes.c_char * size).from_address(values.data_ptr())).hexdigest()
+
+
+def pack(documents: Sequence[Document], tokenizer: Tokenizer, domains: Sequence[str] = ()) -> Packed:
+    """Encodes and joins ``documents``; ``domains`` are the names that their domains are numbered by.
+
+    Raises UserError when no token comes of them, or one is of a domain that is not among the names.
+    """
     end = torch.tensor([tokenizer.eos_id], dtype=torch.int32)
     end_bytes = torch.zeros_like(end)
     ids: list[Tensor] = []
     lengths: list[Tensor] = []
     sizes: list[int] = []
+    domain: list[int] = []
     for first in range(0, len(documents), _DOCUMENTS_AT_ONCE):
-        texts = [document.text for document in documents[first : first + _DOCUMENTS_AT_ONCE]]
-        for text, tokens in zip(texts, _encode(texts, tokenizer), strict=True):
+        some = documents[first : first + _DOCUMENTS_AT_ONCE]
+        texts = [document.text for document in some]
+        for document, text, tokens in zip(some, texts, _encode(texts, tokenizer), strict=True):
             if len(tokens):  # a text may vanish, such as white space in a tokenizer that strips it
                 ids += [end, tokens]
                 lengths += [end_bytes, _byte_lengths(text, tokens, tokenizer)]
                 sizes.append(1 + len(tokens))
+                domain.append(_number(document, domains))
     if not ids:
         raise UserError("the tokenizer made no token of the data: its documents are empty")
     starts = torch.tensor([0, *sizes[:-1]]).cumsum(0)
-    return Packed(torch.cat(ids), starts, torch.cat(lengths))
+    return Packed(torch.cat(ids), starts, torch.cat(lengths), torch.tensor(domain))
+
+
+def _number(document: Document, domains: Sequence[str]) -> int:
+    if domains and document.domain not in domains:
+        raise UserError(
+            f"{document.name} is of domain '{document.domain}', this model knows {', '.join(domains)}: "
+            "a domain is the first folder below data.path, or what data.domain_field names"
+        )
+    return domains.index(document.domain) if domains else 0
 
 
 def _encode(texts: list[str], tokenizer: Tokenizer) -> Iterator[Tensor]:
@@ -107,8 +133,15 @@ class Batch:
     """[B, L] int32 number of the document within its row: 0, 1, ..."""
     position: Tensor
     """[B, L] int64 position within the document, from 0 at its start or at the start of the row."""
+    domain: Tensor
+    """[B, L] int64 number of the token's document's domain."""
     num_bytes: int
     """UTF-8 bytes of text that the targets stand for."""
+
+    @property
+    def known(self) -> dict[str, Tensor]:
+        """What the tokens are known to be, by kind: for gates that look it up."""
+        return {"domain": self.domain}
 
     @property
     def num_targets(self) -> int:
@@ -129,6 +162,7 @@ class _Arrangement:
         self.sources = packed.starts[order]
         self.ends = packed.sizes[order].cumsum(0)
         self.begins = self.ends - packed.sizes[order]
+        self.domain = packed.domain[order]
 
     def cut(self, first: Tensor, seq_len: int) -> Batch:
         """Rows of ``seq_len`` tokens and their next tokens, from the stream positions ``first`` [B]."""
@@ -146,6 +180,7 @@ class _Arrangement:
             labels=tokens[:, 1:].masked_fill(beyond, IGNORED),
             document=(rank - rank[:, :1])[:, :-1].int(),
             position=torch.minimum(offset, column)[:, :-1].contiguous(),
+            domain=self.domain[rank[:, :-1]],
             num_bytes=int(self.packed.byte_lengths[source[:, 1:]].masked_fill(beyond, 0).sum()),
         )
 

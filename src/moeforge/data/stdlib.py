@@ -23,7 +23,7 @@ _SKIPPED_MODULES = ("pydoc_data", "_sysconfigdata", "config-")
 
 
 def documents(root: Path | None = None) -> Iterator[Document]:
-    """Sources by path (``asyncio/events.py``), then topics (``topics/assert``), both sorted.
+    """Sources by path (``asyncio/events.py``), then topics (``topics/assert``), both sorted; two domains.
 
     ``root`` is the library's folder; by default the running interpreter's. Raises UserError where it has no sources.
     """
@@ -37,7 +37,7 @@ def documents(root: Path | None = None) -> Iterator[Document]:
     yield from sources
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     for key in sorted(topics):
-        yield Document(_TOPICS + key, topics[key])
+        yield Document(_TOPICS + key, topics[key], domain="topics")
 
 
 def module(name: str) -> str:
@@ -48,7 +48,7 @@ def module(name: str) -> str:
 def _sources(root: Path) -> Iterator[Document]:
     for inside in sorted(_paths(root), key=Path.as_posix):
         try:
-            yield Document(inside.as_posix(), (root / inside).read_text(encoding="utf-8"))
+            yield Document(inside.as_posix(), (root / inside).read_text(encoding="utf-8"), domain="code")
         except UnicodeDecodeError:
             continue  # a few sources declare another encoding on purpose
 

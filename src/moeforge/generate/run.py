@@ -8,6 +8,7 @@ import torch
 
 from moeforge.data.tokenizers import Tokenizer
 from moeforge.errors import UserError
+from moeforge.generate.domain import known
 from moeforge.generate.sample import Sampling, next_token
 from moeforge.generate.trace import choices
 from moeforge.models import Cache, Decoder
@@ -32,20 +33,23 @@ class Writer:
     """One document: ``read`` adds given text, ``write`` lets the model go on. Each token is computed once.
 
     It starts with the end-of-document token, as every document does in training. Raises UserError for a model whose
-    routers compare tokens, unless ``unsafe_batch_dependent``.
+    routers compare tokens, unless ``unsafe_batch_dependent``, and as ``known`` does for its ``domain``.
     """
 
-    def __init__(self, model: Decoder, tokenizer: Tokenizer, unsafe_batch_dependent: bool = False) -> None:
-        leaking = [index for index, moe in model.moe_layers.items() if moe.config.router.leaks]
+    def __init__(
+        self, model: Decoder, tokenizer: Tokenizer, unsafe_batch_dependent: bool = False, domain: str | None = None
+    ) -> None:
+        leaking = [index for index, moe in model.moe_layers.items() if not moe.config.router.decodes]
         if leaking and not unsafe_batch_dependent:
             raise UserError(
-                f"in layers {', '.join(map(str, leaking))} a token's experts depend on the tokens after and beside it, "
+                f"in layers {', '.join(map(str, leaking))} a token's experts depend on other tokens than itself, "
                 "so text token by token is not what was trained; generate --unsafe-batch-dependent writes anyway"
             )
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.domain = model, tokenizer, domain
         self.max_len = model.config.max_seq_len
         self._cache = Cache(model, 1, self.max_len)
         self._unread = [tokenizer.eos_id]
+        known(model, domain, torch.empty(0))
         self._logits = torch.empty(0)
 
     @property
@@ -95,9 +99,10 @@ class Writer:
         """Runs ``ids``; keeps the logits after the last of them and returns its experts."""
         held = self._cache.length
         try:
-            output = self.model(torch.tensor([ids], device=self.model.embedding.weight.device), cache=self._cache)
+            input_ids = torch.tensor([ids], device=self.model.embedding.weight.device)
+            output = self.model(input_ids, cache=self._cache, known=known(self.model, self.domain, input_ids))
         except BaseException:  # Ctrl-C too: some layers have stored these tokens, others have not
-            for layer in self._cache.layers:
+            for layer in self._cache.layers.values():
                 layer.length = held
             raise
         self._logits = output.logits[0, -1]
@@ -105,9 +110,14 @@ class Writer:
 
 
 def generate(
-    model: Decoder, tokenizer: Tokenizer, prompt: str, sampling: Sampling, unsafe_batch_dependent: bool = False
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompt: str,
+    sampling: Sampling,
+    unsafe_batch_dependent: bool = False,
+    domain: str | None = None,
 ) -> Iterator[Step]:
     """Continues ``prompt``, which may be empty. Raises UserError when it fills the model's context, and as Writer."""
-    writer = Writer(model, tokenizer, unsafe_batch_dependent)
+    writer = Writer(model, tokenizer, unsafe_batch_dependent, domain)
     writer.read(prompt)
     return writer.write(sampling)

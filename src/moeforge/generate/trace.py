@@ -6,8 +6,9 @@ import torch
 
 from moeforge.data.tokenizers import Tokenizer
 from moeforge.errors import UserError
+from moeforge.generate.domain import known
 from moeforge.models import Decoder, Output
-from moeforge.moe.route import SoftRoute
+from moeforge.moe import MergedRoute, SoftRoute
 
 
 class Choice(NamedTuple):
@@ -29,17 +30,17 @@ class Traced(NamedTuple):
 
 
 @torch.no_grad()
-def trace(model: Decoder, tokenizer: Tokenizer, text: str) -> list[Traced]:
+def trace(model: Decoder, tokenizer: Tokenizer, text: str, domain: str | None = None) -> list[Traced]:
     """Every token of ``text`` with its own experts. The start-of-document token is run, but not listed.
 
-    Raises UserError when the text is longer than the model's context.
+    Raises UserError when the text is longer than the model's context, and as ``known`` does for its ``domain``.
     """
     ids = tokenizer.encode(text)
     room = model.config.max_seq_len - 1
     if len(ids) > room:
         raise UserError(f"the text has {len(ids)} tokens, the model's context takes {room} (max_seq_len - 1)")
     input_ids = torch.tensor([[tokenizer.eos_id, *ids]], device=model.embedding.weight.device)
-    by_token = choices(model(input_ids))[1:]
+    by_token = choices(model(input_ids, known=known(model, domain, input_ids)))[1:]
     return [Traced(piece, chosen) for piece, chosen in zip(tokenizer.pieces(ids), by_token, strict=True)]
 
 
@@ -48,7 +49,7 @@ def choices(output: Output) -> list[dict[int, Choice]]:
     count = output.logits.shape[0] * output.logits.shape[1]
     rows: list[dict[int, Choice]] = [{} for _ in range(count)]
     for layer, routing in output.routings.items():
-        route = routing.route
+        route = routing.route.edges if isinstance(routing.route, MergedRoute) else routing.route
         if isinstance(route, SoftRoute):
             raise UserError(f"layer {layer} mixes all tokens into every expert: no token has experts of its own")
         found: list[list[tuple[float, int]]] = [[] for _ in range(count)]

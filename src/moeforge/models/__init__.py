@@ -8,3 +8,4 @@ from moeforge.models.count import measure as measure
 from moeforge.models.decoder import Cache as Cache
 from moeforge.models.decoder import Decoder as Decoder
 from moeforge.models.decoder import Output as Output
+from moeforge.models.extract import extract as extract

@@ -1,8 +1,8 @@
-"""One decoder layer: attention, then experts or an MLP, each behind a norm and added to the residual stream."""
+"""One decoder layer: attention where it attends, then experts or an MLP, each behind a norm."""
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -13,32 +13,55 @@ from moeforge.moe import Context, MoE, Routing
 from moeforge.moe.shared import MLP
 
 
+class Passed(NamedTuple):
+    """What one layer makes of the residual stream."""
+
+    x: Tensor
+    """[B, L, D] stream, attention's part added."""
+    added: Tensor
+    """[B, L, D] what the MLP or the experts have to add to it."""
+    routing: Routing | None
+    """What the router decided; None for a layer without experts."""
+
+
 class Block(nn.Module):
-    """[B, L, D] -> [B, L, D] and, for a layer with experts, what its router decided."""
+    """[B, L, D] -> the stream after attention and what comes on top; the decoder joins the two."""
 
     def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        self.attention = Attention(config)
+        self.attention_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps) if layer.attends else None
+        self.attention = Attention(config) if layer.attends else None
         self.mlp_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.moe = MoE(layer.moe, config.d_model) if layer.moe else None
         self.mlp = None if layer.moe else MLP(config.d_model, layer.d_ff, layer.activation)
 
     def forward(
         self, x: Tensor, positions: Positions, context: Context, cache: LayerCache | None, recompute: bool
-    ) -> tuple[Tensor, Routing | None]:
+    ) -> Passed:
         """With ``recompute``, activations are made again in backward; the route is not, so it cannot change."""
         run = _recomputed if recompute else _called
-        if self.moe is not None and self.moe.config.router.select.reads_importance:
-            importance = self.attention.received(self.attention_norm(x), positions)
-            context = replace(context, importance=importance.flatten())
-        x = x + run(lambda x: self.attention(self.attention_norm(x), positions, cache), x)
+        before = x
+        if self.attention is not None:
+            if self.moe is not None and self.moe.config.router.select.reads_importance:
+                importance = self.attention.received(self._normed(x), positions)
+                context = replace(context, importance=importance.flatten())
+            x = x + run(lambda x: self._attend(x, positions, cache), x)
         if self.moe is None:
-            return x + run(lambda x: self._dense(self.mlp_norm(x)), x), None
+            return Passed(x, run(lambda x: self._dense(self.mlp_norm(x)), x), None)
         moe = self.moe
         normed_TD = self.mlp_norm(x).flatten(0, -2)
-        routing = moe.decide(normed_TD, context)
-        return x + run(moe.experts, normed_TD, routing.route).view_as(x), routing
+        rows_TD = self.mlp_norm(before).flatten(0, -2) if moe.config.shortcut else normed_TD
+        routing = moe.decide(rows_TD, context)
+        beside = (normed_TD,) if moe.config.shortcut else ()
+        return Passed(x, run(moe.experts, rows_TD, routing.route, *beside).view_as(x), routing)
+
+    def _attend(self, x: Tensor, positions: Positions, cache: LayerCache | None) -> Tensor:
+        assert self.attention is not None
+        return self.attention(self._normed(x), positions, cache)
+
+    def _normed(self, x: Tensor) -> Tensor:
+        assert self.attention_norm is not None
+        return self.attention_norm(x)
 
     def _dense(self, x: Tensor) -> Tensor:
         assert self.mlp is not None

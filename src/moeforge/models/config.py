@@ -6,11 +6,12 @@ from typing import Any, Literal, Self
 from pydantic import Field, SerializerFunctionWrapHandler, field_serializer, model_validator
 
 from moeforge.config import Activation, Config, difference, merge, slot
+from moeforge.models.momentum import Momentum
 from moeforge.moe import MoEConfig
 
 
 class Normal(Config):
-    """Every matrix from N(0, std), those that write to the residual stream divided by sqrt(2 * num_layers)."""
+    """Every matrix from N(0, std), those that write to the residual stream divided by sqrt(2 * layers passed)."""
 
     type: Literal["normal"] = "normal"
     std: float = Field(0.02, gt=0)
@@ -37,6 +38,18 @@ class LayerConfig(Config):
     """Of that MLP."""
     moe: MoEConfig | None = None
     """The experts; null makes the layer dense."""
+    attends: bool = True
+    """Whether attention comes first; without it two layers of experts can follow one another."""
+
+    @model_validator(mode="after")
+    def _shortcut_leads_past_something(self) -> Self:
+        if self.moe and self.moe.shortcut and not self.attends:
+            raise ValueError("moe.shortcut leads past the layer's attention, and attends: false leaves that out")
+        if self.moe and self.moe.router.select.reads_importance and not self.attends:
+            raise ValueError(
+                f"select: {self.moe.router.select.type} reads attention, and attends: false leaves that out"
+            )
+        return self
 
 
 class ModelConfig(LayerConfig):
@@ -47,7 +60,11 @@ class ModelConfig(LayerConfig):
     d_model: int = Field(64, ge=1)
     """Width of the residual stream."""
     num_layers: int = Field(4, ge=1)
-    """Decoder layers."""
+    """Decoder layers, each with weights of its own."""
+    num_repeats: int = Field(1, ge=1)
+    """Times that the whole stack of layers is passed, with the same weights (arXiv:2405.16039)."""
+    momentum: Momentum | None = None
+    """How what experts add joins the residual stream; null: it is added."""
     num_heads: int = Field(4, ge=1)
     """Query heads."""
     num_kv_heads: int | None = Field(None, ge=1)
@@ -72,6 +89,8 @@ class ModelConfig(LayerConfig):
     """This many layers at the bottom have no experts."""
     moe_every: int = Field(1, ge=1)
     """Of the layers above them, every so-manieth has experts, the last of each group."""
+    domains: tuple[str, ...] = ()
+    """Names of the domains that a gate looks up, in order of their ids; a run takes them from its data."""
     layers: dict[int, LayerConfig] = Field(default_factory=dict)
     """By layer number from 0, what differs from the default layer: ``3: {moe: {experts: {num_experts: 32}}}``."""
 
@@ -106,22 +125,37 @@ class ModelConfig(LayerConfig):
             raise ValueError(f"layers names layer {beyond[0]}, but num_layers = {self.num_layers} (numbered from 0)")
         if self.moe and not any(layer.moe for layer in self.all_layers):
             raise ValueError("moe is set but no layer has experts: see first_dense_layers, moe_every and layers")
+        if self.domains and not self.looks_up_domains:
+            raise ValueError("domains has names, but no gate looks domains up")
+        if self.momentum and not any(layer.moe for layer in self.all_layers):
+            raise ValueError("momentum acts on what experts add, and no layer has experts")
+        if not any(layer.attends for layer in self.all_layers):
+            raise ValueError("attends is false in every layer: no token would see another")
         self._check_gates()
         return self
 
     def _check_gates(self) -> None:
         """Raises ValueError for gates that get nothing they can use from this decoder, or from the layer below."""
         below = None
-        for index, moe in ((index, layer.moe) for index, layer in enumerate(self.all_layers) if layer.moe):
+        for depth, moe in ((depth, layer.moe) for depth, layer in enumerate(self.applied_layers) if layer.moe):
+            index = depth % self.num_layers
             gate = moe.router.gate
-            if gate.type == "lookup" and gate.by != "token":
-                raise ValueError(f"layer {index}: gate: lookup by {gate.by}: a decoder knows token ids alone")
-            if gate.type == "lookup" and gate.num_ids < (self.vocab_size or 0):
-                raise ValueError(f"layer {index}: gate.num_ids = {gate.num_ids} is less than {self.vocab_size} tokens")
+            if gate.type == "lookup":
+                if gate.by not in ("token", "domain"):
+                    raise ValueError(f"layer {index}: gate: lookup by {gate.by}: a decoder knows token and domain ids")
+                count = len(self.domains) if gate.by == "domain" else self.vocab_size or 0
+                if gate.num_ids < count:
+                    raise ValueError(f"layer {index}: gate.num_ids = {gate.num_ids} is less than {count} {gate.by}s")
             width = gate.state_width(moe.num_experts) if hasattr(gate, "state_width") else None
             if width and below and width != below:
                 raise ValueError(f"layer {index}: its gate takes a state of {width}, the layer below hands on {below}")
             below = width
+
+    @property
+    def looks_up_domains(self) -> bool:
+        """Whether a gate must be told each token's domain."""
+        gates = [layer.moe.router.gate for layer in self.all_layers if layer.moe]
+        return any(gate.type == "lookup" and gate.by == "domain" for gate in gates)
 
     @property
     def size_of_head(self) -> int:
@@ -138,10 +172,15 @@ class ModelConfig(LayerConfig):
         """Every layer's own config, from the bottom."""
         return [self.layers.get(index) or self._default(index) for index in range(self.num_layers)]
 
+    @property
+    def applied_layers(self) -> list[LayerConfig]:
+        """The layers that a token passes, in order: ``all_layers``, ``num_repeats`` times."""
+        return self.all_layers * self.num_repeats
+
     def _default(self, index: int) -> LayerConfig:
         """The layer as it is where ``layers`` says nothing."""
         moe = self.moe if _has_experts(index, self.first_dense_layers, self.moe_every) else None
-        return LayerConfig(d_ff=self.d_ff, activation=self.activation, moe=moe)
+        return LayerConfig(d_ff=self.d_ff, activation=self.activation, moe=moe, attends=self.attends)
 
 
 def _has_experts(index: Any, first_dense_layers: Any, moe_every: Any) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from moeforge.models.config import LayerConfig, ModelConfig
+from moeforge.models.config import ModelConfig
 from moeforge.models.decoder import Decoder
 from moeforge.moe import MoE
 
@@ -30,7 +30,10 @@ class Size:
 
     total: Count
     active: Count
-    """Parameters a token uses: dense ones, of each bank the mean number of chosen experts, of a gate's table a row."""
+    """Parameters a token uses: dense ones, of each bank the mean number of chosen experts, of a gate's table a row.
+
+    With repeats, those of one pass.
+    """
     flops_per_token: int
     """Forward pass at full context: two per active weight of a matrix, and attention over half the context."""
     weight_bytes: int
@@ -43,20 +46,21 @@ def measure(config: ModelConfig, bytes_per_weight: int = 4, seq_len: int | None 
     """Counts ``config``; ``seq_len`` is the context that FLOPs are counted at (default: ``max_seq_len``)."""
     with torch.device("meta"):
         model = Decoder(config)
-    total, idle = sum(p.numel() for p in model.parameters()), sum(map(_idle, model.moe_layers.values()))
+    total = sum(p.numel() for p in model.parameters())
+    idle = sum(_idle(module) for module in model.modules() if isinstance(module, MoE))
     table = model.embedding.weight.numel()
-    attention = 2 * config.num_layers * config.num_heads * config.size_of_head * (seq_len or config.max_seq_len)
+    attending = sum(layer.attends for layer in config.applied_layers)
+    attention = 2 * attending * config.num_heads * config.size_of_head * (seq_len or config.max_seq_len)
     attention += _looks_again(model, seq_len or config.max_seq_len)
-    vectors = sum(p.numel() for p in model.parameters() if p.ndim < 2)
     # The input embedding is a look-up; a tied one is still multiplied with, once, at the output.
-    multiplied = total - idle - vectors - _looked_up(model) - (0 if config.tie_embeddings else table)
+    multiplied = table + config.num_repeats * (_matrices(model.blocks) - idle - _looked_up(model.blocks))
     return Size(
         total=_count(total, table, config),
         active=_count(total - max(0, idle) - _looked_up(model, but_rows=1), table, config),
         flops_per_token=2 * multiplied + attention,
         weight_bytes=bytes_per_weight * total,
         optimizer_bytes=16 * total,
-        kv_bytes_per_token=2 * bytes_per_weight * config.num_layers * config.num_key_heads * config.size_of_head,
+        kv_bytes_per_token=2 * bytes_per_weight * attending * config.num_key_heads * config.size_of_head,
     )
 
 
@@ -86,6 +90,11 @@ def _idle(moe: MoE) -> int:
     return round(sum(p.numel() for p in moe.banks.parameters()) - used - asked)
 
 
+def _matrices(module: nn.Module) -> int:
+    """Weights in matrices: all that rows are multiplied with."""
+    return sum(p.numel() for p in module.parameters() if p.ndim >= 2)
+
+
 def _looked_up(model: nn.Module, but_rows: int = 0) -> int:
     """Weights in tables that a token reads one row of, no multiplication; ``but_rows`` rows of each left out."""
     tables = (getattr(module, name) for module in model.modules() for name in getattr(module, "looked_up", ()))
@@ -101,10 +110,13 @@ def dense_twin(config: ModelConfig) -> ModelConfig:
     with torch.device("meta"):
         model = Decoder(config.replace(vocab_size=config.vocab_size or 1))
     layers = {index: layer for index, layer in config.layers.items() if layer.moe is None}
-    for index, moe in model.moe_layers.items():
-        layer = config.all_layers[index]
-        active = sum(p.numel() for p in moe.parameters() if p.ndim >= 2) - _idle(moe) - _looked_up(moe)
+    for index, layer in enumerate(config.all_layers):
+        if layer.moe is None:
+            continue
+        moe = model.moe_layers[index]
+        active = _matrices(moe) - _idle(moe) - _looked_up(moe)
         per_unit = config.d_model * (3 if layer.activation.endswith("glu") else 2)
-        layers[index] = LayerConfig(d_ff=math.ceil(active / per_unit), activation=layer.activation)
-    shape = {name: getattr(config, name) for name in ModelConfig.model_fields if name not in ("moe", "layers")}
+        layers[index] = layer.replace(d_ff=math.ceil(active / per_unit), moe=None)
+    of_experts = ("moe", "layers", "momentum", "domains")
+    shape = {name: getattr(config, name) for name in ModelConfig.model_fields if name not in of_experts}
     return ModelConfig.model_validate({**shape, "first_dense_layers": 0, "moe_every": 1, "layers": layers})

@@ -1,5 +1,6 @@
 """The decoder: token ids in, logits and every router's decision out."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,6 +10,7 @@ from moeforge.models.attention import LayerCache, locate
 from moeforge.models.block import Block
 from moeforge.models.config import ModelConfig
 from moeforge.models.init import initialise
+from moeforge.models.momentum import Moments
 from moeforge.moe import Context, MoE, Routing
 
 
@@ -19,20 +21,21 @@ class Output:
     logits: Tensor
     """[B, L, V]."""
     routings: dict[int, Routing]
-    """By layer number, for layers with experts."""
+    """By depth, for layers with experts: the layer's number, and ``num_layers`` more with every repeat."""
 
 
 class Cache:
-    """Keys and values of every layer, so that each token is computed once."""
+    """Keys and values at every depth that attends, so that each token is computed once."""
 
     def __init__(self, model: "Decoder", batch_size: int, max_len: int) -> None:
         like = model.embedding.weight
-        self.layers = [LayerCache(batch_size, model.config, max_len, like) for _ in model.blocks]
+        attending = [depth for depth, layer in enumerate(model.config.applied_layers) if layer.attends]
+        self.layers = {depth: LayerCache(batch_size, model.config, max_len, like) for depth in attending}
 
     @property
     def length(self) -> int:
         """Tokens held."""
-        return self.layers[0].length
+        return next(iter(self.layers.values())).length
 
 
 class Decoder(nn.Module):
@@ -57,11 +60,13 @@ class Decoder(nn.Module):
         document: Tensor | None = None,
         cache: Cache | None = None,
         step: int | None = None,
+        known: Mapping[str, Tensor] | None = None,
     ) -> Output:
         """[B, L] ids -> logits [B, L, V].
 
         ``position`` and ``document`` [B, L] describe packed sequences: positions restart with each document, and no
-        token sees another document. With a ``cache`` the ids follow what it holds.
+        token sees another document. With a ``cache`` the ids follow what it holds. ``known`` [B, L] by kind is what the
+        tokens are known to be (``domain``), for gates that look it up.
         """
         past = cache.length if cache else 0
         if position is None:
@@ -70,18 +75,30 @@ class Decoder(nn.Module):
         x, routings = self.embedding(input_ids), {}
         if self.config.embedding_scale != 1.0:
             x = x * self.config.embedding_scale
-        context = Context(len(input_ids), input_ids.flatten(), x.flatten(0, 1), positions=position.flatten(), step=step)
+        facts = {kind: ids.flatten() for kind, ids in (known or {}).items()}
+        tokens, embedded = input_ids.flatten(), x.flatten(0, 1)
+        context = Context(len(input_ids), tokens, embedded, positions=position.flatten(), step=step, ids=facts)
         recompute = self.recompute_activations and torch.is_grad_enabled()
-        for index, block in enumerate(self.blocks):
-            x, routing = block(x, positions, context, cache.layers[index] if cache else None, recompute)
+        moments, momentum = Moments(), self.config.momentum
+        for depth, block in enumerate(self.stack):
+            stored = cache.layers.get(depth) if cache else None
+            x, added, routing = block(x, positions, context, stored, recompute)
             if routing is not None:
-                routings[index] = routing
+                routings[depth] = routing
                 context = replace(context, router_state=routing.state)
+                if momentum is not None:
+                    added, moments = momentum(added, moments)
+            x = x + added
         x = self.norm(x)
         logits = self.output(x) if self.output is not None else nn.functional.linear(x, self.embedding.weight)
         return Output(logits, routings)
 
     @property
+    def stack(self) -> list[nn.Module]:
+        """The layers in the order in which a token passes them: all of them, ``num_repeats`` times."""
+        return list(self.blocks) * self.config.num_repeats
+
+    @property
     def moe_layers(self) -> dict[int, MoE]:
-        """The layers with experts, by number; the keys of ``Output.routings``."""
-        return {index: block.moe for index, block in enumerate(self.blocks) if isinstance(block.moe, MoE)}
+        """The layers with experts, by depth as in ``Output.routings``; with repeats, one module at several depths."""
+        return {depth: block.moe for depth, block in enumerate(self.stack) if isinstance(block.moe, MoE)}

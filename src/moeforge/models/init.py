@@ -28,4 +28,5 @@ def _matrix(name: str, weight: nn.Parameter, config: ModelConfig) -> None:
         nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
         return
     residual = any(part in name for part in WRITES_TO_RESIDUAL)
-    nn.init.normal_(weight, std=init.std / (2 * config.num_layers) ** 0.5 if residual else init.std)
+    depth = config.num_layers * config.num_repeats
+    nn.init.normal_(weight, std=init.std / (2 * depth) ** 0.5 if residual else init.std)

@@ -5,6 +5,7 @@ from moeforge.moe.bank import MLPExperts as MLPExperts
 from moeforge.moe.context import Context as Context
 from moeforge.moe.layer import MoE as MoE
 from moeforge.moe.layer import MoEConfig as MoEConfig
+from moeforge.moe.merge import MergedRoute as MergedRoute
 from moeforge.moe.route import Route as Route
 from moeforge.moe.route import SoftRoute as SoftRoute
 from moeforge.moe.router import Router as Router

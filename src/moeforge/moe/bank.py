@@ -1,6 +1,6 @@
 """Bank: a stack of same-shaped experts. A new kind of expert writes one method, ``rows``."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from moeforge.config import Activation, Config, slot
 from moeforge.kernels import expert_mlp
 from moeforge.kernels.activation import activate, is_gated
+from moeforge.moe.merge import MergedRoute
 from moeforge.moe.route import Route, SoftRoute, expert_of
 
 
@@ -31,8 +32,10 @@ class Bank(nn.Module):
         """[T, D] float32 -> [T, E]: norm of what each expert computes first, where that is cheap."""
         raise TypeError(f"{type(self).__name__} is a Bank without first_norms()")
 
-    def forward(self, x_TD: Tensor, route: Route | SoftRoute) -> Tensor:
+    def forward(self, x_TD: Tensor, route: Route | SoftRoute | MergedRoute) -> Tensor:
         """[T, D] -> [T, D] weighted sum over the route, its carry included."""
+        if isinstance(route, MergedRoute):
+            raise TypeError(f"{type(self).__name__} has no parameters that could be merged")
         return route.combine(self.rows(route.gather(x_TD), route.ends), x_TD)
 
 
@@ -52,8 +55,11 @@ class MLPBank(Bank):
         ones_N = torch.ones(len(rows_ND), device=rows_ND.device)
         return self._run(rows_ND, Route(order_N, ones_N, ends_E, len(rows_ND), top_k=1, slot=order_N))
 
-    def forward(self, x_TD: Tensor, route: Route | SoftRoute) -> Tensor:
-        """[T, D] -> [T, D]; a Route runs in one call without gathered copies."""
+    def forward(self, x_TD: Tensor, route: Route | SoftRoute | MergedRoute) -> Tensor:
+        """[T, D] -> [T, D]; a Route runs in one call without gathered copies, merged experts are a new stack."""
+        if isinstance(route, MergedRoute):
+            up, down = route.merge(self.gate_up_proj), route.merge(self.down_proj)
+            return expert_mlp(x_TD, route.to_groups, up, down, self.config.activation, self.config.engine)
         if isinstance(route, SoftRoute):
             return super().forward(x_TD, route)
         return route.add_carry(self._run(x_TD, route), x_TD)
@@ -66,6 +72,7 @@ class MLPExperts(Config):
     """``num_experts`` MLPs of width ``d_expert``."""
 
     type: Literal["mlp"] = "mlp"
+    merges: ClassVar[bool] = True
     num_experts: int = Field(8, ge=1)
     """How many."""
     d_expert: int = Field(ge=1)
@@ -239,10 +246,10 @@ class ZeroBank(Bank):
         """Zeros."""
         return torch.zeros_like(rows_ND)
 
-    def forward(self, x_TD: Tensor, route: Route | SoftRoute) -> Tensor:
+    def forward(self, x_TD: Tensor, route: Route | SoftRoute | MergedRoute) -> Tensor:
         """Zeros, without a row gathered, but for what the route carries."""
         zeros_TD = torch.zeros_like(x_TD)
-        return zeros_TD if isinstance(route, SoftRoute) else route.add_carry(zeros_TD, x_TD)
+        return route.add_carry(zeros_TD, x_TD) if isinstance(route, Route) else zeros_TD
 
 
 class ZeroExperts(Config):

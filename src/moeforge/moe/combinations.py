@@ -80,6 +80,8 @@ def _to_choice(router: "RouterConfig") -> Iterator[str]:
             yield "select: soft fills every slot; set losses: [] and neither controller nor capacity"
         if router.weigh != Scores():
             yield "select: soft has its own weights, so weigh does nothing: leave it at weigh: scores"
+    if select.type == "merged":
+        yield from _to_merging(router)
     if score.type == "softmax" and min(_ends(score.temperature)) <= 0:
         yield "score.temperature divides the logits: it must stay above zero"
 
@@ -96,6 +98,21 @@ def _to_bar(router: "RouterConfig") -> Iterator[str]:
     hides = any(noise.type == "visible" for noise in router.noise)  # hidden experts score exactly zero
     if lowest is not None and (bar < lowest or (bar == lowest and score.type != "relu" and not hides)):
         yield f"{where} selects every expert for every token: set bar above {lowest:g}, or score: relu and bar: 0"
+
+
+def _to_merging(router: "RouterConfig") -> Iterator[str]:
+    gate, over = router.gate, router.select.over
+    if router.losses or router.controller or router.capacity:
+        yield "select: merged routes no rows; set losses: [] and neither controller nor capacity"
+    if any(noise.type == "visible" for noise in router.noise):
+        yield "select: merged takes means of logits, and noise: visible hides experts by minus infinity; leave one out"
+    if over == "segment_before" and (router.score.type, router.weigh.type) != ("logits", "softmax"):
+        yield (
+            "select: merged over: segment_before needs score: logits and weigh: softmax: "
+            "they make equal weights for a document's first segment, which has nothing before it"
+        )
+    if over == "equal_scores" and not (gate.type == "lookup" and not gate.rows):
+        yield "select: merged over: equal_scores needs a gate by ids alone; rows have scores of their own"
 
 
 def _to_weights(router: "RouterConfig") -> Iterator[str]:

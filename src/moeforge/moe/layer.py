@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from moeforge.config import Config
 from moeforge.moe.bank import Bank, Experts
 from moeforge.moe.context import Context
+from moeforge.moe.merge import MergedRoute
 from moeforge.moe.route import Route, SoftRoute
 from moeforge.moe.router import Router, RouterConfig, Routing
 from moeforge.moe.shared import Shared, SharedConfig
@@ -23,6 +24,9 @@ class MoEConfig(Config):
     """Who goes where."""
     shared: SharedConfig | None = None
     """The branch that every token takes."""
+    shortcut: bool = False
+    """Router and experts read the row from before this layer's attention, the shared branch the one after it, so that
+    experts on other devices work while attention does (arXiv:2404.05019)."""
 
     @field_validator("experts", mode="before")
     @classmethod
@@ -38,6 +42,8 @@ class MoEConfig(Config):
     def _selectable(self) -> Self:
         if not self.experts:
             raise ValueError("experts is empty: name at least one bank")
+        if self.router.select.type == "merged" and not (len(self.experts) == 1 and hasattr(self.experts[0], "merges")):
+            raise ValueError("select: merged sums parameters: it needs one bank, of type mlp")
         self.router.check(self.num_experts, self.costs(d_model=64))  # which cost more does not depend on the width
         if hasattr(self.router.gate, "check_banks"):
             self.router.gate.check_banks(self.experts)
@@ -48,6 +54,10 @@ class MoEConfig(Config):
         budget = any(loss.type == "budget_loss" for loss in self.router.losses)
         if budget and not hasattr(self.shared and self.shared.mix, "routed_share"):
             raise ValueError("losses: budget_loss needs shared: with mix: interpolated or coefficient")
+        if budget and self.shortcut:
+            raise ValueError(
+                "losses: budget_loss asks the mix about the experts' row, and with shortcut it reads another"
+            )
         return self
 
     @property
@@ -72,7 +82,10 @@ class MoE(nn.Module):
         self.watching: list[Any] = [loss for loss in config.router.losses if hasattr(loss, "watch")]
 
     def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Routing]:
-        """[..., D] -> ([..., D], what the router decided about the T flattened rows)."""
+        """[..., D] -> ([..., D], what the router decided about the T flattened rows).
+
+        A layer by itself has no attention for ``shortcut`` to pass: both branches read x.
+        """
         x_TD = x.flatten(0, -2)
         routing = self.decide(x_TD, context or Context())
         return self.experts(x_TD, routing.route).view_as(x), routing
@@ -84,8 +97,11 @@ class MoE(nn.Module):
             routing = loss.watch(routing, x_TD, self.shared)
         return routing
 
-    def experts(self, x_TD: Tensor, route: Route | SoftRoute) -> Tensor:
-        """[T, D] -> [T, D] once the route is known: the part that activation checkpointing may recompute."""
+    def experts(self, x_TD: Tensor, route: Route | SoftRoute | MergedRoute, shared_TD: Tensor | None = None) -> Tensor:
+        """[T, D] -> [T, D] once the route is known: the part that activation checkpointing may recompute.
+
+        ``shared_TD`` is what the shared branch reads, where that is not x.
+        """
         parts = route.split([bank.num_experts for bank in self.config.experts])
         banks: list[Bank] = list(self.banks)  # type: ignore[arg-type]
         y_TD = banks[0](x_TD, parts[0])
@@ -93,4 +109,4 @@ class MoE(nn.Module):
             y_TD = y_TD + bank(x_TD, part)
         if isinstance(route, Route) and route.probe is not None:
             y_TD = y_TD + route.probe.to(y_TD.dtype)
-        return y_TD if self.shared is None else self.shared(x_TD, y_TD)
+        return y_TD if self.shared is None else self.shared(x_TD if shared_TD is None else shared_TD, y_TD)

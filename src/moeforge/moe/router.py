@@ -17,6 +17,7 @@ from moeforge.moe.capacity import Limit
 from moeforge.moe.combinations import objections
 from moeforge.moe.context import Context
 from moeforge.moe.gates import Gate, Linear, Signal
+from moeforge.moe.merge import MergedRoute
 from moeforge.moe.noise import Noise
 from moeforge.moe.route import Route, SoftRoute
 from moeforge.moe.scores import Score, Softmax
@@ -71,12 +72,17 @@ class RouterConfig(Config):
         """Whether a token's experts depend on other tokens of the batch, those after it included."""
         return self.select.leaks or any(limit.leaks for limit in self.capacity)
 
+    @property
+    def decodes(self) -> bool:
+        """Whether a token's experts follow from the token, so that a model writes as it was trained to read."""
+        return not (self.leaks or self.select.looks_back)
+
 
 @dataclass(frozen=True)
 class Routing:
     """What a router decided about T tokens, and what the balance losses need of how it came to it."""
 
-    route: Route | SoftRoute
+    route: Route | SoftRoute | MergedRoute
     probs: Tensor | None = None
     """[T, E] float32 distribution over experts."""
     logits: Tensor | None = None
@@ -89,7 +95,7 @@ class Routing:
     """[T] float32: what the gate itself wants small, where it says so."""
     cost: tuple[float, ...] | None = None
     """Of each expert, its work as a share of the dearest one's."""
-    before_limits: Route | SoftRoute | None = None
+    before_limits: Route | SoftRoute | MergedRoute | None = None
     """The route before its capacity limits; None where nothing was left out."""
     clean: Tensor | None = None
     """[T, E] float32: logits before noise."""
@@ -103,7 +109,7 @@ class Routing:
     """Scalar: zero, with a gradient that is known in the backward pass, where a loss asks for it."""
 
     @property
-    def chosen(self) -> Route | SoftRoute:
+    def chosen(self) -> Route | SoftRoute | MergedRoute:
         """The route with what was left out; what balance is judged by."""
         return self.before_limits or self.route
 

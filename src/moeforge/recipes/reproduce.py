@@ -81,8 +81,8 @@ def trained(config: RunConfig, out: Path, data: TextData | None = None) -> None:
 
 
 def _what_counts(run: RunConfig, like: RunConfig) -> Tree:
-    """All settings but words, and the vocabulary that a run takes from its tokenizer."""
-    model = run.model.replace(vocab_size=like.model.vocab_size)
+    """All settings but words, and what a run takes from its text."""
+    model = run.model.replace(vocab_size=like.model.vocab_size, domains=like.model.domains)
     return json.loads(run.replace(model=model, recipe=None, name=like.name).model_dump_json())
 
 
@@ -133,7 +133,7 @@ def mean_of(line: Line, prefix: str) -> float:
 def experts_per_token(line: Line, config: RunConfig) -> float:
     """Mean over layers of the experts that a token was computed by in one step; 1 for a dense model."""
     per_layer = []
-    for index, layer in enumerate(config.model.all_layers):
+    for index, layer in enumerate(config.model.applied_layers):
         if layer.moe is not None:
             loads = line[f"moe/tokens_per_expert/layer_{index:02d}"]
             costs = layer.moe.costs(config.model.d_model)

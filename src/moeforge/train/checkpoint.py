@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from moeforge.config import Tree, difference
+from moeforge.config import Tree, build, difference
 from moeforge.errors import UserError
 from moeforge.hub.folder import fit, read_tensors, write_whole
 from moeforge.models import Decoder
@@ -94,6 +94,8 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 
 def _same_config(path: Path, saved: Tree, config: RunConfig) -> None:
+    # Read anew: a setting that this version has and the one that saved had not stands at its default, as it did then.
+    saved = json.loads(build(RunConfig, saved, source=f"{path}/state.json").model_dump_json())
     now = json.loads(config.model_dump_json())
     changed = sorted(key for key in {*saved, *now} - MAY_CHANGE if saved.get(key) != now.get(key))
     if changed:

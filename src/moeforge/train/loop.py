@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from moeforge.config import to_yaml
+from moeforge.config import build, to_yaml
 from moeforge.data.packing import Loader, evaluation_batches
 from moeforge.data.prepare import TextData, prepare
 from moeforge.errors import UserError
@@ -17,7 +17,7 @@ from moeforge.evaluate import Score, bits_per_byte
 from moeforge.hub import save
 from moeforge.hub.folder import write_text
 from moeforge.kernels.allocator import keep_freed_memory
-from moeforge.models import Decoder
+from moeforge.models import Decoder, ModelConfig
 from moeforge.train.checkpoint import Progress, checkpoints, load_checkpoint, save_checkpoint
 from moeforge.train.config import RunConfig
 from moeforge.train.metrics import Line, Metrics, step_line
@@ -34,7 +34,7 @@ class Run:
         self.out, self.data = out, data
         self.device = choose_device(config.device)
         self.dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-        self.config = _with_vocabulary(config, data.tokenizer.vocab_size)
+        self.config = _with_data(config, data)
         self.model = Decoder(self.config.model).to(self.device)
         self.model.recompute_activations = config.recompute_activations
         self.optimizer = build_optimizer(self.model, config.optimizer)
@@ -47,7 +47,7 @@ class Run:
         if not found:
             raise UserError(f"{self.out} has no checkpoint to resume from")
         self.progress, position = load_checkpoint(found[-1], self.model, self.optimizer, self.config)
-        if position.pop("fingerprint") != self.data.train.fingerprint:
+        if position.pop("fingerprint") != self._fingerprint:
             raise UserError(f"{found[-1]} was trained on other text than {self.config.data.type} gives now")
         self.loader.load_state(position)
 
@@ -72,9 +72,15 @@ class Run:
         batches = evaluation_batches(self.data.validation, config.batch_size, config.seq_len, config.eval_tokens)
         return bits_per_byte(self.model, batches, self.dtype)
 
+    @property
+    def _fingerprint(self) -> str:
+        """Of all that the model gets to see of the text."""
+        text = self.data.train
+        return text.fingerprint + (text.domain_fingerprint if self.config.model.looks_up_domains else "")
+
     def checkpoint(self) -> Path:
         """Saves where the run stands."""
-        position = {**self.loader.state(), "fingerprint": self.data.train.fingerprint}
+        position = {**self.loader.state(), "fingerprint": self._fingerprint}
         folder = self.out / "checkpoints"
         return save_checkpoint(folder, self.model, self.optimizer, self.progress, position, self.config)
 
@@ -168,10 +174,23 @@ def _announce(run: Run, display: Display) -> None:
         display.say(f"balance: {', '.join(sorted(losses | biases)) or 'nothing is on'}")
 
 
-def _with_vocabulary(config: RunConfig, size: int) -> RunConfig:
-    if config.model.vocab_size not in (None, size):
-        raise UserError(f"model.vocab_size = {config.model.vocab_size}, but the tokenizer has {size}: leave it out")
-    return config.replace(model=config.model.replace(vocab_size=size))
+def _with_data(config: RunConfig, data: TextData) -> RunConfig:
+    """The config with what the model must know of its text. Raises UserError when the two do not fit."""
+    model, size = config.model, data.tokenizer.vocab_size
+    if model.vocab_size not in (None, size):
+        raise UserError(f"model.vocab_size = {model.vocab_size}, but the tokenizer has {size}: leave it out")
+    learned = {**model.model_dump(), "vocab_size": size}
+    if model.looks_up_domains:
+        if len(data.domains) < 2:
+            raise UserError(
+                f"a gate looks up domains, but all text of {config.data.type} is of one: see data.domain_field"
+            )
+        if model.domains not in ((), data.domains):
+            raise UserError(
+                f"model.domains = {list(model.domains)}, but the data has {list(data.domains)}: leave it out"
+            )
+        learned["domains"] = data.domains
+    return config.replace(model=build(ModelConfig, learned, source="the model with this data"))
 
 
 def choose_device(wanted: str) -> torch.device:

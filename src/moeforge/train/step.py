@@ -10,6 +10,7 @@ from moeforge.data.packing import Batch
 from moeforge.errors import UserError
 from moeforge.evaluate import summed_loss
 from moeforge.models import Decoder, Output
+from moeforge.moe import Router
 from moeforge.train.diagnose import first_broken_gradient, first_broken_module
 
 
@@ -71,14 +72,17 @@ def apply_gradients(
         raise UserError(f"step {step + 1}: the gradient norm is {result.grad_norm}; first non-finite: {where}")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    passes: dict[Router, list[Tensor]] = defaultdict(list)
     for index, moe in model.moe_layers.items():
-        moe.router.step(result.tokens_per_expert[index], result.num_tokens)
+        passes[moe.router].append(result.tokens_per_expert[index])
+    for router, loads in passes.items():  # a layer that is passed several times has as many loads, and moves once
+        router.step(torch.stack(loads).sum(0), result.num_tokens * len(loads))
 
 
 def _run(model: Decoder, batch: Batch, dtype: torch.dtype, step: int) -> Output:
     device = batch.input_ids.device.type
     with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        return model(batch.input_ids, batch.position, batch.document, step=step)
+        return model(batch.input_ids, batch.position, batch.document, step=step, known=batch.known)
 
 
 def _counts_of_step(

@@ -78,8 +78,7 @@ class LoadBalancingLoss(Config):
             assert isinstance(routing.chosen, Route)
             sequence_N, expert_N = routing.chosen.token // length, routing.chosen.expert
         cell_N = sequence_N * (num_experts + 1) + expert_N  # one more column: for the padding of a compiled route
-        counts_BF = torch.bincount(cell_N, minlength=batch_size * (num_experts + 1)).view(batch_size, -1)
-        counts_BE = counts_BF[:, :num_experts]
+        counts_BE = torch.bincount(cell_N, minlength=batch_size * (num_experts + 1)).view(batch_size, -1)[:, :-1]
         fraction_BE = counts_BE / counts_BE.sum(1, keepdim=True).clamp_min(1)
         priced_BE = priced(fraction_BE, self.prices, routing)
         return num_experts * (priced_BE * probs_TE.view(batch_size, length, -1).mean(1)).sum(1).mean()

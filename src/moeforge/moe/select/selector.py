@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moeforge.config import Config
 from moeforge.moe.context import Context
+from moeforge.moe.merge import MergedRoute
 from moeforge.moe.route import Route, SoftRoute
 
 
@@ -66,6 +67,8 @@ class Selector(Config):
 
     leaks: ClassVar[bool] = False
     """Whether a token's experts depend on other tokens outside training: decoding is then refused."""
+    looks_back: ClassVar[bool] = False
+    """Whether they depend on earlier tokens' rows, which a KV cache does not keep: decoding is refused as well."""
     reads_importance: ClassVar[bool] = False
     """Whether ``context.importance`` must be there: a decoder then looks at its attention once more."""
     compares_sizes: ClassVar[bool] = False
@@ -79,7 +82,7 @@ class Selector(Config):
 
     def route(
         self, scores_TE: Tensor, biased_TE: Tensor, weigh: Callable[..., Tensor], context: Context
-    ) -> Route | SoftRoute:
+    ) -> Route | SoftRoute | MergedRoute:
         """Chooses by the biased scores, weighs by the scores."""
         selection = self(biased_TE, context)
         return selection.route(weigh(scores_TE, selection, context), scores_TE.shape[1])
