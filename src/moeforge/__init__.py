@@ -1,3 +1,60 @@
-"""moeforge: build, train, inspect and run Mixture-of-Experts models on one set of parts."""
+"""moeforge: build, train, inspect and run Mixture-of-Experts models on one set of parts.
+
+Importing it makes ``experts_implementation="moeforge"`` known to transformers, in whichever order the two are imported,
+and imports neither transformers nor torch to do so.
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moeforge.hub.bridge import bridge as bridge
+    from moeforge.hub.experts import experts as experts
 
 __version__ = "0.1.0"
+
+_REGISTRY = "transformers.integrations.moe"
+
+
+def __getattr__(name: str) -> Any:
+    """``moeforge.bridge`` and ``moeforge.experts``, fetched when first used."""
+    from importlib import import_module
+
+    if name in ("bridge", "experts"):
+        return getattr(import_module(f"moeforge.hub.{name}"), name)
+    raise AttributeError(f"module 'moeforge' has no attribute '{name}'")
+
+
+def _register(registry: ModuleType) -> None:
+    def forward(module: Any, hidden_states: Any, top_k_index: Any, top_k_weights: Any) -> Any:
+        from moeforge.hub.interface import experts_forward
+
+        return experts_forward(module, hidden_states, top_k_index, top_k_weights)
+
+    registry.ExpertsInterface.register("moeforge", forward)
+
+
+class _RegisterOnImport:
+    """Stands before the other finders of modules, and acts on one module alone."""
+
+    @staticmethod
+    def find_spec(name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(name, path) if name == _REGISTRY else None
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module: ModuleType) -> None:
+                execute(module)
+                _register(module)
+
+            spec.loader.exec_module = execute_and_register
+        return spec
+
+
+if _REGISTRY in sys.modules:
+    _register(sys.modules[_REGISTRY])
+else:
+    sys.meta_path.insert(0, _RegisterOnImport)

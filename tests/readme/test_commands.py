@@ -17,6 +17,7 @@ ELSEWHERE = {
     "make test": "it is what runs this test",
     "make demo": "test_make_demo below runs it, in make test-slow",
     "pip install .": "the environment that runs this has done it",
+    "pip install 'moeforge[hf]'": "the environment that runs this has done it, or the page's Python is skipped",
 }
 
 
@@ -49,7 +50,7 @@ def run_python(path: Path, folder: Path) -> str:
         return out.getvalue()
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md", "docs/recipes.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md", "docs/recipes.md", "docs/bridge.md"])
 def test_every_command_of_the_page_works(page, tmp_path):
     found = commands(page)
     assert found
@@ -68,6 +69,15 @@ def test_the_python_of_the_readme_works(tmp_path):
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
     (tmp_path / "readme.py").write_text(code, encoding="utf-8")
     assert "torch.Size([4, 10, 32])" in run_python(tmp_path / "readme.py", tmp_path)
+
+
+def test_the_python_of_the_bridge_works(tmp_path):
+    pytest.importorskip("transformers", reason="the bridge needs transformers: pip install 'moeforge[hf]'")
+    code = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "bridge.md").read_text(encoding="utf-8"), flags=re.DOTALL
+    )
+    (tmp_path / "bridge.py").write_text("\n".join(code), encoding="utf-8")
+    assert "model.layers.1.mlp 8 experts, 16 tensors" in run_python(tmp_path / "bridge.py", tmp_path)
 
 
 @pytest.mark.parametrize("example", sorted(path.name for path in (ROOT / "examples").glob("*.py")))

@@ -1,0 +1,74 @@
+"""``bridge``: a model of transformers on our engines, or the reason why not. The one file that imports transformers."""
+
+from importlib.util import find_spec
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from moeforge.errors import UserError
+from moeforge.hub.interface import is_experts
+
+REFUSED = {
+    "dbrx": "its experts are slices of three flat matrices",
+    "doge": "its experts are single vectors, looked up in two embeddings",
+    "jetmoe": "its layers cut the rows themselves, and its attention has experts too",
+    "llama4_text": "each expert gets every row, scaled by its weight before the activation instead of after the expert",
+    "longcat_flash": "some of its experts are the identity",
+    "nllb-moe": "each expert is a module of its own, with dropout between expert and sum",
+    "step3p5": "it limits the gate after the activation, by another limit in each layer",
+    "switch_transformers": "each expert is a module of its own",
+    "vitpose_backbone": "its experts are parts of a matrix that the data set chooses; nothing is routed",
+}
+"""model_type -> why its layers do not fit the experts interface of transformers, and so do not use it."""
+
+Model = TypeVar("Model", bound=nn.Module)
+
+COMPUTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def bridge(model: Model) -> Model:
+    """Switches all experts of ``model`` to our engines, in place, and returns it.
+
+    Raises UserError, having changed nothing, where transformers is missing, where the family does not use its experts
+    interface, where the experts' weights are quantised, and where transformers leaves experts out.
+    """
+    if find_spec("transformers") is None:
+        raise UserError("the bridge needs transformers, which is not installed: pip install 'moeforge[hf]'")
+    stacks: dict[str, Any] = {name: module for name, module in model.named_modules() if is_experts(module)}
+    if not stacks:
+        raise UserError(why_not(model))
+    for name, module in stacks.items():
+        for dtype in {weight.dtype for weight in module.parameters()}.difference(COMPUTED):
+            raise UserError(f"{name} holds {dtype}: quantised experts do not run on these engines; dequantise it first")
+    switchable: Any = model
+    before = switchable.get_experts_implementation()
+    switchable.set_experts_implementation("moeforge")
+    left = [name for name, module in stacks.items() if module.config._experts_implementation != "moeforge"]
+    if left:
+        switchable.set_experts_implementation(before)
+        raise UserError(f"transformers did not switch {left[0]} (of {len(left)}): its config is not the model's")
+    return model
+
+
+def why_not(model: nn.Module) -> str:
+    """Why there are no experts here that could be run or shown."""
+    configs = [module.config for module in model.modules() if hasattr(module, "config")]
+    types = [kind for config in configs if (kind := getattr(config, "model_type", None))]
+    for kind in types:
+        if kind in REFUSED:
+            return f"{kind} does not use the experts interface of transformers: {REFUSED[kind]}"
+    what = f"model_type {types[0]}" if types else f"a {type(model).__name__}"
+    return f"this model ({what}) has no experts that go through the experts interface of transformers"
+
+
+def names_on_disk(model: Any, name: str) -> tuple[str, ...]:
+    """The tensors in a checkpoint of transformers that the parameter ``name`` is joined from, in order; none where they
+    cannot be told apart from those of another parameter."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    # Undone as saving would undo it, on a tensor without data.
+    try:
+        return tuple(revert_weight_conversion(model, {name: model.get_parameter(name).to("meta")}))
+    except ValueError:  # some tensors hold the experts of two stacks, and only both together give them back
+        return ()
