@@ -238,3 +238,12 @@ def test_auto_never_takes_what_cannot_run_and_asking_overrides_it() -> None:
     double = [tensor.double() for tensor in xs]
     assert choose(*double) == ("streaming", "grouped cannot: grouped_mm has no torch.float64")
     assert choose(*xs, "streaming") == ("streaming", "asked for")
+
+
+@pytest.mark.parametrize("engine", FAST)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_token_at_all(engine: str, dtype: torch.dtype) -> None:
+    xs = operands(0, dtype=dtype)
+    y, gradients = run(engine, top_k(0), xs)
+    assert y.shape == (0, D) and y.dtype == dtype
+    assert all(gradient.abs().sum() == 0 for gradient in gradients)

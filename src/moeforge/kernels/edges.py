@@ -97,7 +97,7 @@ def sum_by_token(values_ND: Tensor, edges: Edges) -> Tensor:
     if edges.slot is not None and edges.top_k is not None:
         order_N = torch.empty_like(edges.slot)
         order_N[edges.slot] = torch.arange(len(order_N), device=order_N.device)
-        slots = values_ND.index_select(0, order_N).view(edges.num_tokens, edges.top_k, -1)
+        slots = values_ND.index_select(0, order_N).view(edges.num_tokens, edges.top_k, values_ND.shape[1])
         return slots[:, 0].to(accumulate) if edges.top_k == 1 else slots.sum(1, dtype=accumulate)
     total_TD = values_ND.new_zeros(edges.num_tokens, values_ND.shape[1], dtype=accumulate)
     # scatter_add saves only its index for backward; index_add would keep all N rows alive.
