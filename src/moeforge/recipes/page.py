@@ -18,13 +18,13 @@ from moeforge.train.config import RecipeNote
 HEAD = """# Papers
 
 Each row is a recipe: a paper's idea as settings of the same few parts, what it claims, and what came out here. The page
-is made from `src/moeforge/recipes/*.yaml` and `benchmarks/reproduce/*.json` by `python -m moeforge.recipes.page`. A part
-`slot: member` lives in `src/moeforge/moe/` in the file or folder of its slot (`gate` in `gates/`, `losses` and
+is made from `src/moeforge/recipes/*.yaml` and `benchmarks/reproduce/*.json` by `python -m moeforge.recipes.page`. Parts
+`slot: member` live in `src/moeforge/moe/` in the file or folder of their slot (`gate` in `gates/`, `losses` and
 `controller` in `balance/`, `experts` in `bank/`, `mix` in `shared.py`); `moeforge recipes show NAME` has every setting.
 
-The verdict is *shows* when the mean gain over seeds is above twice its standard error (one seed: above zero; two runs of
-one recipe that differ in the seed alone are about 0.003 bits per byte apart); *within* is how far behind still counts,
-where the claim is to be as good or to cost less at no loss. *Not run* is what it says.
+The verdict is *shows* when the mean gain over seeds is above twice its standard error; for one seed, above twice the
+deviation that seeds alone made in the demo's runs (0.003 bits per byte). *within* is how far behind still counts, where
+the claim is to be as good or to cost less at no loss. *not run* is what it says.
 
 | recipe | paper | parts it names | claim | compared with | measured | verdict |
 |---|---|---|---|---|---|---|
