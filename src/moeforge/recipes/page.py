@@ -72,16 +72,20 @@ def _verdict(found: dict[str, Any] | None) -> str:
 
 
 def lines_per_member(folder: Path) -> dict[str, int]:
-    """Lines of code of every slot member in ``moe/``, with the classes that it alone uses; docstrings left out."""
+    """Lines of code of every slot member in ``moe/``, with the classes that it alone uses; docstrings left out.
+
+    A slot is a file, or a package of files by theme.
+    """
     counts: dict[str, int] = {}
-    for path in sorted(folder.glob("*.py")):
+    for path in sorted(folder.rglob("*.py")):
+        slot = path.relative_to(folder).parts[0].removesuffix(".py")
         nodes = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)]
         members = {node: label for node in nodes if (label := _type_of(node))}
         used = {node: {part.id for part in ast.walk(node) if isinstance(part, ast.Name)} for node in members}
         for node, label in members.items():
             shared = set().union(*(names for other, names in used.items() if other is not node))
             own = [other for other in nodes if other not in members and other.name in used[node] - shared]
-            counts[f"{path.stem}.{label}"] = sum(map(_lines, [node, *own]))
+            counts[f"{slot}.{label}"] = sum(map(_lines, [node, *own]))
     return counts
 
 

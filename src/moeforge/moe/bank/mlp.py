@@ -1,4 +1,4 @@
-"""Bank: a stack of same-shaped experts. A new kind of expert writes one method, ``rows``."""
+"""Banks of MLPs: with matrices of their own, with shared factors, or slices of one."""
 
 from typing import Annotated, Literal
 
@@ -6,22 +6,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from moeforge.config import Activation, Config, slot
+from moeforge.config import Activation, Config
 from moeforge.kernels import expert_mlp
 from moeforge.kernels.activation import activate, is_gated
+from moeforge.moe.bank.base import Bank, matrix
 from moeforge.moe.route import Route, SoftRoute, expert_of
-
-
-class Bank(nn.Module):
-    """E experts over routed rows. Subclasses may override ``forward`` where a kernel can skip the copies."""
-
-    def rows(self, rows_ND: Tensor, ends_E: Tensor) -> Tensor:
-        """[N, D] rows sorted by expert -> [N, D] outputs, unweighted."""
-        raise TypeError(f"{type(self).__name__} is a Bank without rows()")
-
-    def forward(self, x_TD: Tensor, route: Route | SoftRoute) -> Tensor:
-        """[T, D] -> [T, D] weighted sum over the route, its carry included."""
-        return route.combine(self.rows(route.gather(x_TD), route.ends), x_TD)
 
 
 class MLPBank(Bank):
@@ -162,106 +151,3 @@ class NestedExperts(Config):
     def costs(self, d_model: int) -> list[int]:
         """Multiplications per row, of each expert."""
         return [d_model * width * (2 + is_gated(self.activation)) for width in self.widths]
-
-
-class ZeroBank(Bank):
-    """Experts that compute nothing and give nothing (AdaMoE, arXiv:2406.13233; MoE++, arXiv:2410.07348)."""
-
-    def __init__(self, config: "ZeroExperts") -> None:
-        super().__init__()
-        self.config = config
-
-    def rows(self, rows_ND: Tensor, ends_E: Tensor) -> Tensor:
-        """Zeros."""
-        return torch.zeros_like(rows_ND)
-
-    def forward(self, x_TD: Tensor, route: Route | SoftRoute) -> Tensor:
-        """Zeros, without a row gathered, but for what the route carries."""
-        zeros_TD = torch.zeros_like(x_TD)
-        return zeros_TD if isinstance(route, SoftRoute) else route.add_carry(zeros_TD, x_TD)
-
-
-class ZeroExperts(Config):
-    """A token that chooses one of these leaves that choice empty."""
-
-    type: Literal["zero"] = "zero"
-    num_experts: int = Field(1, ge=1)
-    """How many."""
-
-    def build(self, d_model: int) -> Bank:
-        """The module."""
-        return ZeroBank(self)
-
-    def costs(self, d_model: int) -> list[int]:
-        """None."""
-        return [0] * self.num_experts
-
-
-class CopyBank(Bank):
-    """Experts that give back what they get (MoE++, arXiv:2410.07348)."""
-
-    def __init__(self, config: "CopyExperts") -> None:
-        super().__init__()
-        self.config = config
-
-    def rows(self, rows_ND: Tensor, ends_E: Tensor) -> Tensor:
-        """The rows."""
-        return rows_ND
-
-
-class CopyExperts(Config):
-    """A token that chooses one of these skips that choice's work."""
-
-    type: Literal["copy"] = "copy"
-    num_experts: int = Field(1, ge=1)
-    """How many."""
-
-    def build(self, d_model: int) -> Bank:
-        """The module."""
-        return CopyBank(self)
-
-    def costs(self, d_model: int) -> list[int]:
-        """None."""
-        return [0] * self.num_experts
-
-
-class ConstantBank(Bank):
-    """a x + b v_e, (a, b) = softmax(W_e x) and v_e learned (MoE++, arXiv:2410.07348)."""
-
-    def __init__(self, config: "ConstantExperts", d_model: int) -> None:
-        super().__init__()
-        self.config = config
-        self.value = matrix(config.num_experts, d_model)
-        self.mix = matrix(config.num_experts, 2, d_model)
-
-    def rows(self, rows_ND: Tensor, ends_E: Tensor) -> Tensor:
-        """[N, D] -> [N, D]."""
-        expert_N = expert_of(ends_E, len(rows_ND))
-        share_N2 = torch.einsum("nd,nkd->nk", rows_ND, self.mix.to(rows_ND.dtype)[expert_N]).softmax(-1)
-        return share_N2[:, :1] * rows_ND + share_N2[:, 1:] * self.value.to(rows_ND.dtype)[expert_N]
-
-
-class ConstantExperts(Config):
-    """A learned vector each, mixed with the row itself."""
-
-    type: Literal["constant"] = "constant"
-    num_experts: int = Field(1, ge=1)
-    """How many."""
-
-    def build(self, d_model: int) -> Bank:
-        """The module."""
-        return ConstantBank(self, d_model)
-
-    def costs(self, d_model: int) -> list[int]:
-        """Multiplications per row, of each expert."""
-        return [2 * d_model] * self.num_experts
-
-
-def matrix(*shape: int) -> nn.Parameter:
-    """A weight whose last dimension is summed over."""
-    return nn.Parameter(nn.init.trunc_normal_(torch.empty(*shape), std=shape[-1] ** -0.5))
-
-
-Experts = slot(
-    MLPExperts, FactorisedExperts, NestedExperts, ZeroExperts, CopyExperts, ConstantExperts, default=MLPExperts
-)
