@@ -177,6 +177,11 @@ def _nested_bank(bank: Any, x_TD: Tensor) -> list[Tensor]:
     return [mlp(x_TD, *slices(width), bank.config.activation) for width in bank.config.widths]
 
 
+def _neuron_bank(bank: Any, x_TD: Tensor) -> list[Tensor]:
+    pairs = zip(bank.gate_up_proj, bank.down_proj, strict=True)
+    return [mlp(x_TD, up_KD, down_D[:, None], bank.config.activation) for up_KD, down_D in pairs]
+
+
 def _constant_bank(bank: Any, x_TD: Tensor) -> list[Tensor]:
     outputs = []
     for value, mix in zip(bank.value, bank.mix, strict=True):
@@ -189,6 +194,8 @@ BANKS: dict[str, Callable[[Any, Tensor], list[Tensor]]] = {
     "mlp": _mlp_bank,
     "factorised": _factorised_bank,
     "nested": _nested_bank,
+    "neurons": _neuron_bank,
+    "values": lambda bank, x_TD: [value.expand_as(x_TD) for value in bank.value],
     "zero": lambda bank, x_TD: [torch.zeros_like(x_TD)] * bank.config.num_experts,
     "copy": lambda bank, x_TD: [x_TD] * bank.config.num_experts,
     "constant": _constant_bank,

@@ -18,6 +18,8 @@ from moeforge.moe.bank import (
     Experts,
     FactorisedExperts,
     NestedExperts,
+    NeuronExperts,
+    ValueExperts,
     ZeroExperts,
 )
 from moeforge.moe.scores import Logits, Relu, Score, Sigmoid, Softmax
@@ -63,6 +65,8 @@ EXAMPLES: dict[type, list[Any]] = {
         FactorisedExperts(d_expert=5, activation="relu"),
     ],
     NestedExperts: [NestedExperts(widths=(2, 3, 5, 5)), NestedExperts(widths=(1, 4, 4, 6), activation="gelu")],
+    NeuronExperts: [NeuronExperts(num_experts=6), NeuronExperts(num_experts=5, activation="swiglu")],
+    ValueExperts: [ValueExperts(num_experts=6)],
     ZeroExperts: [ZeroExperts(num_experts=4)],
     CopyExperts: [CopyExperts(num_experts=4)],
     ConstantExperts: [ConstantExperts(num_experts=4)],

@@ -130,7 +130,8 @@ class Router(nn.Module):
         super().__init__()
         self.config, self.num_experts = config, num_experts
         costs = costs or [1] * num_experts
-        self.cost = tuple(cost / max(1, *costs) for cost in costs)
+        dearest = max(1, *costs)
+        self.cost = tuple(cost / dearest for cost in costs)
         columns = config.select.columns(num_experts)
         self.gate = config.gate.build(d_model, columns)
         self.noise = nn.ModuleList(part.build(d_model, columns) for part in config.noise)

@@ -6,10 +6,20 @@ from moeforge.moe.bank.base import matrix as matrix
 from moeforge.moe.bank.constant import ConstantExperts as ConstantExperts
 from moeforge.moe.bank.constant import CopyExperts as CopyExperts
 from moeforge.moe.bank.constant import ZeroExperts as ZeroExperts
+from moeforge.moe.bank.memory import NeuronExperts as NeuronExperts
+from moeforge.moe.bank.memory import ValueExperts as ValueExperts
 from moeforge.moe.bank.mlp import FactorisedExperts as FactorisedExperts
 from moeforge.moe.bank.mlp import MLPExperts as MLPExperts
 from moeforge.moe.bank.mlp import NestedExperts as NestedExperts
 
 Experts = slot(
-    MLPExperts, FactorisedExperts, NestedExperts, ZeroExperts, CopyExperts, ConstantExperts, default=MLPExperts
+    MLPExperts,
+    FactorisedExperts,
+    NestedExperts,
+    NeuronExperts,
+    ValueExperts,
+    ZeroExperts,
+    CopyExperts,
+    ConstantExperts,
+    default=MLPExperts,
 )
