@@ -125,6 +125,6 @@ def test_routers_that_compare_tokens_write_only_when_asked(tokenizer: Tokenizer)
         moe = {"experts": {"num_experts": 4, "d_expert": 8}, "router": router}
         shape = {"vocab_size": 257, "d_model": 16, "num_layers": 2, "num_heads": 2, "layers": {1: {"moe": moe}}}
         model = Decoder(ModelConfig.model_validate(shape)).eval()
-        with pytest.raises(UserError, match="in layers 1 a token's experts depend on the tokens after and beside it"):
+        with pytest.raises(UserError, match="in layer_01 a token's experts depend on the tokens after and beside it"):
             generate(model, tokenizer, "a", GREEDY)
         assert len(list(generate(model, tokenizer, "a", GREEDY, unsafe_batch_dependent=True))) > 0

@@ -62,7 +62,7 @@ def read_run(folder: Path, data: "TextData | None" = None) -> "Record":
     batches = evaluation_batches(text, config.batch_size, config.seq_len, EVALUATED_TOKENS)
     score = bits_per_byte(model, batches)
     kinds = kinds_of(text, tokenizer) if model.moe_layers else None
-    leaks = any(moe.config.router.leaks for moe in model.moe_layers.values())  # such a model writes only when asked
+    leaks = any(router.config.leaks for router in model.routers.values())  # such a model writes only when asked
     return Record(
         name=config.name,
         folder=str(folder),

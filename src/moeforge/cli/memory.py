@@ -25,7 +25,7 @@ def activation_bytes(config: "RunConfig", model: "ModelConfig") -> int:
 
 def _block(model: "ModelConfig", layer: "LayerConfig", width: int) -> float:
     """Bytes per token: attention's norm, its input, queries, keys, values and output (twice), then the MLP."""
-    heads, keys = model.num_heads * model.size_of_head, model.num_key_heads * model.size_of_head
+    heads, keys = layer.attention.per_token(model) * model.size_of_head, model.num_key_heads * model.size_of_head
     attention = (FLOAT + width) * model.d_model + width * (3 * heads + 2 * keys)
     return attention + (FLOAT + width) * model.d_model + _mlp(layer, width)
 

@@ -49,6 +49,9 @@ def describe(config: "ModelConfig", bytes_per_weight: int = 4, seq_len: int | No
 
 def _layer(config: "ModelConfig", layer: "LayerConfig") -> Tree:
     shape = {"num_heads": config.num_heads, "num_kv_heads": config.num_key_heads, "head_dim": config.size_of_head}
+    if layer.attention.router:
+        shape |= {"num_heads": layer.attention.num_experts * layer.attention.per_expert(config)}
+        shape |= {"heads_per_token": layer.attention.per_token(config)}
     if layer.moe is None:
         return {**shape, "d_ff": layer.d_ff, "activation": layer.activation}
     return {
@@ -76,7 +79,8 @@ def _layers(tree: Tree) -> "Table":
 
     table = Table("layer", "attention", "MLP or experts", "per token", "shared", title_justify="left")
     for number, layer in enumerate(tree["layers"]):
-        heads = f"{layer['num_heads']} x {layer['head_dim']}"
+        chosen = f"{layer['heads_per_token']:g} of " if "heads_per_token" in layer else ""
+        heads = f"{chosen}{layer['num_heads']} x {layer['head_dim']}"
         if layer["num_kv_heads"] != layer["num_heads"]:
             heads += f", {layer['num_kv_heads']} kv"
         if "d_ff" in layer:

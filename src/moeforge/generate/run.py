@@ -36,10 +36,10 @@ class Writer:
     """
 
     def __init__(self, model: Decoder, tokenizer: Tokenizer, unsafe_batch_dependent: bool = False) -> None:
-        leaking = [index for index, moe in model.moe_layers.items() if moe.config.router.leaks]
+        leaking = [name for name, router in model.routers.items() if router.config.leaks]
         if leaking and not unsafe_batch_dependent:
             raise UserError(
-                f"in layers {', '.join(map(str, leaking))} a token's experts depend on the tokens after and beside it, "
+                f"in {', '.join(leaking)} a token's experts depend on the tokens after and beside it, "
                 "so text token by token is not what was trained; generate --unsafe-batch-dependent writes anyway"
             )
         self.model, self.tokenizer = model, tokenizer

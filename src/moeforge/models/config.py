@@ -6,7 +6,8 @@ from typing import Any, Literal, Self
 from pydantic import Field, SerializerFunctionWrapHandler, field_serializer, model_validator
 
 from moeforge.config import Activation, Config, difference, merge, slot
-from moeforge.moe import MoEConfig
+from moeforge.models.heads import AllHeads, Heads
+from moeforge.moe import MoEConfig, RouterConfig
 
 
 class Normal(Config):
@@ -29,7 +30,7 @@ Init = slot(Normal, FanIn)
 
 
 class LayerConfig(Config):
-    """What comes after attention in one layer: experts, or one MLP of width ``d_ff``."""
+    """One layer: which attention heads a token has, then experts, or one MLP of width ``d_ff``."""
 
     d_ff: int = Field(256, ge=1)
     """Width of the MLP of a layer without experts."""
@@ -37,10 +38,12 @@ class LayerConfig(Config):
     """Of that MLP."""
     moe: MoEConfig | None = None
     """The experts; null makes the layer dense."""
+    attention: Heads = AllHeads()
+    """Which heads a token has."""
 
 
 class ModelConfig(LayerConfig):
-    """A decoder. ``d_ff``, ``activation`` and ``moe`` are the default layer; ``layers`` changes single ones."""
+    """A decoder. The fields of ``LayerConfig`` are the default layer; ``layers`` changes single ones."""
 
     vocab_size: int | None = Field(None, ge=1)
     """Null: as many as the tokenizer has."""
@@ -112,16 +115,26 @@ class ModelConfig(LayerConfig):
     def _check_gates(self) -> None:
         """Raises ValueError for gates that get nothing they can use from this decoder, or from the layer below."""
         below = None
-        for index, moe in ((index, layer.moe) for index, layer in enumerate(self.all_layers) if layer.moe):
-            gate = moe.router.gate
-            if gate.type == "lookup" and gate.by != "token":
-                raise ValueError(f"layer {index}: gate: lookup by {gate.by}: a decoder knows token ids alone")
-            if gate.type == "lookup" and gate.num_ids < (self.vocab_size or 0):
-                raise ValueError(f"layer {index}: gate.num_ids = {gate.num_ids} is less than {self.vocab_size} tokens")
-            width = gate.state_width(moe.num_experts) if hasattr(gate, "state_width") else None
-            if width and below and width != below:
-                raise ValueError(f"layer {index}: its gate takes a state of {width}, the layer below hands on {below}")
-            below = width
+        for index, layer in enumerate(self.all_layers):
+            layer.attention.check(self)
+            if layer.attention.router:
+                self._check_lookup(index, layer.attention.router)
+            if layer.moe:
+                self._check_lookup(index, layer.moe.router)
+                gate = layer.moe.router.gate
+                width = gate.state_width(layer.moe.num_experts) if hasattr(gate, "state_width") else None
+                if width and below and width != below:
+                    raise ValueError(
+                        f"layer {index}: its gate takes a state of {width}, the layer below hands on {below}"
+                    )
+                below = width
+
+    def _check_lookup(self, index: int, router: RouterConfig) -> None:
+        gate = router.gate
+        if gate.type == "lookup" and gate.by != "token":
+            raise ValueError(f"layer {index}: gate: lookup by {gate.by}: a decoder knows token ids alone")
+        if gate.type == "lookup" and gate.num_ids < (self.vocab_size or 0):
+            raise ValueError(f"layer {index}: gate.num_ids = {gate.num_ids} is less than {self.vocab_size} tokens")
 
     @property
     def size_of_head(self) -> int:
@@ -141,7 +154,7 @@ class ModelConfig(LayerConfig):
     def _default(self, index: int) -> LayerConfig:
         """The layer as it is where ``layers`` says nothing."""
         moe = self.moe if _has_experts(index, self.first_dense_layers, self.moe_every) else None
-        return LayerConfig(d_ff=self.d_ff, activation=self.activation, moe=moe)
+        return LayerConfig(d_ff=self.d_ff, activation=self.activation, moe=moe, attention=self.attention)
 
 
 def _has_experts(index: Any, first_dense_layers: Any, moe_every: Any) -> bool:

@@ -10,9 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from moeforge.models.attention import Attention
 from moeforge.models.config import LayerConfig, ModelConfig
 from moeforge.models.decoder import Decoder
+from moeforge.models.heads import RoutedHeads
 from moeforge.moe import MoE
+
+ROUTED = ("moe", "attention")
+"""Fields of a layer that may hold a router."""
 
 
 @dataclass(frozen=True)
@@ -43,16 +48,17 @@ def measure(config: ModelConfig, bytes_per_weight: int = 4, seq_len: int | None 
     """Counts ``config``; ``seq_len`` is the context that FLOPs are counted at (default: ``max_seq_len``)."""
     with torch.device("meta"):
         model = Decoder(config)
-    total, idle = sum(p.numel() for p in model.parameters()), sum(map(_idle, model.moe_layers.values()))
-    table = model.embedding.weight.numel()
-    attention = 2 * config.num_layers * config.num_heads * config.size_of_head * (seq_len or config.max_seq_len)
-    vectors = sum(p.numel() for p in model.parameters() if p.ndim < 2)
+    total, table = sum(p.numel() for p in model.parameters()), model.embedding.weight.numel()
+    routed = [*model.moe_layers.values(), *model.attentions]
+    idle = sum(map(_idle, routed))
     # The input embedding is a look-up; a tied one is still multiplied with, once, at the output.
-    multiplied = total - idle - vectors - _looked_up(model) - (0 if config.tie_embeddings else table)
+    multiplied = _matrices(model) - (0 if config.tie_embeddings else table)
+    multiplied += sum(_work(module) - _matrices(module) for module in routed)
+    attended = sum(layer.attention.per_token(config) for layer in config.all_layers) * config.size_of_head
     return Size(
         total=_count(total, table, config),
-        active=_count(total - max(0, idle), table, config),
-        flops_per_token=2 * multiplied + attention,
+        active=_count(total - round(idle), table, config),
+        flops_per_token=round(2 * multiplied + 2 * attended * (seq_len or config.max_seq_len)),
         weight_bytes=bytes_per_weight * total,
         optimizer_bytes=16 * total,
         kv_bytes_per_token=2 * bytes_per_weight * config.num_layers * config.num_key_heads * config.size_of_head,
@@ -65,35 +71,64 @@ def _count(parameters: int, table: int, config: ModelConfig) -> Count:
     return Count(parameters, parameters - table, parameters - table - output)
 
 
-def _idle(moe: MoE) -> int:
-    """Weights of one layer that a token is not multiplied with on average, were every expert equally likely.
+def _work(module: MoE | Attention) -> float:
+    """Multiplications with weights per token, were every expert equally likely."""
+    if isinstance(module, Attention):
+        return _matrices(module) - _idle(module)
+    beside = sum(_matrices(part) for part in (module.router, module.shared) if part is not None)
+    return _used(module) + beside
 
-    Below zero where experts share weights: these are then multiplied with more than once.
+
+def _idle(module: MoE | Attention) -> float:
+    """Weights of experts that a token does not use, were every expert equally likely.
+
+    None where experts share weights and a token's experts multiply with as many as there are.
     """
+    if isinstance(module, MoE):
+        return max(0.0, sum(p.numel() for p in module.banks.parameters()) - _used(module))
+    heads = module.heads
+    if not isinstance(heads, RoutedHeads):
+        return 0.0
+    share = heads.router.select.mean_experts(heads.num_experts) / heads.num_experts
+    return (1 - share) * (_matrices(module.q_proj) + _matrices(module.o_proj))
+
+
+def _used(moe: MoE) -> float:
+    """Multiplications of a token's experts."""
     num_experts, costs = moe.config.num_experts, moe.config.costs(moe.d_model)
-    used = moe.config.router.select.mean_experts(num_experts) * sum(costs) / num_experts
-    return round(sum(p.numel() for p in moe.banks.parameters()) - used)
+    return moe.config.router.select.mean_experts(num_experts) * sum(costs) / num_experts
 
 
-def _looked_up(model: nn.Module) -> int:
-    """Weights in tables that a token reads one row of: no multiplication."""
-    tables = (getattr(module, name) for module in model.modules() for name in getattr(module, "looked_up", ()))
-    return sum(table.numel() for table in tables)
+def _matrices(module: nn.Module) -> int:
+    """Weights that a row is multiplied with: not vectors, not tables that a token reads one row of."""
+    tables = (getattr(part, name) for part in module.modules() for name in getattr(part, "looked_up", ()))
+    return sum(p.numel() for p in module.parameters() if p.ndim >= 2) - sum(table.numel() for table in tables)
 
 
 def dense_twin(config: ModelConfig) -> ModelConfig:
     """The dense decoder of the same shape whose FLOPs per token just reach those of ``config``.
 
-    Each layer with experts becomes an MLP wide enough for what router, chosen experts and shared branch cost; widths
-    round up, so that a comparison at equal FLOPs never favours the experts.
+    Each layer with experts becomes an MLP wide enough for what router, chosen experts and shared branch cost, and for
+    what routed heads cost above plain attention; widths round up, so that a comparison at equal FLOPs never favours
+    the experts.
     """
+    plain = {
+        name: getattr(config, name) for name in ModelConfig.model_fields if name not in ("moe", "attention", "layers")
+    }
     with torch.device("meta"):
         model = Decoder(config.replace(vocab_size=config.vocab_size or 1))
-    layers = {index: layer for index, layer in config.layers.items() if layer.moe is None}
-    for index, moe in model.moe_layers.items():
-        layer = config.all_layers[index]
-        active = sum(p.numel() for p in moe.parameters() if p.ndim >= 2) - _idle(moe) - _looked_up(moe)
+        heads = _work(Attention(config)) + config.num_heads * config.size_of_head * config.max_seq_len
+    layers = {}
+    for index, layer in enumerate(config.all_layers):
+        moe = model.moe_layers.get(index)
+        if layer.moe is None and not layer.attention.router:
+            if index in config.layers:
+                layers[index] = layer
+            continue
         per_unit = config.d_model * (3 if layer.activation.endswith("glu") else 2)
-        layers[index] = LayerConfig(d_ff=math.ceil(active / per_unit), activation=layer.activation)
-    shape = {name: getattr(config, name) for name in ModelConfig.model_fields if name not in ("moe", "layers")}
-    return ModelConfig.model_validate({**shape, "first_dense_layers": 0, "moe_every": 1, "layers": layers})
+        work = per_unit * layer.d_ff if moe is None else _work(moe)
+        if layer.attention.router:
+            work += _work(model.attentions[index]) - heads
+            work += layer.attention.per_token(config) * config.size_of_head * config.max_seq_len
+        layers[index] = LayerConfig(d_ff=max(1, math.ceil(work / per_unit)), activation=layer.activation)
+    return ModelConfig.model_validate({**plain, "first_dense_layers": 0, "moe_every": 1, "layers": layers})

@@ -19,7 +19,7 @@ verdict is *shows* when the mean gain over seeds is above twice its standard err
 | recipe | paper | parts it names | claim | compared with | measured | verdict |
 |---|---|---|---|---|---|---|
 """
-SLOTS = ("gate", "noise", "score", "select", "weigh", "capacity", "losses", "controller", "experts", "mix")
+SLOTS = ("attention", "gate", "noise", "score", "select", "weigh", "capacity", "losses", "controller", "experts", "mix")
 
 
 def papers_page(results: Path) -> str:
