@@ -72,13 +72,10 @@ def _verdict(found: dict[str, Any] | None) -> str:
 
 
 def lines_per_member(folder: Path) -> dict[str, int]:
-    """Lines of code of every slot member in ``moe/``, with the classes that it alone uses; docstrings left out.
-
-    A slot is a file, or a package of files by theme.
-    """
+    """Lines of code of every slot member in ``moe/``, with the classes that it alone uses; docstrings left out."""
     counts: dict[str, int] = {}
     for path in sorted(folder.rglob("*.py")):
-        slot = path.relative_to(folder).parts[0].removesuffix(".py")
+        slot = path.relative_to(folder).with_suffix("").parts[0]  # a slot is a file, or a folder of them
         nodes = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)]
         members = {node: label for node in nodes if (label := _type_of(node))}
         used = {node: {part.id for part in ast.walk(node) if isinstance(part, ast.Name)} for node in members}
