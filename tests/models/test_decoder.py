@@ -60,6 +60,7 @@ def test_a_token_sees_none_after_it() -> None:
 
 ROUTERS = {f"{one.type}-{n}": {"select": one} for m in members(Select) for n, one in enumerate(SELECTS[m])}
 ROUTERS["soft"] = {"select": "soft", "score": "logits", "losses": []}
+ROUTERS["keys"] = {"select": {"type": "product_keys", "k": 2, "heads": 2}, "score": "logits", "losses": []}
 ROUTERS["capacity"] = {
     "select": {"k": 2},
     "capacity": [{"type": "capacity", "capacity_factor": 0.5, "keep": "heaviest"}],
@@ -70,7 +71,7 @@ ROUTERS["capacity"] = {
 @torch.no_grad()
 def test_a_token_sees_none_after_it_unless_its_router_says_so(router: str) -> None:
     torch.manual_seed(3)
-    moe = {"experts": {"num_experts": 6, "d_expert": 8}, "router": ROUTERS[router]}
+    moe = {"experts": {"num_experts": 9 if router == "keys" else 6, "d_expert": 8}, "router": ROUTERS[router]}
     model, input_ids = decoder(moe=moe).eval(), ids(3, 32)
     changed = input_ids.clone()
     changed[:, 16:] = (changed[:, 16:] + 1) % VOCAB

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from moeforge.moe import Context, MLPExperts, MoE, MoEConfig, Router, RouterConfig
-from moeforge.moe.gates import MLP, Cosine, Distance, Gate, Hash, Linear, Lookup, Recurrent, TwoLevel
+from moeforge.moe.gates import MLP, Cosine, Distance, Gate, Hash, Linear, Lookup, Query, Recurrent, TwoLevel
 from moeforge.moe.select import TopK
 from tests.moe.brute_force import members
 
@@ -63,6 +63,15 @@ def linear(gate: Any, x: Tensor, e: int, t: int) -> Tensor:
     return dot(token / (dot(token, token) / D).sqrt() if gate.of_token else x, gate.weight[e])
 
 
+def query(gate: Any, x: Tensor, e: int, t: int) -> Tensor:
+    size = E // gate.config.queries
+    group, width = e // size, gate.config.d_query
+    rows = torch.stack([dot(row, x) for row in gate.query[group * width : (group + 1) * width]])
+    if gate.config.norm:
+        rows = rows / (dot(rows, rows) / width).sqrt()
+    return dot(rows, gate.keys[group % len(gate.keys), e % size])
+
+
 LOGITS: dict[str, Any] = {
     "linear": linear,
     "cosine": cosine,
@@ -71,6 +80,7 @@ LOGITS: dict[str, Any] = {
     "recurrent": recurrent,
     "distance": lambda gate, x, e, t: -dot(x - gate.centre[e], x - gate.centre[e]) / math.sqrt(D),
     "lookup": lookup,
+    "query": query,
 }
 EXAMPLES: dict[type, list[Any]] = {
     Linear: [Linear(), Linear(orthogonal=True), Linear(frozen=True), Linear(previous=True), Linear(reads="token")],
@@ -80,6 +90,7 @@ EXAMPLES: dict[type, list[Any]] = {
     Recurrent: [Recurrent(d_route=4)],
     Distance: [Distance()],
     Lookup: [Lookup(num_ids=3), Lookup(num_ids=3, rows=True), Lookup(by="token", num_ids=901, rows=True)],
+    Query: [Query(queries=3, d_query=4), Query(queries=6, d_query=5, key_sets=2, norm=False), Query(queries=1)],
     Hash: [],  # has no logits to compare: see below
 }
 
@@ -161,6 +172,8 @@ def test_cosine_does_not_see_the_length_of_a_row() -> None:
             r"gate: hash learns nothing, .*; set losses: \[\]",
         ),
         ({"gate": {"type": "linear", "frozen": True}}, "gate: linear learns nothing"),
+        ({"gate": {"type": "query", "queries": 4}}, "not divisible by gate.queries = 4"),
+        ({"gate": {"type": "query", "queries": 3, "key_sets": 2}}, "not divisible by gate.key_sets = 2"),
         ({"score": {"type": "softmax", "num_groups": 4}}, "not divisible by score.num_groups = 4"),
     ],
 )

@@ -26,6 +26,7 @@ from moeforge.moe.scores import Logits, Relu, Score, Sigmoid, Softmax
 from moeforge.moe.select import (
     Confident,
     ExpertChoice,
+    ProductKeys,
     Random,
     Select,
     Sinkhorn,
@@ -71,6 +72,7 @@ EXAMPLES: dict[type, list[Any]] = {
     CopyExperts: [CopyExperts(num_experts=4)],
     ConstantExperts: [ConstantExperts(num_experts=4)],
     Soft: [],
+    ProductKeys: [],  # has no score of each expert: see test_grid.py
     Sum: [Sum()],
     Gated: [Gated()],
     Coefficient: [Coefficient()],

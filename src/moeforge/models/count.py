@@ -100,9 +100,17 @@ def _used(moe: MoE) -> float:
 
 
 def _matrices(module: nn.Module) -> int:
-    """Weights that a row is multiplied with: not vectors, not tables that a token reads one row of."""
-    tables = (getattr(part, name) for part in module.modules() for name in getattr(part, "looked_up", ()))
-    return sum(p.numel() for p in module.parameters() if p.ndim >= 2) - sum(table.numel() for table in tables)
+    """Multiplications of a row with all weights: none with vectors, nor with tables that a token reads one row of.
+
+    A module's ``times`` tells weights that a row is multiplied with more than once.
+    """
+    total = 0
+    for part in module.modules():
+        looked_up, times = getattr(part, "looked_up", ()), getattr(part, "times", {})
+        for name, weight in part.named_parameters(recurse=False):
+            if weight.ndim >= 2 and name not in looked_up:
+                total += times.get(name, 1) * weight.numel()
+    return total
 
 
 def dense_twin(config: ModelConfig) -> ModelConfig:

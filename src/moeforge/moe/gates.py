@@ -302,4 +302,47 @@ class Lookup(Config):
         return LookupGate(self, d_model, num_experts)
 
 
-Gate = slot(Linear, Cosine, MLP, TwoLevel, Recurrent, Distance, Hash, Lookup, default=Linear)
+class QueryGate(nn.Module):
+    """logits of group g = keys_g norm(Q_g x): the logits fall into equal groups with a query each."""
+
+    def __init__(self, config: "Query", d_model: int, num_experts: int) -> None:
+        super().__init__()
+        self.config = config
+        self.query = matrix(config.queries * config.d_query, d_model)
+        self.keys = matrix(config.key_sets or config.queries, num_experts // config.queries, config.d_query)
+        self.times = {"keys": config.queries // len(self.keys)}
+
+    def forward(self, x_TD: Tensor, context: Context) -> Signal:
+        """[T, D] -> [T, E]."""
+        query_TGQ = nn.functional.linear(_float(x_TD), _float(self.query)).unflatten(1, (self.config.queries, -1))
+        if self.config.norm:
+            query_TGQ = nn.functional.rms_norm(query_TGQ, query_TGQ.shape[-1:])
+        keys_GEQ = _float(self.keys).repeat(self.times["keys"], 1, 1)
+        return torch.einsum("tgq,geq->tge", query_TGQ, keys_GEQ).flatten(1), None
+
+
+class Query(Config):
+    """Queries and keys: with ``select: product_keys`` each head has two queries (arXiv:1907.05242, section 3.1)."""
+
+    type: Literal["query"] = "query"
+    queries: int = Field(2, ge=1)
+    """Groups of logits, in order, each with its own query."""
+    d_query: int = Field(32, ge=1)
+    """Width of a query and of a key."""
+    key_sets: int | None = Field(None, ge=1)
+    """Queries take turns among so many sets of keys; 2 lets all heads share theirs. Null: a set for each query."""
+    norm: bool = True
+    """RMSNorm of each query."""
+
+    def build(self, d_model: int, num_experts: int) -> nn.Module:
+        """The module: ``(x [T, D], context) -> (logits [T, E], state)``."""
+        return QueryGate(self, d_model, num_experts)
+
+    def check(self, num_experts: int) -> None:
+        """Raises ValueError when the logits cannot form the groups, or the queries cannot take turns."""
+        check_groups(num_experts, self.queries, "gate.queries")
+        if self.queries % (self.key_sets or 1):
+            raise ValueError(f"gate.queries = {self.queries} is not divisible by gate.key_sets = {self.key_sets}")
+
+
+Gate = slot(Linear, Cosine, MLP, TwoLevel, Recurrent, Distance, Hash, Lookup, Query, default=Linear)

@@ -64,15 +64,30 @@ class RouterConfig(Config):
             raise ValueError("select: soft fills every slot; set losses: [] and neither controller nor capacity")
         if self.select.type == "soft" and self.score.type != "logits":
             raise ValueError(f"select: soft has its own softmax; score: {self.score.type} would come before it")
+        if self.select.type == "product_keys" and (self.losses or self.controller):
+            raise ValueError(
+                "select: product_keys has no scores of all experts to balance; set losses: [], no controller"
+            )
+        if self.select.type == "product_keys" and self.score.type != "logits":
+            raise ValueError(
+                f"select: product_keys adds logits of two halves; score: {self.score.type} would come before"
+            )
+        if not self.select.scores_experts and any(noise.type == "visible" for noise in self.noise):
+            raise ValueError(f"noise: visible hides experts, and select: {self.select.type} has no logit of each")
+        if not self.select.scores_experts and getattr(self.weigh, "over", "chosen") != "chosen":
+            raise ValueError(
+                f"weigh: over: computed tells experts apart, select: {self.select.type} has no score of each"
+            )
         if not getattr(self.gate, "learns", True) and (self.losses or self.controller):
             raise ValueError(f"gate: {self.gate.type} learns nothing, so nothing can balance it; set losses: []")
         return self
 
     def check(self, num_experts: int, costs: Sequence[int]) -> None:
         """Raises ValueError when these parts cannot work with ``num_experts``, or do nothing with such ``costs``."""
-        for part in (self.gate, self.score, self.select):
+        self.select.check(num_experts)
+        for part in (self.gate, self.score):
             if hasattr(part, "check"):
-                part.check(num_experts)
+                part.check(self.select.columns(num_experts))
         for part in (self.weigh, *self.losses):
             if hasattr(part, "check_costs"):
                 part.check_costs(costs)

@@ -11,10 +11,22 @@ from moeforge.moe.select.batch import Soft as Soft
 from moeforge.moe.select.fixed import Random as Random
 from moeforge.moe.select.fixed import TopK as TopK
 from moeforge.moe.select.fixed import TopPerGroup as TopPerGroup
+from moeforge.moe.select.grid import ProductKeys as ProductKeys
 from moeforge.moe.select.selector import Selection as Selection
 from moeforge.moe.select.selector import Selector as Selector
 from moeforge.moe.select.selector import check_groups as check_groups
 
 Select = slot(
-    TopK, TopPerGroup, Confident, TopP, Threshold, ExpertChoice, Uncertain, Random, Sinkhorn, Soft, default=TopK
+    TopK,
+    TopPerGroup,
+    Confident,
+    TopP,
+    Threshold,
+    ExpertChoice,
+    Uncertain,
+    Random,
+    Sinkhorn,
+    Soft,
+    ProductKeys,
+    default=TopK,
 )

@@ -65,6 +65,9 @@ class Selector(Config):
     compares_sizes: ClassVar[bool] = False
     """Whether ratios or sums of scores matter, so that scores must not be negative."""
 
+    scores_experts: ClassVar[bool] = True
+    """Whether the gate gives one logit per expert, which balance losses and biases need."""
+
     def columns(self, num_experts: int) -> int:
         """How many logits per token the gate gives."""
         return num_experts
