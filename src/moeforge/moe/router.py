@@ -69,9 +69,7 @@ class RouterConfig(Config):
                 "select: product_keys has no scores of all experts to balance; set losses: [], no controller"
             )
         if self.select.type == "product_keys" and self.score.type != "logits":
-            raise ValueError(
-                f"select: product_keys adds logits of two halves; score: {self.score.type} would come before"
-            )
+            raise ValueError(f"select: product_keys adds logits of two halves, not {self.score.type} scores")
         if not self.select.scores_experts and any(noise.type == "visible" for noise in self.noise):
             raise ValueError(f"noise: visible hides experts, and select: {self.select.type} has no logit of each")
         if not self.select.scores_experts and getattr(self.weigh, "over", "chosen") != "chosen":
