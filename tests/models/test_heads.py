@@ -101,10 +101,12 @@ def test_all_experts_with_even_weights_are_multi_query_attention_divided_by_thei
     torch.testing.assert_close(attention(x, where, None, route), plain(x, where) / 4, rtol=1e-4, atol=1e-6)
 
 
-def test_all_experts_with_own_keys_and_weights_of_one_are_multi_head_attention() -> None:
-    everyone = {"type": "routed", "num_experts": 4, "keys": "own", "router": {"select": {"k": 4}, "weigh": "ones"}}
+@pytest.mark.parametrize("weigh", ["ones", "complement"])
+def test_all_experts_with_own_keys_and_weights_of_one_are_multi_head_attention(weigh: str) -> None:
+    everyone = {"type": "routed", "num_experts": 4, "keys": "own", "router": {"select": {"k": 4}, "weigh": weigh}}
     config = config_of(everyone)
     attention, plain = routed(config), Attention(config)
+    torch.nn.init.zeros_(attention.router.gate.weight)
     plain.q_proj.weight.data = attention.q_proj.weight.data.flatten(0, 1)
     plain.o_proj.weight.data = attention.o_proj.weight.data.transpose(0, 1).flatten(1)
     plain.k_proj, plain.v_proj = attention.k_proj, attention.v_proj

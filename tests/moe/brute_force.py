@@ -138,10 +138,21 @@ def _weigh_ones(weigh: Any, chosen: list[Tensor]) -> list[Tensor]:
     return [(1 + score - score.detach()) / (len(chosen) if weigh.average else 1) for score in chosen]
 
 
+def _weigh_complement(weigh: Any, chosen: list[Tensor]) -> list[Tensor]:
+    """The mixture of all but one, as it is written: expert i stands for all chosen ones but i."""
+    total = sum(chosen) if any(chosen) else 1.0
+    count = len(chosen)
+    without = [[(count / max(count - 1, 1)) * (one != i) for one in range(count)] for i in range(count)]
+    if not any(chosen):
+        return [torch.full((), count / max(count - 1, 1))] * count
+    return [sum(chosen[i] / total * without[i][one] for i in range(count)) for one in range(count)]
+
+
 WEIGHS: dict[str, Callable[[Any, list[Tensor]], list[Tensor]]] = {
     "scores": _weigh_scores,
     "softmax": _weigh_softmax,
     "ones": _weigh_ones,
+    "complement": _weigh_complement,
 }
 
 

@@ -38,7 +38,7 @@ from moeforge.moe.select import (
     Uncertain,
 )
 from moeforge.moe.shared import Coefficient, Gated, Mix, SharedConfig, Sum
-from moeforge.moe.weigh import Ones, Scores, SoftmaxChosen, Weigh
+from moeforge.moe.weigh import Complement, Ones, Scores, SoftmaxChosen, Weigh
 from tests.moe import brute_force
 from tests.moe.brute_force import BANKS
 
@@ -59,6 +59,7 @@ EXAMPLES: dict[type, list[Any]] = {
     Logits: [Logits()],
     Ones: [Ones(), Ones(average=True)],
     Scores: [Scores(), Scores(normalize_weights=True), Scores(normalize_weights=True, weight_scale=2.5)],
+    Complement: [Complement()],
     SoftmaxChosen: [SoftmaxChosen(), SoftmaxChosen(weight_scale=0.5)],
     MLPExperts: [MLPExperts(num_experts=6, d_expert=4, activation=name) for name in get_args(Activation)],
     FactorisedExperts: [
@@ -133,6 +134,10 @@ def test_every_router_is_brute_force(select: Any, score: Any) -> None:
             RouterConfig(select=select, score=score)
         return
     for weigh in examples(Weigh):
+        if weigh.type == "complement" and (score.type == "logits" or select.mean_experts(6) <= 1):
+            with pytest.raises(ValidationError, match="weigh: complement"):
+                build(router={"select": select, "score": score, "weigh": weigh})
+            continue
         assert_is_brute_force(build(router=RouterConfig(select=select, score=score, weigh=weigh)))
 
 

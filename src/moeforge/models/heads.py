@@ -29,7 +29,7 @@ class RoutedHeads(Config):
     """Experts that own query and output projections; the heads' outputs are summed by the router's weights.
 
     With shared keys, an expert has one query head for each of the ``num_kv_heads`` key heads, and keys and values are
-    computed once for all experts (Mixture of Attention Heads, arXiv:2210.05144, equations 4 to 8, has one of them).
+    computed once for all experts (Mixture of Attention Heads, arXiv:2210.05144, section 3, has one of them).
     With keys of its own, an expert is one whole head of multi-head attention.
     """
 

@@ -60,6 +60,8 @@ class RouterConfig(Config):
             )
         if self.select.compares_sizes and self.score.type == "logits":
             raise ValueError(f"select: {self.select.type} compares sizes: logits may be negative, name another score")
+        if self.weigh.type == "complement" and self.score.type == "logits":
+            raise ValueError("weigh: complement takes shares of scores: logits may be negative, name another score")
         if self.select.type == "soft" and (self.losses or self.controller or self.capacity):
             raise ValueError("select: soft fills every slot; set losses: [] and neither controller nor capacity")
         if self.select.type == "soft" and self.score.type != "logits":
@@ -83,6 +85,8 @@ class RouterConfig(Config):
     def check(self, num_experts: int, costs: Sequence[int]) -> None:
         """Raises ValueError when these parts cannot work with ``num_experts``, or do nothing with such ``costs``."""
         self.select.check(num_experts)
+        if self.weigh.type == "complement" and self.select.mean_experts(num_experts) <= 1:
+            raise ValueError("weigh: complement sums up all chosen experts but one: choose more than one")
         for part in (self.gate, self.score):
             if hasattr(part, "check"):
                 part.check(self.select.columns(num_experts))

@@ -73,4 +73,21 @@ class Ones(Config):
         return weights / chosen.sum(-1, keepdim=True).clamp_min(1) if self.average else weights
 
 
-Weigh = slot(Scores, SoftmaxChosen, Ones, default=Scores)
+class Complement(Config):
+    """K / (K - 1) times what an expert's share of the K chosen scores leaves to the others.
+
+    It sums up a mixture, by the shares, of all chosen experts but one (arXiv:2005.06537, section 3): with even shares
+    every weight is one.
+    """
+
+    type: Literal["complement"] = "complement"
+
+    def __call__(self, scores_TE: Tensor, selection: Selection, context: Context) -> Tensor:
+        """[T, E] scores, none negative -> weights in the shape of ``selection.take``."""
+        chosen, scores = selection.take(torch.ones_like(scores_TE)), selection.take(scores_TE)
+        count, total = chosen.sum(-1, keepdim=True), scores.sum(-1, keepdim=True)
+        share = scores / torch.where(total < 1e-20, 1e-20, total)
+        return (chosen - share) * count / (count - 1).clamp_min(1)
+
+
+Weigh = slot(Scores, SoftmaxChosen, Ones, Complement, default=Scores)

@@ -13,7 +13,7 @@ from moeforge.moe.route import expert_of
 
 
 class NeuronBank(Bank):
-    """v_e act(u_e x): one hidden unit each (PEER, arXiv:2407.04153, section 2.2)."""
+    """v_e act(u_e x): one hidden unit each (PEER, arXiv:2407.04153, section 2)."""
 
     def __init__(self, config: "NeuronExperts", d_model: int) -> None:
         super().__init__()

@@ -15,7 +15,7 @@ from moeforge.moe.select.selector import Selection, Selector, check_k, top_k
 class ProductKeys(Selector):
     """Expert (i, j) of a square grid scores row_i + column_j: the best of all sums are among those of the best halves.
 
-    Product keys, arXiv:1907.05242, section 3.2. Time and memory grow with the root of the number of experts. Every
+    Product keys, arXiv:1907.05242, section 3.1. Time and memory grow with the root of the number of experts. Every
     head chooses for itself, so a token may have an expert more than once.
     """
 
