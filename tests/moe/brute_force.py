@@ -238,3 +238,14 @@ def mix_experts(moe: MoE, x_TD: Tensor, weights_TE: Tensor) -> Tensor:
 def layer(moe: MoE, x_TD: Tensor) -> Tensor:
     """[T, D] -> [T, D]: what ``moe(x)[0]`` must be."""
     return mix_experts(moe, x_TD, combine_weights(moe, x_TD))
+
+
+def cut(moe: MoE, x_TD: Tensor) -> Tensor:
+    """[T, D] -> [T, D] of a layer with heads: token by token, head by head, each a row of its own."""
+    outputs = []
+    for x_D in x_TD:
+        projected, width = moe.split_proj.weight @ x_D, len(x_D) // moe.config.heads
+        rows = [projected[h * width : (h + 1) * width] for h in range(moe.config.heads)]
+        parts = [layer(moe, row[None])[0] for row in rows]
+        outputs.append(moe.merge_proj.weight @ torch.cat(parts))
+    return torch.stack(outputs)

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from moeforge.moe import Context, MLPExperts, MoE, MoEConfig, Router, RouterConfig
+from moeforge.moe.context import hashed
 from moeforge.moe.gates import MLP, Cosine, Distance, Gate, Hash, Linear, Lookup, Query, Recurrent, TwoLevel
 from moeforge.moe.select import TopK
 from tests.moe.brute_force import members
@@ -131,6 +132,16 @@ def test_a_hash_sends_a_token_id_to_one_expert_whatever_surrounds_it() -> None:
     assert alone.expert.tolist() == [expert_T[1234].item()]
 
 
+def test_common_ids_have_an_expert_each_and_others_share_the_rest() -> None:
+    def experts(hashing: Hash) -> list[int]:
+        return hashing.build(D, E)(torch.randn(3000, D), Context(token_ids=torch.arange(3000)))[0].argmax(1).tolist()
+
+    plain, some = experts(Hash(seed=5)), experts(Hash(seed=5, common=4))
+    assert plain == experts(Hash(seed=5, common=0)) == [int(hashed(torch.tensor(i), 5)) % E for i in range(3000)]
+    assert some[:4] == [0, 1, 2, 3]
+    assert some[4:] == [4 + int(hashed(torch.tensor(i), 5)) % (E - 4) for i in range(4, 3000)]
+
+
 def test_a_frozen_gate_stays_and_its_experts_learn() -> None:
     router = RouterConfig(gate=Linear(frozen=True), losses=())
     layer = MoE(MoEConfig(experts=(MLPExperts(num_experts=E, d_expert=4),), router=router), D)
@@ -171,6 +182,7 @@ def test_cosine_does_not_see_the_length_of_a_row() -> None:
             {"gate": "hash", "select": {"k": 1}},
             r"gate: hash learns nothing, .*; set losses: \[\]",
         ),
+        ({"gate": {"type": "hash", "common": E}, "select": {"k": 1}, "losses": []}, "gate.common = 6 leaves none of"),
         ({"gate": {"type": "linear", "frozen": True}}, "gate: linear learns nothing"),
         ({"gate": {"type": "query", "queries": 4}}, "not divisible by gate.queries = 4"),
         ({"gate": {"type": "query", "queries": 3, "key_sets": 2}}, "not divisible by gate.key_sets = 2"),

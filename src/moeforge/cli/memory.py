@@ -38,7 +38,7 @@ def _mlp(layer: "LayerConfig", width: int) -> float:
     per_edge = max(((2 if bank.activation.endswith("glu") else 1) * bank.d_expert for bank in banks), default=0)
     shared = moe.shared.d_ff * _kept_per_unit(moe.shared.activation) if moe.shared else 0
     routed = moe.router.select.mean_experts(moe.num_experts) * per_edge
-    return width * (routed + shared) + FLOAT * 3 * moe.num_experts
+    return moe.heads * (width * (routed + shared) + FLOAT * 3 * moe.num_experts)
 
 
 def _kept_per_unit(activation: str) -> int:

@@ -57,7 +57,7 @@ def _layer(config: "ModelConfig", layer: "LayerConfig") -> Tree:
     return {
         **shape,
         "experts": [bank.model_dump() for bank in layer.moe.experts],
-        "experts_per_token": layer.moe.router.select.mean_experts(layer.moe.num_experts),
+        "experts_per_token": layer.moe.heads * layer.moe.router.select.mean_experts(layer.moe.num_experts),
         "shared": layer.moe.shared.model_dump() if layer.moe.shared else None,
     }
 

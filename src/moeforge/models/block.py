@@ -38,8 +38,8 @@ class Block(nn.Module):
         if self.moe is None:
             return x + run(lambda x: self._dense(self.mlp_norm(x)), x), heads, None
         moe = self.moe
-        normed_TD = self.mlp_norm(x).flatten(0, -2)
-        routing = moe.router(normed_TD, context)
+        normed_TD = moe.split(self.mlp_norm(x).flatten(0, -2))
+        routing = moe.router(normed_TD, context.split(moe.config.heads))
         return x + run(moe.experts, normed_TD, routing.route).view_as(x), heads, routing
 
     def _dense(self, x: Tensor) -> Tensor:

@@ -121,13 +121,15 @@ class ModelConfig(LayerConfig):
                 self._check_lookup(index, layer.attention.router)
             if layer.moe:
                 self._check_lookup(index, layer.moe.router)
+                layer.moe.row_width(self.d_model)
                 gate = layer.moe.router.gate
                 width = gate.state_width(layer.moe.num_experts) if hasattr(gate, "state_width") else None
-                if width and below and width != below:
+                state = f"{width}{f' for each of {layer.moe.heads} heads' if layer.moe.heads > 1 else ''}"
+                if width and below and state != below:
                     raise ValueError(
-                        f"layer {index}: its gate takes a state of {width}, the layer below hands on {below}"
+                        f"layer {index}: its gate takes a state of {state}, the layer below hands on {below}"
                     )
-                below = width
+                below = width and state
 
     def _check_lookup(self, index: int, router: RouterConfig) -> None:
         gate = router.gate

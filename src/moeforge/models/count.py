@@ -75,8 +75,9 @@ def _work(module: MoE | Attention) -> float:
     """Multiplications with weights per token, were every expert equally likely."""
     if isinstance(module, Attention):
         return _matrices(module) - _idle(module)
-    beside = sum(_matrices(part) for part in (module.router, module.shared) if part is not None)
-    return _used(module) + beside
+    each_row = sum(_matrices(part) for part in (module.router, module.shared) if part is not None)
+    once = sum(_matrices(part) for part in (module.split_proj, module.merge_proj) if part is not None)
+    return _used(module) + module.config.heads * each_row + once
 
 
 def _idle(module: MoE | Attention) -> float:
@@ -94,9 +95,9 @@ def _idle(module: MoE | Attention) -> float:
 
 
 def _used(moe: MoE) -> float:
-    """Multiplications of a token's experts."""
-    num_experts, costs = moe.config.num_experts, moe.config.costs(moe.d_model)
-    return moe.config.router.select.mean_experts(num_experts) * sum(costs) / num_experts
+    """Multiplications of a token's experts, of all its heads."""
+    config, costs = moe.config, moe.config.costs(moe.row_width)
+    return config.heads * config.router.select.mean_experts(config.num_experts) * sum(costs) / config.num_experts
 
 
 def _matrices(module: nn.Module) -> int:

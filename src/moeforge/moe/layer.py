@@ -2,7 +2,7 @@
 
 from typing import Self
 
-from pydantic import SerializerFunctionWrapHandler, field_serializer, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_serializer, field_validator, model_validator
 from torch import Tensor, nn
 
 from moeforge.config import Config
@@ -22,6 +22,9 @@ class MoEConfig(Config):
     """Who goes where."""
     shared: SharedConfig | None = None
     """The branch that every token takes."""
+    heads: int = Field(1, ge=1)
+    """Rows are cut into so many of width d_model / heads, routed one by one, between two square matrices (MH-MoE,
+    arXiv:2404.15045)."""
 
     @field_validator("experts", mode="before")
     @classmethod
@@ -46,8 +49,14 @@ class MoEConfig(Config):
         return sum(bank.num_experts for bank in self.experts)
 
     def costs(self, d_model: int) -> list[int]:
-        """Multiplications per row, of each expert."""
+        """Multiplications per row of width ``d_model``, of each expert."""
         return [cost for bank in self.experts for cost in bank.costs(d_model)]
+
+    def row_width(self, d_model: int) -> int:
+        """Width of what is routed. Raises ValueError when rows cannot be cut into ``heads``."""
+        if d_model % self.heads:
+            raise ValueError(f"d_model = {d_model} is not divisible by moe.heads = {self.heads}")
+        return d_model // self.heads
 
 
 class MoE(nn.Module):
@@ -55,22 +64,30 @@ class MoE(nn.Module):
 
     def __init__(self, config: MoEConfig, d_model: int) -> None:
         super().__init__()
-        self.config, self.d_model = config, d_model
-        self.router = Router(config.router, d_model, config.num_experts, config.costs(d_model))
-        self.banks = nn.ModuleList(bank.build(d_model) for bank in config.experts)
-        self.shared = Shared(config.shared, d_model) if config.shared else None
+        self.config, self.row_width = config, config.row_width(d_model)
+        self.router = Router(config.router, self.row_width, config.num_experts, config.costs(self.row_width))
+        self.banks = nn.ModuleList(bank.build(self.row_width) for bank in config.experts)
+        self.shared = Shared(config.shared, self.row_width) if config.shared else None
+        self.split_proj = nn.Linear(d_model, d_model, bias=False) if config.heads > 1 else None
+        self.merge_proj = nn.Linear(d_model, d_model, bias=False) if config.heads > 1 else None
 
     def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Routing]:
         """[..., D] -> ([..., D], what the router decided about the T flattened rows)."""
-        x_TD = x.flatten(0, -2)
-        routing = self.router(x_TD, context or Context())
+        x_TD = self.split(x.flatten(0, -2))
+        routing = self.router(x_TD, (context or Context()).split(self.config.heads))
         return self.experts(x_TD, routing.route).view_as(x), routing
 
+    def split(self, x_TD: Tensor) -> Tensor:
+        """[T, D] -> [T * heads, D / heads]: the rows that are routed."""
+        return x_TD if self.split_proj is None else self.split_proj(x_TD).reshape(-1, self.row_width)
+
     def experts(self, x_TD: Tensor, route: Route | SoftRoute) -> Tensor:
-        """[T, D] -> [T, D] once the route is known: the part that activation checkpointing may recompute."""
+        """What ``split`` gave -> [T, D] once the route is known: the part that checkpointing may recompute."""
         parts = route.split([bank.num_experts for bank in self.config.experts])
         banks: list[Bank] = list(self.banks)  # type: ignore[arg-type]
         y_TD = banks[0](x_TD, parts[0])
         for bank, part in zip(banks[1:], parts[1:], strict=True):
             y_TD = y_TD + bank(x_TD, part)
-        return y_TD if self.shared is None else self.shared(x_TD, y_TD)
+        if self.shared is not None:
+            y_TD = self.shared(x_TD, y_TD)
+        return y_TD if self.merge_proj is None else self.merge_proj(y_TD.view(-1, self.merge_proj.in_features))
