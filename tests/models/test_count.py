@@ -104,3 +104,16 @@ def test_experts_without_work_cost_nothing() -> None:
     size, plain = measure(small(moe=half)), measure(small())
     gates = 2 * 2 * E * D
     assert size.flops_per_token == plain.flops_per_token + gates - 2 * 2 * (K // 2) * 3 * D * H
+
+
+def test_memories_and_their_queries_cost_what_they_multiply() -> None:
+    gate = {"type": "query", "queries": 8, "d_query": 3, "rank": 2, "key_sets": 4}
+    select = {"type": "product_keys", "heads": 2, "k": 4, "rank": 2}
+    router = {"gate": gate, "select": select, "score": "logits", "weigh": "softmax", "losses": []}
+    moe = {"experts": {"type": "values", "num_experts": 100, "tables": 2}, "router": router}
+    size, plain = measure(small(moe=moe)), measure(small(moe=None, d_ff=1))
+    keys = 8 * 3 * D + 8 * 10 * 3 + 2 * 10 * 2 * 2  # queries, keys of both heads, the core on every row
+    assert size.flops_per_token == plain.flops_per_token + 2 * 2 * (keys + 8 * D + 2 * D * D - 3 * D)
+    weights = 8 * 3 * D + 4 * 10 * 3 + 4 + 50 * D + 2 * D * D
+    assert size.total.all == plain.total.all + 2 * (weights - 3 * D)
+    assert size.total.all - size.active.all == 2 * (50 - 8) * D

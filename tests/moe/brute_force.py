@@ -206,7 +206,11 @@ BANKS: dict[str, Callable[[Any, Tensor], list[Tensor]]] = {
     "factorised": _factorised_bank,
     "nested": _nested_bank,
     "neurons": _neuron_bank,
-    "values": lambda bank, x_TD: [value.expand_as(x_TD) for value in bank.value],
+    "values": lambda bank, x_TD: [
+        (value if bank.project is None else table @ value).expand_as(x_TD)
+        for table in ([None] if bank.project is None else bank.project)
+        for value in bank.value
+    ],
     "zero": lambda bank, x_TD: [torch.zeros_like(x_TD)] * bank.config.num_experts,
     "copy": lambda bank, x_TD: [x_TD] * bank.config.num_experts,
     "constant": _constant_bank,

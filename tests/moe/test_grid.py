@@ -45,6 +45,42 @@ def test_the_best_of_the_halves_hold_the_best_of_all_sums(bank: dict[str, Any], 
     assert_same(moe(x_TD)[0], expected, [x_TD, *moe.parameters()])
 
 
+@pytest.mark.parametrize("k", [2, 5])
+def test_a_core_scores_the_named_rows_and_columns(k: int) -> None:
+    heads, rank, side, tokens = 2, 3, 5, 6
+    gate = {"type": "query", "queries": heads * 2 * rank, "d_query": 4, "rank": rank, "key_sets": 2 * rank}
+    select = {"type": "product_keys", "heads": heads, "k": k, "rank": rank}
+    moe = layer({"type": "values", "tables": 5}, gate=gate, select=select, weigh="scores")
+    own, x_TD = moe.router.gate, torch.randn(tokens, D, requires_grad=True)
+    torch.nn.init.normal_(own.core)
+    left, _, right = torch.linalg.svd(own.core.detach())
+    left, right = left[:, 0], right[0]
+    if left.sum() < 0:
+        left, right = -left, -right
+    weight_TE = torch.zeros(tokens, side * side)
+    for token in range(tokens):
+        for head in range(heads):
+            halves = []
+            for half in range(2):
+                vectors = []
+                for r in range(rank):
+                    number = (head * 2 + half) * rank + r
+                    query = own.query[number * 4 : number * 4 + 4] @ x_TD[token]
+                    vectors.append(own.keys[half * rank + r] @ (query / query.square().mean().sqrt()))
+                halves.append(torch.stack(vectors))
+            rows, columns = (ranked((by @ half).tolist())[:k] for by, half in zip((left, right), halves, strict=True))
+            grid = halves[0].T @ own.core @ halves[1]
+            cells = [(i, j) for i in rows for j in columns]
+            for i, j in [cells[n] for n in ranked([grid[cell].item() for cell in cells])[:k]]:
+                chosen = torch.zeros_like(weight_TE)
+                chosen[token, i * side + j] = 1
+                weight_TE = weight_TE + chosen * grid[i, j]
+            if k == side:  # every row and column is a candidate
+                best = ranked(grid.flatten().tolist())[:k]
+                assert all(weight_TE[token, expert] != 0 for expert in best)
+    assert_same(moe(x_TD)[0], brute_force.mix_experts(moe, x_TD, weight_TE), [x_TD, *moe.parameters()])
+
+
 class Largest(TorchDispatchMode):
     """The largest tensor that any operation gave."""
 
@@ -80,6 +116,19 @@ def test_a_row_has_the_same_experts_whatever_surrounds_it() -> None:
 
 
 @pytest.mark.parametrize(
+    ("queries", "select", "message"),
+    [
+        (4, {"heads": 2, "rank": 2}, "queries = heads . 2 . rank"),
+        (6, {"heads": 1, "rank": 2}, "gate.queries = 6 is not divisible by 2 . gate.rank = 4"),
+    ],
+)
+def test_a_core_needs_its_queries(queries: int, select: dict[str, Any], message: str) -> None:
+    gate = {"type": "query", "queries": queries, "rank": 2}
+    with pytest.raises(ValidationError, match=message):
+        layer({"type": "values"}, gate=gate, select=select | {"type": "product_keys"})
+
+
+@pytest.mark.parametrize(
     ("num_experts", "changes", "message"),
     [
         (24, {}, "needs a square: num_experts = 24 is none"),
@@ -89,6 +138,8 @@ def test_a_row_has_the_same_experts_whatever_surrounds_it() -> None:
         (25, {"score": "softmax"}, "adds logits of two halves, not softmax"),
         (25, {"noise": [{"type": "visible", "common": 3}]}, "noise: visible hides experts"),
         (25, {"gate": {"type": "query", "queries": 4}}, "num_experts = 10 is not divisible by gate.queries = 4"),
+        (25, {"gate": {"type": "query", "queries": 4, "rank": 2}}, "need the same rank"),
+        (25, {"gate": {"type": "query", "queries": 3, "rank": 1}}, "need the same rank"),
         (25, {"weigh": {"normalize_weights": True, "over": "computed"}}, "has no score of each"),
     ],
 )

@@ -68,7 +68,7 @@ EXAMPLES: dict[type, list[Any]] = {
     ],
     NestedExperts: [NestedExperts(widths=(2, 3, 5, 5)), NestedExperts(widths=(1, 4, 4, 6), activation="gelu")],
     NeuronExperts: [NeuronExperts(num_experts=6), NeuronExperts(num_experts=5, activation="swiglu")],
-    ValueExperts: [ValueExperts(num_experts=6)],
+    ValueExperts: [ValueExperts(num_experts=6), ValueExperts(num_experts=6, tables=3)],
     ZeroExperts: [ZeroExperts(num_experts=4)],
     CopyExperts: [CopyExperts(num_experts=4)],
     ConstantExperts: [ConstantExperts(num_experts=4)],
@@ -267,6 +267,7 @@ def test_one_bank_is_written_without_a_list() -> None:
     [
         ({"experts": []}, "experts is empty"),
         ({"experts": {"type": "nested", "widths": []}}, "at least 1 item"),
+        ({"experts": {"type": "values", "num_experts": 6, "tables": 4}}, "not divisible by tables = 4"),
         ({"experts": {"type": "nested", "widths": [0]}}, "greater than or equal to 1"),
         ({"router": {"losses": ["z_loss", "z_loss"]}}, "losses: each type once"),
         ({"router": {"losses": [], "controller": "sparsity"}}, "moves the weight of the losses, and losses is empty"),

@@ -64,7 +64,7 @@ def test_every_recipe_has_a_comparison_and_a_full_note(name: str) -> None:
     assert ours.model != other.model or ours.accumulate != other.accumulate
 
 
-@pytest.mark.parametrize("name", ["multi-head-parity", "product-key-memory", "million-experts"])
+@pytest.mark.parametrize("name", ["multi-head-parity", "product-key-memory", "million-experts", "sparse-memory"])
 def test_recipes_that_say_so_cost_what_their_comparison_costs(name: str) -> None:
     ours, other = (measure(config.model.replace(vocab_size=VOCAB), seq_len=256) for config in arms(name).values())
     assert ours.flops_per_token == pytest.approx(other.flops_per_token, rel=0.01)

@@ -97,7 +97,9 @@ def _idle(module: MoE | Attention) -> float:
 def _used(moe: MoE) -> float:
     """Multiplications of a token's experts, of all its heads."""
     config, costs = moe.config, moe.config.costs(moe.row_width)
-    return config.heads * config.router.select.mean_experts(config.num_experts) * sum(costs) / config.num_experts
+    fixed = sum(bank.fixed_cost(moe.row_width) for bank in config.experts if hasattr(bank, "fixed_cost"))
+    chosen = config.router.select.mean_experts(config.num_experts) * sum(costs) / config.num_experts
+    return config.heads * (chosen + fixed)
 
 
 def _matrices(module: nn.Module) -> int:

@@ -72,6 +72,9 @@ class RouterConfig(Config):
             )
         if self.select.type == "product_keys" and self.score.type != "logits":
             raise ValueError(f"select: product_keys adds logits of two halves, not {self.score.type} scores")
+        rank, cored = getattr(self.select, "rank", 0), self.gate.type == "query" and self.gate.rank
+        if rank != cored or (cored and self.gate.heads != self.select.heads):
+            raise ValueError("gate: query and select: product_keys need the same rank and queries = heads * 2 * rank")
         if not self.select.scores_experts and any(noise.type == "visible" for noise in self.noise):
             raise ValueError(f"noise: visible hides experts, and select: {self.select.type} has no logit of each")
         if not self.select.scores_experts and getattr(self.weigh, "over", "chosen") != "chosen":

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from math import isqrt
 from typing import ClassVar, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -25,10 +26,13 @@ class ProductKeys(Selector):
     """Experts per token and head."""
     heads: int = Field(1, ge=1)
     """Choices per token, each by 2 sqrt(E) logits of its own."""
+    rank: int = Field(0, ge=0)
+    """Above 0, those logits only name k rows and k columns, and (i, j) scores the product of two vectors of this length
+    (arXiv:2411.12364); needs ``gate: query`` of the same rank. The best of the whole grid may then be missed."""
 
     def columns(self, num_experts: int) -> int:
-        """Logits per token: of each head, the grid's rows, then its columns."""
-        return self.heads * 2 * isqrt(num_experts)
+        """Logits per token: of each head, what the grid's rows are named and scored by, then its columns."""
+        return self.heads * 2 * (1 + self.rank) * isqrt(num_experts)
 
     def check(self, num_experts: int) -> None:
         """Raises ValueError when the experts form no square."""
@@ -41,14 +45,20 @@ class ProductKeys(Selector):
         return self.heads * self.k
 
     def route(self, scores_TE: Tensor, biased_TE: Tensor, weigh: Callable[..., Tensor], context: Context) -> Route:
-        """[T, heads * 2 * sqrt(E)] -> heads * k experts of each token. X is a head of a token, S the grid's side."""
-        side = scores_TE.shape[1] // (2 * self.heads)
-        best_2XK = [top_k(half_XS, min(self.k, side)) for half_XS in biased_TE.view(-1, 2, side).unbind(1)]
-        halves_2XS = scores_TE.view(-1, 2, side).unbind(1)
-        row_XK, column_XK = (half_XS.gather(1, ids) for half_XS, ids in zip(halves_2XS, best_2XK, strict=True))
-        sums_XC = (row_XK[:, :, None] + column_XK[:, None]).flatten(1)
-        selection = Selection(ids=(place_XK := top_k(sums_XC.detach(), self.k)))
-        weights_XK, width = weigh(sums_XC, selection, context), row_XK.shape[1]
+        """[T, columns] -> heads * k experts of each token. X is a head of a token, S the grid's side, R the rank."""
+        num_tokens, side = len(scores_TE), scores_TE.shape[1] // self.columns(1)
+        naming_2XS = biased_TE.view(-1, 2, 1 + self.rank, side)[:, :, 0].unbind(1)
+        best_2XK = [top_k(half_XS, min(self.k, side)) for half_XS in naming_2XS]
+        halves_2XRS = scores_TE.view(-1, 2, 1 + self.rank, side).unbind(1)
+        row_XRK, column_XRK = (
+            half_XRS.gather(2, ids_XK[:, None].expand(-1, 1 + self.rank, -1))
+            for half_XRS, ids_XK in zip(halves_2XRS, best_2XK, strict=True)
+        )
+        if self.rank:
+            scores_XKK = torch.einsum("xri,xrj->xij", row_XRK[:, 1:], column_XRK[:, 1:])
+        else:
+            scores_XKK = row_XRK[:, 0, :, None] + column_XRK[:, 0, None]
+        place_XK, width = top_k(scores_XKK.detach().flatten(1), self.k), row_XRK.shape[2]
+        weights_XK = weigh(scores_XKK.flatten(1), Selection(ids=place_XK), context)
         ids_XK = best_2XK[0].gather(1, place_XK // width) * side + best_2XK[1].gather(1, place_XK % width)
-        num_tokens = len(scores_TE)
         return Route.from_top_k(ids_XK.view(num_tokens, -1), weights_XK.view(num_tokens, -1), side * side)

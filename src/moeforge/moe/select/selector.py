@@ -51,10 +51,10 @@ def check_k(k: int, num_experts: int) -> None:
         raise ValueError(f"top_k = select.k = {k} is more than num_experts = {num_experts}")
 
 
-def check_groups(num_experts: int, num_groups: int, name: str) -> None:
-    """Raises ValueError when the experts cannot form ``num_groups`` equal groups; ``name`` is the setting."""
+def check_groups(num_experts: int, num_groups: int, name: str, what: str = "num_experts") -> None:
+    """Raises ValueError when so many ``what`` cannot form ``num_groups`` equal groups; ``name`` is the setting."""
     if num_experts % num_groups:
-        raise ValueError(f"num_experts = {num_experts} is not divisible by {name} = {num_groups}")
+        raise ValueError(f"{what} = {num_experts} is not divisible by {name} = {num_groups}")
 
 
 class Selector(Config):
