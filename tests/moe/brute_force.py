@@ -248,8 +248,8 @@ def cut(moe: MoE, x_TD: Tensor) -> Tensor:
     """[T, D] -> [T, D] of a layer with heads: token by token, head by head, each a row of its own."""
     outputs = []
     for x_D in x_TD:
-        projected, width = moe.split_proj.weight @ x_D, len(x_D) // moe.config.heads
+        projected, width = moe.split_proj @ x_D, len(x_D) // moe.config.heads
         rows = [projected[h * width : (h + 1) * width] for h in range(moe.config.heads)]
         parts = [layer(moe, row[None])[0] for row in rows]
-        outputs.append(moe.merge_proj.weight @ torch.cat(parts))
+        outputs.append(moe.merge_proj @ torch.cat(parts))
     return torch.stack(outputs)

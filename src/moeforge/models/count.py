@@ -76,7 +76,7 @@ def _work(module: MoE | Attention) -> float:
     if isinstance(module, Attention):
         return _matrices(module) - _idle(module)
     each_row = sum(_matrices(part) for part in (module.router, module.shared) if part is not None)
-    once = sum(_matrices(part) for part in (module.split_proj, module.merge_proj) if part is not None)
+    once = sum(weight.numel() for weight in (module.split_proj, module.merge_proj) if weight is not None)
     return _used(module) + module.config.heads * each_row + once
 
 

@@ -6,7 +6,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, field_serializer, fie
 from torch import Tensor, nn
 
 from moeforge.config import Config
-from moeforge.moe.bank import Bank, Experts
+from moeforge.moe.bank import Bank, Experts, matrix
 from moeforge.moe.context import Context
 from moeforge.moe.route import Route, SoftRoute
 from moeforge.moe.router import Router, RouterConfig, Routing
@@ -62,14 +62,17 @@ class MoEConfig(Config):
 class MoE(nn.Module):
     """Router, banks and shared branch. ``forward`` writes nothing to ``self``."""
 
+    initialised = ("split_proj", "merge_proj")
+
     def __init__(self, config: MoEConfig, d_model: int) -> None:
         super().__init__()
         self.config, self.row_width = config, config.row_width(d_model)
         self.router = Router(config.router, self.row_width, config.num_experts, config.costs(self.row_width))
         self.banks = nn.ModuleList(bank.build(self.row_width) for bank in config.experts)
         self.shared = Shared(config.shared, self.row_width) if config.shared else None
-        self.split_proj = nn.Linear(d_model, d_model, bias=False) if config.heads > 1 else None
-        self.merge_proj = nn.Linear(d_model, d_model, bias=False) if config.heads > 1 else None
+        # Rows keep their length through these, whatever the experts' weights start as.
+        self.split_proj = matrix(d_model, d_model) if config.heads > 1 else None
+        self.merge_proj = matrix(d_model, d_model) if config.heads > 1 else None
 
     def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Routing]:
         """[..., D] -> ([..., D], what the router decided about the T flattened rows)."""
@@ -79,7 +82,9 @@ class MoE(nn.Module):
 
     def split(self, x_TD: Tensor) -> Tensor:
         """[T, D] -> [T * heads, D / heads]: the rows that are routed."""
-        return x_TD if self.split_proj is None else self.split_proj(x_TD).reshape(-1, self.row_width)
+        if self.split_proj is None:
+            return x_TD
+        return nn.functional.linear(x_TD, self.split_proj).reshape(-1, self.row_width)
 
     def experts(self, x_TD: Tensor, route: Route | SoftRoute) -> Tensor:
         """What ``split`` gave -> [T, D] once the route is known: the part that checkpointing may recompute."""
@@ -90,4 +95,6 @@ class MoE(nn.Module):
             y_TD = y_TD + bank(x_TD, part)
         if self.shared is not None:
             y_TD = self.shared(x_TD, y_TD)
-        return y_TD if self.merge_proj is None else self.merge_proj(y_TD.view(-1, self.merge_proj.in_features))
+        if self.merge_proj is not None:
+            y_TD = nn.functional.linear(y_TD.reshape(-1, len(self.merge_proj)), self.merge_proj)
+        return y_TD

@@ -25,9 +25,11 @@ class NeuronBank(Bank):
 
     def rows(self, rows_ND: Tensor, ends_E: Tensor) -> Tensor:
         """[N, D] -> [N, D]."""
-        expert_N = expert_of(ends_E, len(rows_ND))
-        up = torch.einsum("nd,nkd->nk", rows_ND, self.gate_up_proj[expert_N].to(rows_ND.dtype))
-        return activate(up, self.config.activation).to(rows_ND.dtype) * self.down_proj[expert_N].to(rows_ND.dtype)
+        expert_N, read = expert_of(ends_E, len(rows_ND)), nn.functional.embedding
+        up_NKD = read(expert_N, self.gate_up_proj.flatten(1)).view(len(rows_ND), -1, rows_ND.shape[1])
+        up_NK = torch.einsum("nd,nkd->nk", rows_ND, up_NKD.to(rows_ND.dtype))
+        hidden_N1 = activate(up_NK, self.config.activation)
+        return (hidden_N1 * read(expert_N, self.down_proj)).to(rows_ND.dtype)
 
 
 class NeuronExperts(Config):
@@ -63,7 +65,7 @@ class ValueBank(Bank):
 
     def rows(self, rows_ND: Tensor, ends_E: Tensor) -> Tensor:
         """[N, D] -> [N, D] of one table, whatever the rows are; not projected."""
-        return self.value[expert_of(ends_E, len(rows_ND))].to(rows_ND.dtype)
+        return nn.functional.embedding(expert_of(ends_E, len(rows_ND)), self.value).to(rows_ND.dtype)
 
     def forward(self, x_TD: Tensor, route: Route | SoftRoute) -> Tensor:
         """[T, D] -> [T, D] weighted sum over the route, its carry included."""

@@ -54,11 +54,22 @@ class ProductKeys(Selector):
             half_XRS.gather(2, ids_XK[:, None].expand(-1, 1 + self.rank, -1))
             for half_XRS, ids_XK in zip(halves_2XRS, best_2XK, strict=True)
         )
+        first_C, second_C = self._cells(row_XRK.shape[2], row_XRK.device)
         if self.rank:
-            scores_XKK = torch.einsum("xri,xrj->xij", row_XRK[:, 1:], column_XRK[:, 1:])
+            scores_XC = torch.einsum("xri,xrj->xij", row_XRK[:, 1:], column_XRK[:, 1:]).flatten(1)
         else:
-            scores_XKK = row_XRK[:, 0, :, None] + column_XRK[:, 0, None]
-        place_XK, width = top_k(scores_XKK.detach().flatten(1), self.k), row_XRK.shape[2]
-        weights_XK = weigh(scores_XKK.flatten(1), Selection(ids=place_XK), context)
-        ids_XK = best_2XK[0].gather(1, place_XK // width) * side + best_2XK[1].gather(1, place_XK % width)
+            scores_XC = row_XRK[:, 0, first_C] + column_XRK[:, 0, second_C]
+        place_XK = top_k(scores_XC.detach(), self.k)
+        weights_XK = weigh(scores_XC, Selection(ids=place_XK), context)
+        ids_XK = best_2XK[0].gather(1, first_C[place_XK]) * side + best_2XK[1].gather(1, second_C[place_XK])
         return Route.from_top_k(ids_XK.view(num_tokens, -1), weights_XK.view(num_tokens, -1), side * side)
+
+    def _cells(self, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """[C] places of a row and of a column, best first, whose pair may be chosen.
+
+        Of sums, pair (i, j) has i * j - 1 at least as good ones before it, counted from one: k of them rule it out.
+        """
+        number_K = torch.arange(1, width + 1, device=device)
+        possible_KK = (number_K[:, None] * number_K <= self.k) | bool(self.rank)
+        first_C, second_C = possible_KK.nonzero(as_tuple=True)
+        return first_C, second_C
