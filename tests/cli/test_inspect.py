@@ -38,7 +38,7 @@ def test_tables_name_every_layer_and_memory(call, monkeypatch):
 
 def test_routed_heads_and_rows_cut_into_heads_are_shown(call, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
-    assert "5 of 16 x 16, 1 kv" in call("inspect", "mixture-of-attention-heads").out
+    assert "5 of 16 x 16, 1 kv" in call("inspect", "mixture-of-heads").out
     layer = json.loads(call("inspect", "multi-head-moe", "--json").out)["layers"][0]
     assert layer["experts_per_token"] == 8 and "heads_per_token" not in layer
 

@@ -12,7 +12,7 @@ from moeforge.models import Cache, Decoder, ModelConfig, dense_twin, measure
 from moeforge.models.attention import Attention, locate, places
 from moeforge.moe import Context, Route
 from tests.models.test_attention import normed, turned
-from tests.models.test_decoder import LENGTH, assert_close, decoder, ids, step
+from tests.models.test_decoder import LENGTH, ROUTERS, assert_close, decoder, ids, step
 
 D, B, L, E = 16, 2, 7, 5
 TOP_2 = {"type": "routed", "num_experts": E, "router": {"select": {"k": 2}}}
@@ -137,6 +137,18 @@ def test_cached_decoding_is_the_full_pass(attention: dict[str, Any], sizes: list
     assert_close(model(changed).logits[:, :5], model(input_ids).logits[:, :5])
 
 
+@pytest.mark.parametrize("name", [name for name in ROUTERS if name != "soft"])
+@torch.no_grad()
+def test_heads_see_no_later_token_unless_their_router_says_so(name: str) -> None:
+    torch.manual_seed(3)
+    attention = {"type": "routed", "num_experts": 9 if name == "keys" else 6, "router": ROUTERS[name]}
+    model, input_ids = decoder("dense", attention=attention).eval(), ids(3, 32)
+    changed = input_ids.clone()
+    changed[:, 16:] = (changed[:, 16:] + 1) % 19
+    one, other = model(input_ids).logits[:, :16], model(changed).logits[:, :16]
+    assert torch.allclose(one, other, rtol=1e-4, atol=1e-4) != model.routers["attention_00"].config.leaks
+
+
 def test_recomputed_activations_change_nothing() -> None:
     model, input_ids = decoder(attention=TOP_2), ids()
     loss, gradients = step(model, input_ids)
@@ -182,6 +194,10 @@ def test_the_dense_twin_has_plain_attention_and_is_just_not_cheaper(moe: dict[st
     ("attention", "message"),
     [
         ({"router": {"select": "soft", "score": "logits", "losses": []}}, "select: soft chooses none"),
+        (
+            {"keys": "own", "router": {"select": "product_keys", "score": "logits", "losses": []}},
+            "keys: own computes every head",
+        ),
         ({"router": {"gate": "recurrent"}}, "hands on no state, and gate: recurrent needs one"),
         ({"router": {"select": {"k": 9}}}, "k = 9 is more than num_experts = 8"),
         ({"router": {"gate": {"type": "lookup", "num_ids": 9}}}, "a decoder knows token ids alone"),

@@ -105,9 +105,7 @@ class Attention(nn.Module):
         if route is None:
             return self.o_proj(mixed)
         place_N, width = self._places(route)
-        by_place = (
-            mixed.unflatten(2, (-1, width, self.head_dim)).transpose(2, 3).reshape(len(x[0]) * len(x) * width, -1)
-        )
+        by_place = mixed.unflatten(2, (-1, width, self.head_dim)).transpose(2, 3).flatten(3).flatten(0, 2)
         return route.combine(self.o_proj(by_place[place_N], route.ends), x.flatten(0, 1)).view_as(x)
 
     def _places(self, route: Route) -> tuple[Tensor, int]:

@@ -45,6 +45,8 @@ class RoutedHeads(Config):
     def _selectable(self) -> Self:
         if self.router.select.type == "soft":
             raise ValueError("attention: routed gives a token some of the heads; select: soft chooses none")
+        if self.keys == "own" and self.router.select.type == "product_keys":
+            raise ValueError("attention: routed with keys: own computes every head: product_keys is for many experts")
         if hasattr(self.router.gate, "state_width") and self.router.gate.state_width(self.num_experts):
             raise ValueError(f"attention: routed hands on no state, and gate: {self.router.gate.type} needs one")
         self.router.check(self.num_experts, [1] * self.num_experts)
