@@ -13,11 +13,15 @@ from moeforge.models import Decoder, ModelConfig
 VOCAB = 11
 
 
-@pytest.fixture
-def model() -> Decoder:
-    moe = {"experts": {"num_experts": 4, "d_expert": 8}, "router": {"select": {"type": "top_k", "k": 2}}}
+def with_heads(heads: int) -> Decoder:
+    moe = {"experts": {"num_experts": 4, "d_expert": 8}, "router": {"select": {"k": 2}}, "heads": heads}
     config = {"vocab_size": VOCAB, "d_model": 16, "num_layers": 3, "num_heads": 2, "first_dense_layers": 1, "moe": moe}
     return Decoder(ModelConfig.model_validate(config)).eval()
+
+
+@pytest.fixture
+def model() -> Decoder:
+    return with_heads(1)
 
 
 @pytest.fixture
@@ -26,7 +30,9 @@ def packed() -> Packed:
     return Packed(ids, torch.tensor([0, 30]), torch.ones(75, dtype=torch.int32), torch.zeros(2, dtype=torch.int64))
 
 
-def test_counts_equal_a_loop_over_tokens(model: Decoder, packed: Packed) -> None:
+@pytest.mark.parametrize("heads", [1, 4])
+def test_counts_equal_a_loop_over_tokens(heads: int, packed: Packed) -> None:
+    model = with_heads(heads)
     kinds_N = torch.randint(len(KINDS), (75,), dtype=torch.int32)
     usage = tally(model, packed, kinds_N, seq_len=16, batch_size=2)
     assert sorted(usage) == [1, 2]
@@ -35,14 +41,14 @@ def test_counts_equal_a_loop_over_tokens(model: Decoder, packed: Packed) -> None
     for row, batch in enumerate(evaluation_batches(packed, 1, 16)):
         for layer, routing in model(batch.input_ids, batch.position, batch.document).routings.items():
             for token, expert in zip(routing.route.token.tolist(), routing.route.expert.tolist(), strict=True):
-                place = row * 16 + token
+                place = row * 16 + token // heads
                 if place < 74:  # the last token has no target, and what follows is padding
                     by_kind[layer][expert, kinds_N[place]] += 1
                     by_token[layer][expert, packed.ids[place]] += 1
     for layer, used in usage.items():
         assert torch.equal(used.by_kind, by_kind[layer])
         assert torch.equal(used.by_token, by_token[layer])
-        assert used.by_kind.sum() == used.by_token.sum() == 2 * 74
+        assert used.by_kind.sum() == used.by_token.sum() == 2 * 74 * heads
 
 
 def test_part_of_a_text_is_spread_over_it(model: Decoder, packed: Packed) -> None:

@@ -43,6 +43,13 @@ def test_repeats_and_layers_without_attention_are_named(call, monkeypatch):
     assert [line.split()[3] for line in out.splitlines() if "dense 256" in line] == ["4", "none", "4", "4"]
 
 
+def test_routed_heads_and_rows_cut_into_heads_are_shown(call, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    assert "5 of 16 x 16, 1 kv" in call("inspect", "mixture-of-heads").out
+    layer = json.loads(call("inspect", "multi-head-moe", "--json").out)["layers"][0]
+    assert layer["experts_per_token"] == 8 and "heads_per_token" not in layer
+
+
 def test_settings_of_a_recipe_can_be_changed_but_not_of_a_model(call, tiny, run_folder):
     wide = json.loads(call("inspect", tiny, "--json", "--model.d_model=32").out)
     assert wide["d_model"] == 32

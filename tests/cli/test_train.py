@@ -73,7 +73,7 @@ BAD = {
     ),
     "ids that a decoder does not know": (
         ["TINY", "--model.moe.router.gate={type: lookup, by: task, num_ids: 3}"],
-        "layer 1: gate: lookup by task: a decoder knows token ids alone",
+        "layer 1: gate: lookup by task: a decoder knows token and domain ids",
     ),
     "a bar that nobody passes": (
         ["TINY", "--model.moe.router.select={type: threshold, bar: 1}"],

@@ -1,5 +1,7 @@
 """Streaming with the cache against recomputing the whole document for every token."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -123,10 +125,14 @@ def test_a_pass_that_is_interrupted_leaves_the_document_as_it_was(model, tokeniz
 def test_routers_that_compare_tokens_write_only_when_asked(tokenizer: Tokenizer) -> None:
     select = {"type": "merged", "over": "segment_before", "segment": 4}
     before = {"select": select, "score": "logits", "weigh": "softmax", "losses": []}
-    for router in ({"select": "expert_choice", "losses": []}, {"capacity": [{"type": "capacity"}]}, before):
-        moe = {"experts": {"num_experts": 4, "d_expert": 8}, "router": router}
-        shape = {"vocab_size": 257, "d_model": 16, "num_layers": 2, "num_heads": 2, "layers": {1: {"moe": moe}}}
+    routers = ({"select": "expert_choice", "losses": []}, {"capacity": [{"type": "capacity"}]}, before)
+    for router, where in product(routers, ("layer_01", "attention_01")):
+        if router is before and where == "attention_01":
+            continue  # heads are not merged
+        moe = {"moe": {"experts": {"num_experts": 4, "d_expert": 8}, "router": router}}
+        layer = moe if where == "layer_01" else {"attention": {"type": "routed", "num_experts": 4, "router": router}}
+        shape = {"vocab_size": 257, "d_model": 16, "num_layers": 2, "num_heads": 2, "layers": {1: layer}}
         model = Decoder(ModelConfig.model_validate(shape)).eval()
-        with pytest.raises(UserError, match="in layers 1 a token's experts depend on other tokens than itself"):
+        with pytest.raises(UserError, match=f"in {where} a token's experts depend on other tokens than itself"):
             generate(model, tokenizer, "a", GREEDY)
         assert len(list(generate(model, tokenizer, "a", GREEDY, unsafe_batch_dependent=True))) > 0

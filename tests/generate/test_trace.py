@@ -38,6 +38,14 @@ def test_rows_of_a_batch_are_counted_through(model):
     assert [row[1].experts for row in batched[5:]] == [row[1].experts for row in alone]
 
 
+def test_a_token_cut_into_heads_has_the_experts_of_all_its_rows():
+    moe = {"experts": {"num_experts": 4, "d_expert": 8}, "router": {"select": {"k": 1}}, "heads": 2}
+    output = Decoder(ModelConfig(vocab_size=9, d_model=16, num_layers=1, num_heads=2, moe=moe))(torch.arange(5)[None])
+    route = output.routings[0].route
+    for token, row in enumerate(choices(output)):
+        assert sorted(row[0].experts) == sorted(route.expert[route.token // 2 == token].tolist())
+
+
 def test_an_empty_text_has_no_tokens_and_a_long_one_is_refused(model, tokenizer):
     assert trace(model, tokenizer, "") == []
     with pytest.raises(UserError, match="the text has 48 tokens, the model's context takes 47"):

@@ -127,3 +127,16 @@ def test_the_dense_twin_repeats_and_leaves_attention_out_where_the_model_does() 
     twin = dense_twin(config)
     assert 1 <= measure(twin).flops_per_token / measure(config).flops_per_token < 1.1
     assert twin.num_repeats == 2 and [layer.attends for layer in twin.all_layers] == [True, False, True, True]
+
+
+def test_memories_and_their_queries_cost_what_they_multiply() -> None:
+    gate = {"type": "query", "queries": 8, "d_query": 3, "rank": 2, "key_sets": 4}
+    select = {"type": "product_keys", "heads": 2, "k": 4, "rank": 2}
+    router = {"gate": gate, "select": select, "score": "logits", "weigh": "softmax", "losses": []}
+    moe = {"experts": {"type": "values", "num_experts": 100, "tables": 2}, "router": router}
+    size, plain = measure(small(moe=moe)), measure(small(moe=None, d_ff=1))
+    keys = 8 * 3 * D + 8 * 10 * 3 + 2 * 10 * 2 * 2  # queries, keys of both heads, the core on every row
+    assert size.flops_per_token == plain.flops_per_token + 2 * 2 * (keys + 8 * D + 2 * D * D - 3 * D)
+    weights = 8 * 3 * D + 4 * 10 * 3 + 4 + 50 * D + 2 * D * D
+    assert size.total.all == plain.total.all + 2 * (weights - 3 * D)
+    assert size.total.all - size.active.all == 2 * (50 - 8) * D

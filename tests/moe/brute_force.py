@@ -143,10 +143,21 @@ def _weigh_ones(weigh: Any, chosen: list[Tensor]) -> list[Tensor]:
     return [(1 + score - score.detach()) / (len(chosen) if weigh.average else 1) for score in chosen]
 
 
+def _weigh_complement(weigh: Any, chosen: list[Tensor]) -> list[Tensor]:
+    """The mixture of all but one, as it is written: expert i stands for all chosen ones but i."""
+    total = sum(chosen) if any(chosen) else 1.0
+    count = len(chosen)
+    without = [[(count / max(count - 1, 1)) * (one != i) for one in range(count)] for i in range(count)]
+    if not any(chosen):
+        return [torch.full((), count / max(count - 1, 1))] * count
+    return [sum(chosen[i] / total * without[i][one] for i in range(count)) for one in range(count)]
+
+
 WEIGHS: dict[str, Callable[[Any, list[Tensor]], list[Tensor]]] = {
     "scores": _weigh_scores,
     "softmax": _weigh_softmax,
     "ones": _weigh_ones,
+    "complement": _weigh_complement,
 }
 
 
@@ -188,6 +199,11 @@ def _nested_bank(bank: Any, x_TD: Tensor) -> list[Tensor]:
     return [mlp(x_TD, *slices(width), bank.config.activation) for width in bank.config.widths]
 
 
+def _neuron_bank(bank: Any, x_TD: Tensor) -> list[Tensor]:
+    pairs = zip(bank.gate_up_proj, bank.down_proj, strict=True)
+    return [mlp(x_TD, up_KD, down_D[:, None], bank.config.activation) for up_KD, down_D in pairs]
+
+
 def _constant_bank(bank: Any, x_TD: Tensor) -> list[Tensor]:
     outputs = []
     for value, mix in zip(bank.value, bank.mix, strict=True):
@@ -201,6 +217,12 @@ BANKS: dict[str, Callable[[Any, Tensor], list[Tensor]]] = {
     "factorised": _factorised_bank,
     "low_rank": _low_rank_bank,
     "nested": _nested_bank,
+    "neurons": _neuron_bank,
+    "values": lambda bank, x_TD: [
+        (value if bank.project is None else table @ value).expand_as(x_TD)
+        for table in ([None] if bank.project is None else bank.project)
+        for value in bank.value
+    ],
     "zero": lambda bank, x_TD: [torch.zeros_like(x_TD)] * bank.config.num_experts,
     "copy": lambda bank, x_TD: [x_TD] * bank.config.num_experts,
     "constant": _constant_bank,
@@ -233,3 +255,14 @@ def mix_experts(moe: MoE, x_TD: Tensor, weights_TE: Tensor) -> Tensor:
 def layer(moe: MoE, x_TD: Tensor) -> Tensor:
     """[T, D] -> [T, D]: what ``moe(x)[0]`` must be."""
     return mix_experts(moe, x_TD, combine_weights(moe, x_TD))
+
+
+def cut(moe: MoE, x_TD: Tensor) -> Tensor:
+    """[T, D] -> [T, D] of a layer with heads: token by token, head by head, each a row of its own."""
+    outputs = []
+    for x_D in x_TD:
+        projected, width = moe.split_proj @ x_D, len(x_D) // moe.config.heads
+        rows = [projected[h * width : (h + 1) * width] for h in range(moe.config.heads)]
+        parts = [layer(moe, row[None])[0] for row in rows]
+        outputs.append(moe.merge_proj @ torch.cat(parts))
+    return torch.stack(outputs)

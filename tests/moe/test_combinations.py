@@ -14,7 +14,7 @@ from moeforge.moe.capacity import Capacity, Drop, Limit
 from moeforge.moe.gates import Cosine, Gate, Hash, Linear, Lookup, Paths, SmoothStep
 from moeforge.moe.noise import ExpertDropout, Gaussian, Gumbel, Noise, Visible
 from moeforge.moe.scores import Logits, Relu, Score
-from moeforge.moe.select import Draw, ExpertChoice, Merged, Random, Select, Soft, Threshold, TopK
+from moeforge.moe.select import Draw, ExpertChoice, Merged, ProductKeys, Random, Select, Soft, Threshold, TopK
 from moeforge.moe.weigh import Drawn, SoftmaxChosen, Weigh
 from tests.moe import test_gates, test_layer
 from tests.moe.brute_force import members
@@ -22,6 +22,7 @@ from tests.moe.brute_force import members
 D, E, T = 8, 6, 24
 
 MERGED = {"select": "merged", "score": "logits", "weigh": "softmax", "losses": []}
+KEYS = {"select": "product_keys", "score": "logits", "weigh": "softmax", "losses": []}
 HOPELESS: list[tuple[dict[str, Any], str]] = [
     ({"gate": "hash", "losses": []}, "gate: hash names one expert"),
     ({"gate": "hash", "losses": [], "select": {"k": 1}, "noise": ["gumbel"]}, "so noise does nothing"),
@@ -54,6 +55,12 @@ HOPELESS: list[tuple[dict[str, Any], str]] = [
     ({"select": "soft", "score": "logits", "losses": [], "weigh": "ones"}, "weigh does nothing"),
     ({**MERGED, "noise": [{"type": "visible", "common": 9}]}, "takes means of logits"),
     ({**MERGED, "losses": ["z_loss"]}, "routes no rows"),
+    ({**KEYS, "losses": ["z_loss"]}, "no scores of all experts to balance"),
+    ({**KEYS, "score": "softmax"}, "adds logits of two halves"),
+    ({**KEYS, "gate": {"type": "query", "queries": 4, "rank": 2}}, "need the same rank"),
+    ({**KEYS, "noise": [{"type": "visible", "common": 9}]}, "has no logit of each"),
+    ({**KEYS, "capacity": [{"type": "capacity", "overflow": "next"}]}, "has no score of each"),
+    ({"weigh": "complement", "score": "logits"}, "takes shares of scores"),
     ({"score": {"temperature": 0}}, "it must stay above zero"),
     ({"score": {"temperature": {"start": 1, "end": 0, "steps": 9}}}, "it must stay above zero"),
     ({"select": {"k": 1}, "weigh": "softmax"}, "normalised over one expert"),
@@ -125,7 +132,7 @@ SLOTS: dict[str, list[Any]] = {
     ],
     "score": test_layer.examples(Score),
     "select": [one for one in test_layer.examples(Select) if one != ExpertChoice(k=0.5)]
-    + [Random(k=2), Soft(), Merged(), Merged(over="segment_before", segment=6)],
+    + [Random(k=2), Soft(), ProductKeys(k=2, heads=2), Merged(), Merged(over="segment_before", segment=6)],
     "weigh": [*test_layer.examples(Weigh), Drawn()],
     "capacity": [(), (Capacity(capacity_factor=0.7),), (Drop(rate=0.3),)],
     "losses": [(), *((member(),) for member in members(BalanceLoss))],
@@ -152,6 +159,8 @@ INSISTS: dict[str, dict[str, Any]] = {
     "smooth_step": {"score": Relu(), "select": Threshold()},
     "competition": {"losses": (GateLoss(),)},
     "soft": {"losses": (), "score": Logits()},
+    "product_keys": {"losses": (), "score": Logits(), "weigh": SoftmaxChosen()},
+    "complement": {"select": TopK(k=2)},
     "merged": {"losses": (), "score": Logits(), "weigh": SoftmaxChosen()},
     "draw": {"score": Logits(), "weigh": Drawn()},
     "drawn": {"score": Logits(), "select": Draw()},
@@ -161,8 +170,9 @@ INSISTS: dict[str, dict[str, Any]] = {
 EXPERTS: dict[str, Any] = {
     "activation_norm": LowRankExperts(num_experts=E, d_expert=4),
     "smooth_step": MLPExperts(num_experts=8, d_expert=4),
+    "product_keys": MLPExperts(num_experts=9, d_expert=4),
 }
-"""What a gate asks of the experts."""
+"""What a gate asks of the experts; a grid of keys wants a square."""
 
 
 def config_of(parts: dict[str, Any]) -> MoEConfig | None:
@@ -171,7 +181,8 @@ def config_of(parts: dict[str, Any]) -> MoEConfig | None:
         parts = {**INSISTS.get(getattr(part, "type", ""), {}), **parts}
     if not getattr(parts.get("gate"), "learns", True):
         parts = {"losses": (), **parts}
-    experts = EXPERTS.get(getattr(parts.get("gate"), "type", ""), MLPExperts(num_experts=E, d_expert=4))
+    wanted = [EXPERTS[part.type] for part in parts.values() if getattr(part, "type", "") in EXPERTS]
+    experts = wanted[0] if wanted else MLPExperts(num_experts=E, d_expert=4)
     try:
         return MoEConfig(experts=(experts,), router=RouterConfig(**parts))
     except ValidationError:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moeforge.moe import Context, MLPExperts, MoE, MoEConfig, Router, RouterConfig
 from moeforge.moe.bank import LowRankExperts
+from moeforge.moe.context import hashed
 from moeforge.moe.gates import (
     MLP,
     ActivationNorm,
@@ -21,6 +22,7 @@ from moeforge.moe.gates import (
     Linear,
     Lookup,
     Paths,
+    Query,
     Recurrent,
     SmoothStep,
     Spline,
@@ -122,6 +124,15 @@ def paths(gate: Any, x: Tensor, e: int, t: int) -> Tensor:
     return torch.log(shares[e // size] / shares.sum() * inside[e % size] / inside.sum())
 
 
+def query(gate: Any, x: Tensor, e: int, t: int) -> Tensor:
+    size = E // gate.config.queries
+    group, width = e // size, gate.config.d_query
+    rows = torch.stack([dot(row, x) for row in gate.query[group * width : (group + 1) * width]])
+    if gate.config.norm:
+        rows = rows / (dot(rows, rows) / width).sqrt()
+    return dot(rows, gate.keys[group % len(gate.keys), e % size])
+
+
 LOGITS: dict[str, Any] = {
     "spline": spline,
     "activation_norm": activation_norm,
@@ -134,6 +145,7 @@ LOGITS: dict[str, Any] = {
     "recurrent": recurrent,
     "distance": lambda gate, x, e, t: -dot(x - gate.centre[e], x - gate.centre[e]) / math.sqrt(D),
     "lookup": lookup,
+    "query": query,
 }
 EXAMPLES: dict[type, list[Any]] = {
     Linear: [Linear(), Linear(orthogonal=True), Linear(frozen=True), Linear(previous=True), Linear(reads="token")],
@@ -148,6 +160,7 @@ EXAMPLES: dict[type, list[Any]] = {
     Competition: [Competition(share=1.0)],
     Paths: [Paths(parts=(Linear(), Distance(commitment=0.25)))],
     Lookup: [Lookup(num_ids=3), Lookup(num_ids=3, rows=True), Lookup(by="token", num_ids=901, rows=True)],
+    Query: [Query(queries=3, d_query=4), Query(queries=6, d_query=5, key_sets=2, norm=False), Query(queries=1)],
     Hash: [],  # has no logits to compare: see below
 }
 
@@ -186,6 +199,16 @@ def test_a_hash_sends_a_token_id_to_one_expert_whatever_surrounds_it() -> None:
     expert_T[route.token] = route.expert
     alone = router(torch.randn(1, D), Context(token_ids=torch.tensor([1234]))).route
     assert alone.expert.tolist() == [expert_T[1234].item()]
+
+
+def test_common_ids_have_an_expert_each_and_others_share_the_rest() -> None:
+    def experts(hashing: Hash) -> list[int]:
+        return hashing.build(D, E)(torch.randn(3000, D), Context(token_ids=torch.arange(3000)))[0].argmax(1).tolist()
+
+    plain, some = experts(Hash(seed=5)), experts(Hash(seed=5, common=4))
+    assert plain == experts(Hash(seed=5, common=0)) == [int(hashed(torch.tensor(i), 5)) % E for i in range(3000)]
+    assert some[:4] == [0, 1, 2, 3]
+    assert some[4:] == [4 + int(hashed(torch.tensor(i), 5)) % (E - 4) for i in range(4, 3000)]
 
 
 def test_a_frozen_gate_stays_and_its_experts_learn() -> None:
@@ -228,7 +251,10 @@ def test_cosine_does_not_see_the_length_of_a_row() -> None:
             {"gate": "hash", "select": {"k": 1}},
             r"gate: hash learns nothing, .*; set losses: \[\]",
         ),
+        ({"gate": {"type": "hash", "common": E}, "select": {"k": 1}, "losses": []}, "gate.common = 6 leaves none of"),
         ({"gate": {"type": "linear", "frozen": True}}, "gate: linear learns nothing"),
+        ({"gate": {"type": "query", "queries": 4}}, "not divisible by gate.queries = 4"),
+        ({"gate": {"type": "query", "queries": 3, "key_sets": 2}}, "not divisible by gate.key_sets = 2"),
         ({"score": {"type": "softmax", "num_groups": 4}}, "not divisible by score.num_groups = 4"),
     ],
 )

@@ -20,6 +20,8 @@ from moeforge.moe.bank import (
     FactorisedExperts,
     LowRankExperts,
     NestedExperts,
+    NeuronExperts,
+    ValueExperts,
     ZeroExperts,
 )
 from moeforge.moe.scores import Logits, Relu, Score, Sigmoid, Softmax
@@ -29,6 +31,7 @@ from moeforge.moe.select import (
     Draw,
     ExpertChoice,
     Merged,
+    ProductKeys,
     Random,
     Select,
     Sinkhorn,
@@ -40,7 +43,7 @@ from moeforge.moe.select import (
     Uncertain,
 )
 from moeforge.moe.shared import Coefficient, Gated, Interpolated, Mix, SharedConfig, Sum
-from moeforge.moe.weigh import Drawn, Ones, Scores, SoftmaxChosen, Weigh
+from moeforge.moe.weigh import Complement, Drawn, Ones, Scores, SoftmaxChosen, Weigh
 from tests.moe import brute_force
 from tests.moe.brute_force import BANKS
 
@@ -63,6 +66,7 @@ EXAMPLES: dict[type, list[Any]] = {
     Logits: [Logits()],
     Ones: [Ones(), Ones(average=True)],
     Scores: [Scores(), Scores(normalize_weights=True), Scores(normalize_weights=True, weight_scale=2.5)],
+    Complement: [Complement()],
     SoftmaxChosen: [SoftmaxChosen(), SoftmaxChosen(weight_scale=0.5)],
     MLPExperts: [MLPExperts(num_experts=6, d_expert=4, activation=name) for name in get_args(Activation)],
     FactorisedExperts: [
@@ -74,12 +78,15 @@ EXAMPLES: dict[type, list[Any]] = {
         LowRankExperts(d_expert=3, rank=9, activation="geglu"),
     ],
     NestedExperts: [NestedExperts(widths=(2, 3, 5, 5)), NestedExperts(widths=(1, 4, 4, 6), activation="gelu")],
+    NeuronExperts: [NeuronExperts(num_experts=6), NeuronExperts(num_experts=5, activation="swiglu")],
+    ValueExperts: [ValueExperts(num_experts=6), ValueExperts(num_experts=6, tables=3)],
     ZeroExperts: [ZeroExperts(num_experts=4)],
     CopyExperts: [CopyExperts(num_experts=4)],
     ConstantExperts: [ConstantExperts(num_experts=4)],
     Soft: [],
     Merged: [],  # mixes parameters, not outputs: see test_merge.py
     ByImportance: [],  # needs attention: see test_select.py
+    ProductKeys: [],  # has no score of each expert: see test_grid.py
     Sum: [Sum()],
     Gated: [Gated()],
     Coefficient: [Coefficient()],
@@ -137,10 +144,16 @@ def assert_is_brute_force(moe: MoE, tokens: int = 7, seed: int = 1) -> None:
 @pytest.mark.parametrize("select", examples(Select), ids=repr)
 def test_every_router_is_brute_force(select: Any, score: Any) -> None:
     for weigh in examples(Weigh):
+        if weigh.type == "complement" and select.mean_experts(6) <= 1:
+            with pytest.raises(ValidationError, match="weigh: complement"):
+                build(router={"select": select, "score": score, "weigh": weigh, "losses": ()})
+            continue
         try:
             router = RouterConfig(select=select, score=score, weigh=weigh, losses=())
         except ValidationError as refusal:  # held by test_combinations.py
-            assert re.search("compares sizes|own softmax|selects every expert|normalised over one expert", str(refusal))
+            assert re.search(
+                "compares sizes|takes shares|own softmax|selects every expert|normalised over one expert", str(refusal)
+            )
             continue
         assert_is_brute_force(build(router=router))
 
@@ -271,6 +284,7 @@ def test_one_bank_is_written_without_a_list() -> None:
     [
         ({"experts": []}, "experts is empty"),
         ({"experts": {"type": "nested", "widths": []}}, "at least 1 item"),
+        ({"experts": {"type": "values", "num_experts": 6, "tables": 4}}, "not divisible by tables = 4"),
         ({"experts": {"type": "nested", "widths": [0]}}, "greater than or equal to 1"),
         ({"router": {"losses": ["z_loss", "z_loss"]}}, "losses: each type once"),
         ({"router": {"losses": [], "controller": "sparsity"}}, "moves the weight of the losses, and losses is empty"),

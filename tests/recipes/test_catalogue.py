@@ -7,7 +7,7 @@ import torch
 
 from moeforge.cli.main import main
 from moeforge.data.packing import Batch
-from moeforge.models import Decoder
+from moeforge.models import Decoder, measure
 from moeforge.recipes import RECIPES, load
 from moeforge.recipes.reproduce import arms
 from moeforge.train import RunConfig
@@ -62,3 +62,10 @@ def test_every_recipe_has_a_comparison_and_a_full_note(name: str) -> None:
     assert note.arxiv and note.title and note.claim.endswith(".")
     assert ours.steps * ours.tokens_per_step == other.steps * other.tokens_per_step
     assert ours.model != other.model or ours.accumulate != other.accumulate
+
+
+@pytest.mark.parametrize("name", ["multi-head-parity", "product-key-memory", "million-experts", "sparse-memory"])
+def test_recipes_that_say_so_cost_what_their_comparison_costs(name: str) -> None:
+    ours, other = (measure(config.model.replace(vocab_size=VOCAB), seq_len=256) for config in arms(name).values())
+    assert ours.flops_per_token == pytest.approx(other.flops_per_token, rel=0.01)
+    assert name != "multi-head-parity" or ours.total.all == pytest.approx(other.total.all, rel=0.01)

@@ -58,6 +58,23 @@ def test_accumulation_changes_nothing(over, choices):
         assert torch.equal(parts.tokens_per_expert[index], whole.tokens_per_expert[index])
 
 
+def test_heads_are_balanced_as_experts_are():
+    decoder = model()
+    attention = {"type": "routed", "num_experts": 4, "router": {"losses": ["load_balancing_loss"]}}
+    attention["router"]["controller"] = "expert_bias"
+    decoder = Decoder(decoder.config.replace(attention=attention, moe=None)).double()
+    result, whole = gradients(decoder, [batch()])
+    assert result.losses["load_balancing"] >= 1 and result.rows == {"attention_00": 48, "attention_01": 48}
+    line = step_line(1, result, 0.1, 1.0, 1)
+    assert sum(line["moe/tokens_per_expert/attention_01"]) == 2 * SIZE * LENGTH
+    decoder.zero_grad()
+    _, parts = gradients(decoder, [batch(slice(0, 1)), batch(slice(1, 4))])
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-9, atol=1e-12, msg=name)
+    apply_gradients(decoder, build_optimizer(decoder, AdamW()), result, 1.0, 0)
+    assert all(router.expert_bias.any() for router in decoder.routers.values())
+
+
 def test_micro_batch_scope_is_the_mean_by_tokens_and_differs_from_the_batch():
     _, exact = gradients(model("batch"), [batch(slice(0, 2)), batch(slice(2, 4))])
     _, local = gradients(model("micro_batch"), [batch(slice(0, 2)), batch(slice(2, 4))])
@@ -87,10 +104,10 @@ def test_the_bias_moves_once_per_step_against_the_load_of_all_micro_batches():
     result, _ = gradients(decoder, [batch(slice(0, 2)), batch(slice(2, 4))])
     assert all(not moe.router.expert_bias.any() for moe in decoder.moe_layers.values())
     apply_gradients(decoder, optimizer, result, 1.0, 0)
-    for index, moe in decoder.moe_layers.items():
-        load = result.tokens_per_expert[index].double()
+    for name, router in decoder.routers.items():
+        load = result.tokens_per_expert[name].double()
         expected = 0.001 * torch.sign(load.mean() - load)
-        torch.testing.assert_close(moe.router.expert_bias.double(), expected, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(router.expert_bias.double(), expected, rtol=1e-6, atol=1e-9)
         assert int(load.sum()) == SIZE * LENGTH * 2
 
 
@@ -98,9 +115,9 @@ def test_the_bias_of_a_repeated_layer_moves_once_by_the_load_of_all_its_passes()
     decoder = Decoder(model(controller="expert_bias").config.replace(num_repeats=3)).double()
     result, _ = gradients(decoder, [batch()])
     apply_gradients(decoder, build_optimizer(decoder, AdamW()), result, 1.0, 0)
-    assert sorted(result.tokens_per_expert) == sorted(decoder.moe_layers) == list(range(6))
+    assert list(result.tokens_per_expert) == list(decoder.routers) == [f"layer_{depth:02d}" for depth in range(6)]
     for index, block in enumerate(decoder.blocks):
-        load = sum(result.tokens_per_expert[depth].double() for depth in range(index, 6, 2))
+        load = sum(result.tokens_per_expert[f"layer_{depth:02d}"].double() for depth in range(index, 6, 2))
         assert int(load.sum()) == 3 * SIZE * LENGTH * 2
         expected = 0.001 * torch.sign(load.mean() - load)
         torch.testing.assert_close(block.moe.router.expert_bias.double(), expected, rtol=1e-6, atol=1e-9)
@@ -146,13 +163,18 @@ def test_noise_is_the_same_in_the_pass_that_counts(monkeypatch):
     monkeypatch.setattr(router, "counts", lambda routing: seen.append(routing.choices) or count(routing))
     result = accumulate_gradients(decoder, parts, torch.float32, 0)
     assert len(seen) == 2
-    assert torch.equal(result.tokens_per_expert[0], seen[0] + seen[1]), "losses were given the counts of other draws"
+    assert torch.equal(result.tokens_per_expert["layer_00"], seen[0] + seen[1]), (
+        "losses were given the counts of other draws"
+    )
 
 
 def test_what_a_capacity_leaves_out_is_counted_and_written():
     decoder = model(capacity=[{"type": "capacity", "capacity_factor": 0.5}])
     result = accumulate_gradients(decoder, [batch()], torch.float32, 0)
-    line, chosen = step_line(1, result, 0.1, 1.0, 1), result.tokens_per_expert[0].sum().item()
-    assert line["moe/drop_rate/layer_00"] == result.dropped[0] / chosen and 0.3 < line["moe/drop_rate/layer_00"] < 0.7
+    line, chosen = step_line(1, result, 0.1, 1.0, 1), result.tokens_per_expert["layer_00"].sum().item()
+    assert (
+        line["moe/drop_rate/layer_00"] == result.dropped["layer_00"] / chosen
+        and 0.3 < line["moe/drop_rate/layer_00"] < 0.7
+    )
     plain = accumulate_gradients(model(), [batch()], torch.float32, 0)
     assert not any(name.startswith("moe/drop_rate") for name in step_line(1, plain, 0.1, 1.0, 1))

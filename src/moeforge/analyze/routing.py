@@ -71,6 +71,7 @@ def tally(
 
 def _count(route: Route, values_T: Tensor, counted_T: Tensor, size: int) -> Tensor:
     """[E, size] int64 on the CPU: how often each value went to each expert, padding left out."""
-    kept = counted_T[route.token]
-    key = route.expert[kept] * size + values_T[route.token[kept]]
+    token_N = route.token // (route.num_tokens // len(values_T))  # a token may be cut into several rows
+    kept = counted_T[token_N]
+    key = route.expert[kept] * size + values_T[token_N[kept]]
     return torch.bincount(key, minlength=route.num_experts * size).view(route.num_experts, size).cpu()

@@ -27,7 +27,7 @@ def _block(model: "ModelConfig", layer: "LayerConfig", width: int) -> float:
     """Bytes per token: attention's norm, its input, queries, keys, values and output (twice), then the MLP."""
     if not layer.attends:
         return (FLOAT + width) * model.d_model + _mlp(layer, width)
-    heads, keys = model.num_heads * model.size_of_head, model.num_key_heads * model.size_of_head
+    heads, keys = layer.attention.per_token(model) * model.size_of_head, model.num_key_heads * model.size_of_head
     attention = (FLOAT + width) * model.d_model + width * (3 * heads + 2 * keys)
     return attention + (FLOAT + width) * model.d_model + _mlp(layer, width)
 
@@ -40,7 +40,7 @@ def _mlp(layer: "LayerConfig", width: int) -> float:
     per_edge = max(((2 if bank.activation.endswith("glu") else 1) * bank.d_expert for bank in banks), default=0)
     shared = moe.shared.d_ff * _kept_per_unit(moe.shared.activation) if moe.shared else 0
     routed = moe.router.select.mean_experts(moe.num_experts) * per_edge
-    return width * (routed + shared) + FLOAT * 3 * moe.num_experts
+    return moe.heads * (width * (routed + shared) + FLOAT * 3 * moe.num_experts)
 
 
 def _kept_per_unit(activation: str) -> int:

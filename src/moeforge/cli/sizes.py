@@ -51,12 +51,15 @@ def describe(config: "ModelConfig", bytes_per_weight: int = 4, seq_len: int | No
 def _layer(config: "ModelConfig", layer: "LayerConfig") -> Tree:
     heads = config.num_heads if layer.attends else 0
     shape = {"num_heads": heads, "num_kv_heads": config.num_key_heads, "head_dim": config.size_of_head}
+    if layer.attention.router:
+        shape |= {"num_heads": layer.attention.num_experts * layer.attention.per_expert(config)}
+        shape |= {"heads_per_token": layer.attention.per_token(config)}
     if layer.moe is None:
         return {**shape, "d_ff": layer.d_ff, "activation": layer.activation}
     return {
         **shape,
         "experts": [bank.model_dump() for bank in layer.moe.experts],
-        "experts_per_token": layer.moe.router.select.mean_experts(layer.moe.num_experts),
+        "experts_per_token": layer.moe.heads * layer.moe.router.select.mean_experts(layer.moe.num_experts),
         "shared": layer.moe.shared.model_dump() if layer.moe.shared else None,
     }
 
@@ -80,7 +83,8 @@ def _layers(tree: Tree) -> "Table":
 
     table = Table("layer", "attention", "MLP or experts", "per token", "shared", title_justify="left")
     for number, layer in enumerate(tree["layers"]):
-        heads = f"{layer['num_heads']} x {layer['head_dim']}" if layer["num_heads"] else "none"
+        chosen = f"{layer['heads_per_token']:g} of " if "heads_per_token" in layer else ""
+        heads = f"{chosen}{layer['num_heads']} x {layer['head_dim']}" if layer["num_heads"] else "none"
         if layer["num_heads"] and layer["num_kv_heads"] != layer["num_heads"]:
             heads += f", {layer['num_kv_heads']} kv"
         if "d_ff" in layer:

@@ -39,10 +39,10 @@ class Writer:
     def __init__(
         self, model: Decoder, tokenizer: Tokenizer, unsafe_batch_dependent: bool = False, domain: str | None = None
     ) -> None:
-        leaking = [index for index, moe in model.moe_layers.items() if not moe.config.router.decodes]
+        leaking = [name for name, router in model.routers.items() if not router.config.decodes]
         if leaking and not unsafe_batch_dependent:
             raise UserError(
-                f"in layers {', '.join(map(str, leaking))} a token's experts depend on other tokens than itself, "
+                f"in {', '.join(leaking)} a token's experts depend on other tokens than itself, "
                 "so text token by token is not what was trained; generate --unsafe-batch-dependent writes anyway"
             )
         self.model, self.tokenizer, self.domain = model, tokenizer, domain

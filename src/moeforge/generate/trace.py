@@ -53,7 +53,8 @@ def choices(output: Output) -> list[dict[int, Choice]]:
         if isinstance(route, SoftRoute):
             raise UserError(f"layer {layer} mixes all tokens into every expert: no token has experts of its own")
         found: list[list[tuple[float, int]]] = [[] for _ in range(count)]
-        edges = zip(route.token.tolist(), route.weight.tolist(), route.expert.tolist(), strict=True)
+        token_N = route.token // (route.num_tokens // count)  # a token may be cut into several rows
+        edges = zip(token_N.tolist(), route.weight.tolist(), route.expert.tolist(), strict=True)
         for token, weight, expert in edges:
             found[token].append((weight, expert))
         for row, pairs in zip(rows, found, strict=True):

@@ -13,7 +13,7 @@ from moeforge.hub.interface import is_experts
 from moeforge.kernels.activation import is_gated
 from moeforge.models import Decoder
 from moeforge.moe import MoE
-from moeforge.moe.bank import MLPBank
+from moeforge.moe.bank.mlp import MLPBank
 
 ROUTERS = ("router", "gate")
 SHARED = ("shared_experts", "shared_expert", "shared_mlp", "mlp")

@@ -22,6 +22,8 @@ class Passed(NamedTuple):
     """[B, L, D] what the MLP or the experts have to add to it."""
     routing: Routing | None
     """What the router decided; None for a layer without experts."""
+    heads: Routing | None
+    """What the router of attention heads decided; None where every token has all of them."""
 
 
 class Block(nn.Module):
@@ -30,7 +32,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps) if layer.attends else None
-        self.attention = Attention(config) if layer.attends else None
+        self.attention = Attention(config, layer.attention) if layer.attends else None
         self.mlp_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.moe = MoE(layer.moe, config.d_model) if layer.moe else None
         self.mlp = None if layer.moe else MLP(config.d_model, layer.d_ff, layer.activation)
@@ -39,25 +41,31 @@ class Block(nn.Module):
         self, x: Tensor, positions: Positions, context: Context, cache: LayerCache | None, recompute: bool
     ) -> Passed:
         """With ``recompute``, activations are made again in backward; the route is not, so it cannot change."""
-        run = _recomputed if recompute else _called
-        before = x
+        run, before, heads = _recomputed if recompute else _called, x, None
         if self.attention is not None:
+            heads = self._route_heads(x, context)
+            route: Any = heads.route if heads else None
             if self.moe is not None and self.moe.config.router.select.reads_importance:
-                importance = self.attention.received(self._normed(x), positions)
+                importance = self.attention.received(self._normed(x), positions, route)
                 context = replace(context, importance=importance.flatten())
-            x = x + run(lambda x: self._attend(x, positions, cache), x)
+            x = x + run(lambda x: self._attend(x, positions, cache, route), x)
         if self.moe is None:
-            return Passed(x, run(lambda x: self._dense(self.mlp_norm(x)), x), None)
+            return Passed(x, run(lambda x: self._dense(self.mlp_norm(x)), x), None, heads)
         moe = self.moe
-        normed_TD = self.mlp_norm(x).flatten(0, -2)
-        rows_TD = self.mlp_norm(before).flatten(0, -2) if moe.config.shortcut else normed_TD
+        after_TD = moe.split(self.mlp_norm(x).flatten(0, -2))
+        rows_TD = moe.split(self.mlp_norm(before).flatten(0, -2)) if moe.config.shortcut else after_TD
         routing = moe.decide(rows_TD, context)
-        beside = (normed_TD,) if moe.config.shortcut else ()
-        return Passed(x, run(moe.experts, rows_TD, routing.route, *beside).view_as(x), routing)
+        beside = (after_TD,) if moe.config.shortcut else ()
+        return Passed(x, run(moe.experts, rows_TD, routing.route, *beside).view_as(x), routing, heads)
 
-    def _attend(self, x: Tensor, positions: Positions, cache: LayerCache | None) -> Tensor:
+    def _route_heads(self, x: Tensor, context: Context) -> Routing | None:
         assert self.attention is not None
-        return self.attention(self._normed(x), positions, cache)
+        router = self.attention.router
+        return router(self._normed(x).flatten(0, -2), context) if router else None
+
+    def _attend(self, x: Tensor, positions: Positions, cache: LayerCache | None, route: Any) -> Tensor:
+        assert self.attention is not None
+        return self.attention(self._normed(x), positions, cache, route)
 
     def _normed(self, x: Tensor) -> Tensor:
         assert self.attention_norm is not None

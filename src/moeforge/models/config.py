@@ -6,8 +6,9 @@ from typing import Any, Literal, Self
 from pydantic import Field, SerializerFunctionWrapHandler, field_serializer, model_validator
 
 from moeforge.config import Activation, Config, difference, merge, slot
+from moeforge.models.heads import AllHeads, Heads
 from moeforge.models.momentum import Momentum
-from moeforge.moe import MoEConfig
+from moeforge.moe import MoEConfig, RouterConfig
 
 
 class Normal(Config):
@@ -30,7 +31,7 @@ Init = slot(Normal, FanIn)
 
 
 class LayerConfig(Config):
-    """What comes after attention in one layer: experts, or one MLP of width ``d_ff``."""
+    """One layer: which attention heads a token has, then experts, or one MLP of width ``d_ff``."""
 
     d_ff: int = Field(256, ge=1)
     """Width of the MLP of a layer without experts."""
@@ -38,6 +39,8 @@ class LayerConfig(Config):
     """Of that MLP."""
     moe: MoEConfig | None = None
     """The experts; null makes the layer dense."""
+    attention: Heads = AllHeads()
+    """Which heads a token has."""
     attends: bool = True
     """Whether attention comes first; without it two layers of experts can follow one another."""
 
@@ -49,11 +52,13 @@ class LayerConfig(Config):
             raise ValueError(
                 f"select: {self.moe.router.select.type} reads attention, and attends: false leaves that out"
             )
+        if self.attention.router and not self.attends:
+            raise ValueError("attention: routed chooses heads, and attends: false leaves attention out")
         return self
 
 
 class ModelConfig(LayerConfig):
-    """A decoder. ``d_ff``, ``activation`` and ``moe`` are the default layer; ``layers`` changes single ones."""
+    """A decoder. The fields of ``LayerConfig`` are the default layer; ``layers`` changes single ones."""
 
     vocab_size: int | None = Field(None, ge=1)
     """Null: as many as the tokenizer has."""
@@ -137,24 +142,38 @@ class ModelConfig(LayerConfig):
     def _check_gates(self) -> None:
         """Raises ValueError for gates that get nothing they can use from this decoder, or from the layer below."""
         below = None
-        for depth, moe in ((depth, layer.moe) for depth, layer in enumerate(self.applied_layers) if layer.moe):
+        for depth, layer in enumerate(self.applied_layers):
             index = depth % self.num_layers
-            gate = moe.router.gate
-            if gate.type == "lookup":
-                if gate.by not in ("token", "domain"):
-                    raise ValueError(f"layer {index}: gate: lookup by {gate.by}: a decoder knows token and domain ids")
-                count = len(self.domains) if gate.by == "domain" else self.vocab_size or 0
-                if gate.num_ids < count:
-                    raise ValueError(f"layer {index}: gate.num_ids = {gate.num_ids} is less than {count} {gate.by}s")
-            width = gate.state_width(moe.num_experts) if hasattr(gate, "state_width") else None
-            if width and below and width != below:
-                raise ValueError(f"layer {index}: its gate takes a state of {width}, the layer below hands on {below}")
-            below = width
+            layer.attention.check(self)
+            if layer.attention.router:
+                self._check_lookup(index, layer.attention.router)
+            if layer.moe:
+                self._check_lookup(index, layer.moe.router)
+                layer.moe.row_width(self.d_model)
+                gate = layer.moe.router.gate
+                width = gate.state_width(layer.moe.num_experts) if hasattr(gate, "state_width") else None
+                state = f"{width}{f' for each of {layer.moe.heads} heads' if layer.moe.heads > 1 else ''}"
+                if width and below and state != below:
+                    raise ValueError(
+                        f"layer {index}: its gate takes a state of {state}, the layer below hands on {below}"
+                    )
+                below = width and state
+
+    def _check_lookup(self, index: int, router: RouterConfig) -> None:
+        gate = router.gate
+        if gate.type != "lookup":
+            return
+        if gate.by not in ("token", "domain"):
+            raise ValueError(f"layer {index}: gate: lookup by {gate.by}: a decoder knows token and domain ids")
+        count = len(self.domains) if gate.by == "domain" else self.vocab_size or 0
+        if gate.num_ids < count:
+            raise ValueError(f"layer {index}: gate.num_ids = {gate.num_ids} is less than {count} {gate.by}s")
 
     @property
     def looks_up_domains(self) -> bool:
         """Whether a gate must be told each token's domain."""
-        gates = [layer.moe.router.gate for layer in self.all_layers if layer.moe]
+        routers = [part.router for layer in self.all_layers for part in (layer.moe, layer.attention) if part]
+        gates = [router.gate for router in routers if router]
         return any(gate.type == "lookup" and gate.by == "domain" for gate in gates)
 
     @property
@@ -180,7 +199,9 @@ class ModelConfig(LayerConfig):
     def _default(self, index: int) -> LayerConfig:
         """The layer as it is where ``layers`` says nothing."""
         moe = self.moe if _has_experts(index, self.first_dense_layers, self.moe_every) else None
-        return LayerConfig(d_ff=self.d_ff, activation=self.activation, moe=moe, attends=self.attends)
+        return LayerConfig(
+            d_ff=self.d_ff, activation=self.activation, moe=moe, attends=self.attends, attention=self.attention
+        )
 
 
 def _has_experts(index: Any, first_dense_layers: Any, moe_every: Any) -> bool:

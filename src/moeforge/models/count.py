@@ -10,9 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from moeforge.models.attention import Attention
 from moeforge.models.config import ModelConfig
 from moeforge.models.decoder import Decoder
+from moeforge.models.heads import AllHeads, RoutedHeads
 from moeforge.moe import MoE
+
+ROUTED = ("moe", "attention")
+"""Fields of a layer that may hold a router."""
 
 
 @dataclass(frozen=True)
@@ -46,21 +51,21 @@ def measure(config: ModelConfig, bytes_per_weight: int = 4, seq_len: int | None 
     """Counts ``config``; ``seq_len`` is the context that FLOPs are counted at (default: ``max_seq_len``)."""
     with torch.device("meta"):
         model = Decoder(config)
-    total = sum(p.numel() for p in model.parameters())
-    idle = sum(_idle(module) for module in model.modules() if isinstance(module, MoE))
-    table = model.embedding.weight.numel()
-    attending = sum(layer.attends for layer in config.applied_layers)
-    attention = 2 * attending * config.num_heads * config.size_of_head * (seq_len or config.max_seq_len)
-    attention += _looks_again(model, seq_len or config.max_seq_len)
+    total, table = sum(p.numel() for p in model.parameters()), model.embedding.weight.numel()
+    routed = {id(part): part for part in (*model.moe_layers.values(), *model.attentions.values())}.values()
+    idle, context = sum(map(_idle, routed)), seq_len or config.max_seq_len
     # The input embedding is a look-up; a tied one is still multiplied with, once, at the output.
-    multiplied = table + config.num_repeats * (_matrices(model.blocks) - idle - _looked_up(model.blocks))
+    layers = _matrices(model.blocks) + sum(_work(module) - _matrices(module) for module in routed)
+    attending = [layer for layer in config.applied_layers if layer.attends]
+    attended = sum(layer.attention.per_token(config) for layer in attending) * config.size_of_head
+    multiplied = table + config.num_repeats * layers
     return Size(
         total=_count(total, table, config),
-        active=_count(total - max(0, idle) - _looked_up(model, but_rows=1), table, config),
-        flops_per_token=2 * multiplied + attention,
+        active=_count(total - round(idle) - _looked_up(model, but_rows=1), table, config),
+        flops_per_token=round(2 * multiplied + 2 * attended * context + _looks_again(model, context)),
         weight_bytes=bytes_per_weight * total,
         optimizer_bytes=16 * total,
-        kv_bytes_per_token=2 * bytes_per_weight * attending * config.num_key_heads * config.size_of_head,
+        kv_bytes_per_token=2 * bytes_per_weight * len(attending) * config.num_key_heads * config.size_of_head,
     )
 
 
@@ -78,21 +83,51 @@ def _count(parameters: int, table: int, config: ModelConfig) -> Count:
     return Count(parameters, parameters - table, parameters - table - output)
 
 
-def _idle(moe: MoE) -> int:
-    """Weights of one layer that a token is not multiplied with on average, were every expert equally likely.
+def _work(module: MoE | Attention) -> float:
+    """Multiplications with weights per token, were every expert equally likely."""
+    if isinstance(module, Attention):
+        return _matrices(module) - _idle(module)
+    each_row = sum(_matrices(part) for part in (module.router, module.shared) if part is not None)
+    once = sum(weight.numel() for weight in (module.split_proj, module.merge_proj) if weight is not None)
+    return _used(module) + module.config.heads * each_row + once
 
-    Below zero where experts share weights: these are then multiplied with more than once.
+
+def _idle(module: MoE | Attention) -> float:
+    """Weights of experts that a token does not use, were every expert equally likely.
+
+    None where experts share weights and a token's experts multiply with as many as there are.
     """
-    num_experts, costs = moe.config.num_experts, moe.config.costs(moe.d_model)
-    used = moe.config.router.select.mean_experts(num_experts) * sum(costs) / num_experts
-    gate = moe.config.router.gate
-    asked = gate.expert_work(moe.config.experts, moe.d_model) if hasattr(gate, "expert_work") else 0
-    return round(sum(p.numel() for p in moe.banks.parameters()) - used - asked)
+    if isinstance(module, MoE):
+        return max(0.0, sum(p.numel() for p in module.banks.parameters()) - _used(module))
+    heads = module.heads
+    if not isinstance(heads, RoutedHeads):
+        return 0.0
+    share = heads.router.select.mean_experts(heads.num_experts) / heads.num_experts
+    return (1 - share) * (_matrices(module.q_proj) + _matrices(module.o_proj))
+
+
+def _used(moe: MoE) -> float:
+    """Multiplications of a token's experts, of all its heads."""
+    config, costs = moe.config, moe.config.costs(moe.row_width)
+    fixed = sum(bank.fixed_cost(moe.row_width) for bank in config.experts if hasattr(bank, "fixed_cost"))
+    chosen = config.router.select.mean_experts(config.num_experts) * sum(costs) / config.num_experts
+    gate = config.router.gate
+    asked = gate.expert_work(config.experts, moe.row_width) if hasattr(gate, "expert_work") else 0
+    return config.heads * (chosen + fixed + asked)
 
 
 def _matrices(module: nn.Module) -> int:
-    """Weights in matrices: all that rows are multiplied with."""
-    return sum(p.numel() for p in module.parameters() if p.ndim >= 2)
+    """Multiplications of a row with all weights: none with vectors, nor with tables that a token reads one row of.
+
+    A module's ``times`` tells weights that a row is multiplied with more than once.
+    """
+    total = 0
+    for part in module.modules():
+        looked_up, times = getattr(part, "looked_up", ()), getattr(part, "times", {})
+        for name, weight in part.named_parameters(recurse=False):
+            if weight.ndim >= 2 and name not in looked_up:
+                total += times.get(name, 1) * weight.numel()
+    return total
 
 
 def _looked_up(model: nn.Module, but_rows: int = 0) -> int:
@@ -104,19 +139,25 @@ def _looked_up(model: nn.Module, but_rows: int = 0) -> int:
 def dense_twin(config: ModelConfig) -> ModelConfig:
     """The dense decoder of the same shape whose FLOPs per token just reach those of ``config``.
 
-    Each layer with experts becomes an MLP wide enough for what router, chosen experts and shared branch cost; widths
-    round up, so that a comparison at equal FLOPs never favours the experts.
+    Each layer with experts becomes an MLP wide enough for what router, chosen experts and shared branch cost, and for
+    what routed heads cost above plain attention; widths round up, so that a comparison at equal FLOPs never favours
+    the experts.
     """
+    of_experts = ("moe", "attention", "layers", "momentum", "domains")
+    plain = {name: getattr(config, name) for name in ModelConfig.model_fields if name not in of_experts}
     with torch.device("meta"):
         model = Decoder(config.replace(vocab_size=config.vocab_size or 1))
-    layers = {index: layer for index, layer in config.layers.items() if layer.moe is None}
+        heads = _work(Attention(config)) + config.num_heads * config.size_of_head * config.max_seq_len
+    layers = {}
     for index, layer in enumerate(config.all_layers):
-        if layer.moe is None:
+        if layer.moe is None and not layer.attention.router:
+            if index in config.layers:
+                layers[index] = layer
             continue
-        moe = model.moe_layers[index]
-        active = _matrices(moe) - _idle(moe) - _looked_up(moe)
         per_unit = config.d_model * (3 if layer.activation.endswith("glu") else 2)
-        layers[index] = layer.replace(d_ff=math.ceil(active / per_unit), moe=None)
-    of_experts = ("moe", "layers", "momentum", "domains")
-    shape = {name: getattr(config, name) for name in ModelConfig.model_fields if name not in of_experts}
-    return ModelConfig.model_validate({**shape, "first_dense_layers": 0, "moe_every": 1, "layers": layers})
+        work = per_unit * layer.d_ff if layer.moe is None else _work(model.moe_layers[index])
+        if layer.attention.router:
+            work += _work(model.attentions[index]) - heads
+            work += layer.attention.per_token(config) * config.size_of_head * config.max_seq_len
+        layers[index] = layer.replace(d_ff=max(1, math.ceil(work / per_unit)), moe=None, attention=AllHeads())
+    return ModelConfig.model_validate({**plain, "first_dense_layers": 0, "moe_every": 1, "layers": layers})

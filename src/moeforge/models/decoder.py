@@ -1,17 +1,20 @@
 """The decoder: token ids in, logits and every router's decision out."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from moeforge.models.attention import LayerCache, locate
+from moeforge.models.attention import Attention, LayerCache, locate
 from moeforge.models.block import Block
 from moeforge.models.config import ModelConfig
 from moeforge.models.init import initialise
 from moeforge.models.momentum import Moments
-from moeforge.moe import Context, MoE, Routing
+from moeforge.moe import Context, MoE, Router, Routing
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,13 @@ class Output:
     """[B, L, V]."""
     routings: dict[int, Routing]
     """By depth, for layers with experts: the layer's number, and ``num_layers`` more with every repeat."""
+    heads: dict[int, Routing] = field(default_factory=dict)
+    """By depth, for layers whose attention heads are routed."""
+
+    @property
+    def by_name(self) -> dict[str, Routing]:
+        """All of them, under the names of ``Decoder.routers``."""
+        return named(self.routings, self.heads)
 
 
 class Cache:
@@ -72,7 +82,7 @@ class Decoder(nn.Module):
         if position is None:
             position = torch.arange(past, past + input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         positions = locate(self.config, position, document, past)
-        x, routings = self.embedding(input_ids), {}
+        x, routings, heads = self.embedding(input_ids), {}, {}
         if self.config.embedding_scale != 1.0:
             x = x * self.config.embedding_scale
         facts = {kind: ids.flatten() for kind, ids in (known or {}).items()}
@@ -82,7 +92,9 @@ class Decoder(nn.Module):
         moments, momentum = Moments(), self.config.momentum
         for depth, block in enumerate(self.stack):
             stored = cache.layers.get(depth) if cache else None
-            x, added, routing = block(x, positions, context, stored, recompute)
+            x, added, routing, chosen = block(x, positions, context, stored, recompute)
+            if chosen is not None:
+                heads[depth] = chosen
             if routing is not None:
                 routings[depth] = routing
                 context = replace(context, router_state=routing.state)
@@ -91,7 +103,7 @@ class Decoder(nn.Module):
             x = x + added
         x = self.norm(x)
         logits = self.output(x) if self.output is not None else nn.functional.linear(x, self.embedding.weight)
-        return Output(logits, routings)
+        return Output(logits, routings, heads)
 
     @property
     def stack(self) -> list[nn.Module]:
@@ -102,3 +114,20 @@ class Decoder(nn.Module):
     def moe_layers(self) -> dict[int, MoE]:
         """The layers with experts, by depth as in ``Output.routings``; with repeats, one module at several depths."""
         return {depth: block.moe for depth, block in enumerate(self.stack) if isinstance(block.moe, MoE)}
+
+    @property
+    def routers(self) -> dict[str, Router]:
+        """Every router, of experts and of attention heads, at every depth, by the name that metrics have."""
+        heads = {depth: attention.router for depth, attention in self.attentions.items() if attention.router}
+        return named({depth: moe.router for depth, moe in self.moe_layers.items()}, heads)
+
+    @property
+    def attentions(self) -> dict[int, Attention]:
+        """By depth, of the layers that attend."""
+        return {depth: block.attention for depth, block in enumerate(self.stack) if block.attention is not None}  # type: ignore[misc]
+
+
+def named(experts: dict[int, T], heads: dict[int, T]) -> dict[str, T]:
+    """``layer_00`` for what belongs to a layer's experts, ``attention_00`` for what belongs to its heads."""
+    of_heads = {f"attention_{depth:02d}": value for depth, value in heads.items()}
+    return {f"layer_{depth:02d}": value for depth, value in experts.items()} | of_heads

@@ -44,7 +44,9 @@ def extract(model: Decoder, domain: str) -> Decoder:
 
 def _domain_alone_decides(moe: MoEConfig) -> bool:
     router, (bank, *others) = moe.router, moe.experts
-    plain = router.select.type == "top_k" and not (router.gate.rows or router.noise or router.capacity)
+    plain = (
+        router.select.type == "top_k" and moe.heads == 1 and not (router.gate.rows or router.noise or router.capacity)
+    )
     return plain and bank.type == "mlp" and not others
 
 
@@ -52,7 +54,7 @@ def _route(moe: MoE, domain: int) -> Route:
     """What one row of the domain gets outside training."""
     training = moe.training
     device = moe.router.gate.table.device
-    row, ids = torch.zeros(1, moe.d_model, device=device), torch.tensor([domain], device=device)
+    row, ids = torch.zeros(1, moe.row_width, device=device), torch.tensor([domain], device=device)
     route = moe.eval().router(row, Context(ids={"domain": ids})).route
     moe.train(training)
     return route

@@ -82,6 +82,8 @@ def _to_choice(router: "RouterConfig") -> Iterator[str]:
             yield "select: soft has its own weights, so weigh does nothing: leave it at weigh: scores"
     if select.type == "merged":
         yield from _to_merging(router)
+    if not select.scores_experts:
+        yield from _to_many(router)
     if score.type == "softmax" and min(_ends(score.temperature)) <= 0:
         yield "score.temperature divides the logits: it must stay above zero"
 
@@ -98,6 +100,26 @@ def _to_bar(router: "RouterConfig") -> Iterator[str]:
     hides = any(noise.type == "visible" for noise in router.noise)  # hidden experts score exactly zero
     if lowest is not None and (bar < lowest or (bar == lowest and score.type != "relu" and not hides)):
         yield f"{where} selects every expert for every token: set bar above {lowest:g}, or score: relu and bar: 0"
+
+
+def _to_many(router: "RouterConfig") -> Iterator[str]:
+    """What needs a logit of each expert, where there is none."""
+    select, gate = router.select, router.gate
+    if any(noise.type in ("visible", "expert_dropout") for noise in router.noise):
+        yield f"noise: visible and expert_dropout hide experts, and select: {select.type} has no logit of each"
+    if getattr(router.weigh, "over", "chosen") != "chosen":
+        yield f"weigh: over: computed tells experts apart, and select: {select.type} has no score of each"
+    if any(getattr(limit, "overflow", "drop") == "next" for limit in router.capacity):
+        yield f"capacity: overflow: next asks for the next best expert, and select: {select.type} has no score of each"
+    if select.type != "product_keys":
+        return
+    if router.losses or router.controller:
+        yield "select: product_keys has no scores of all experts to balance; set losses: [], no controller"
+    if router.score.type != "logits":
+        yield f"select: product_keys adds logits of two halves, not {router.score.type} scores"
+    cored = gate.type == "query" and gate.rank
+    if select.rank != cored or (cored and gate.heads != select.heads):
+        yield "gate: query and select: product_keys need the same rank and queries = heads * 2 * rank"
 
 
 def _to_merging(router: "RouterConfig") -> Iterator[str]:
@@ -123,6 +145,8 @@ def _to_weights(router: "RouterConfig") -> Iterator[str]:
             "weigh: a weight normalised over one expert is always one, so the gate learns nothing from the text: use "
             "weigh: {type: scores, normalize_weights: false}, or weigh: ones"
         )
+    if weigh.type == "complement" and router.score.type == "logits":
+        yield "weigh: complement takes shares of scores: logits may be negative, name another score"
     if getattr(weigh, "weight_scale", 1.0) == 0:
         yield "weigh.weight_scale = 0 silences every expert; use a number other than zero"
 

@@ -1,7 +1,7 @@
 """What a router may want to know besides the rows themselves. Most ignore it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -36,6 +36,23 @@ class Context:
     """[T] float32: mean attention that each row gets. Only where the router asks for it."""
     training: bool = False
     """Set by the router from its own mode: noise and dropping may differ."""
+
+    def split(self, parts: int) -> "Context":
+        """The facts about [T * parts] rows, each row being cut into ``parts`` neighbours."""
+        if parts == 1:
+            return self
+
+        def each(ids_T: Tensor | None) -> Tensor | None:
+            return None if ids_T is None else ids_T.repeat_interleave(parts)
+
+        return replace(
+            self,
+            token_ids=each(self.token_ids),
+            embedded=None if self.embedded is None else self.embedded.reshape(len(self.embedded) * parts, -1),
+            positions=each(self.positions),
+            importance=each(self.importance),
+            ids={kind: ids_T.repeat_interleave(parts) for kind, ids_T in self.ids.items()},
+        )
 
 
 def hashed(ids: Tensor, seed: int) -> Tensor:

@@ -3,11 +3,11 @@
 from dataclasses import replace
 from typing import Any, Self
 
-from pydantic import SerializerFunctionWrapHandler, field_serializer, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_serializer, field_validator, model_validator
 from torch import Tensor, nn
 
 from moeforge.config import Config
-from moeforge.moe.bank import Bank, Experts
+from moeforge.moe.bank import Bank, Experts, matrix
 from moeforge.moe.context import Context
 from moeforge.moe.merge import MergedRoute
 from moeforge.moe.route import Route, SoftRoute
@@ -27,6 +27,9 @@ class MoEConfig(Config):
     shortcut: bool = False
     """Router and experts read the row from before this layer's attention, the shared branch the one after it, so that
     experts on other devices work while attention does (arXiv:2404.05019)."""
+    heads: int = Field(1, ge=1)
+    """Rows are cut into so many of width d_model / heads, routed one by one, between two square matrices (MH-MoE,
+    arXiv:2404.15045)."""
 
     @field_validator("experts", mode="before")
     @classmethod
@@ -66,39 +69,60 @@ class MoEConfig(Config):
         return sum(bank.num_experts for bank in self.experts)
 
     def costs(self, d_model: int) -> list[int]:
-        """Multiplications per row, of each expert."""
+        """Multiplications per row of width ``d_model``, of each expert."""
         return [cost for bank in self.experts for cost in bank.costs(d_model)]
+
+    def row_width(self, d_model: int) -> int:
+        """Width of what is routed. Raises ValueError when rows cannot be cut into ``heads``."""
+        if d_model % self.heads:
+            raise ValueError(f"d_model = {d_model} is not divisible by moe.heads = {self.heads}")
+        return d_model // self.heads
 
 
 class MoE(nn.Module):
     """Router, banks and shared branch. ``forward`` writes nothing to ``self``."""
 
+    initialised = ("split_proj", "merge_proj")
+
     def __init__(self, config: MoEConfig, d_model: int) -> None:
         super().__init__()
-        self.config, self.d_model = config, d_model
-        self.router = Router(config.router, d_model, config.num_experts, config.costs(d_model))
-        self.banks = nn.ModuleList(bank.build(d_model) for bank in config.experts)
-        self.shared = Shared(config.shared, d_model) if config.shared else None
+        self.config, self.row_width = config, config.row_width(d_model)
+        self.router = Router(config.router, self.row_width, config.num_experts, config.costs(self.row_width))
+        self.banks = nn.ModuleList(bank.build(self.row_width) for bank in config.experts)
+        self.shared = Shared(config.shared, self.row_width) if config.shared else None
+        # Rows keep their length through these, whatever the experts' weights start as.
+        self.split_proj = matrix(d_model, d_model) if config.heads > 1 else None
+        self.merge_proj = matrix(d_model, d_model) if config.heads > 1 else None
         self.watching: list[Any] = [loss for loss in config.router.losses if hasattr(loss, "watch")]
 
     def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Routing]:
-        """[..., D] -> ([..., D], what the router decided about the T flattened rows).
+        """[..., D] -> ([..., D], what the router decided about the rows).
 
         A layer by itself has no attention for ``shortcut`` to pass: both branches read x.
         """
-        x_TD = x.flatten(0, -2)
-        routing = self.decide(x_TD, context or Context())
-        return self.experts(x_TD, routing.route).view_as(x), routing
+        rows_TD = self.split(x.flatten(0, -2))
+        routing = self.decide(rows_TD, context or Context())
+        return self.experts(rows_TD, routing.route).view_as(x), routing
 
-    def decide(self, x_TD: Tensor, context: Context) -> Routing:
-        """What the router decides, which may ask the experts, and what a loss wants to know about the layer besides."""
-        routing = self.router(x_TD, replace(context, banks=tuple(self.banks)))  # type: ignore[arg-type]
+    def split(self, x_TD: Tensor) -> Tensor:
+        """[T, D] -> [T * heads, D / heads]: the rows that are routed."""
+        if self.split_proj is None:
+            return x_TD
+        return nn.functional.linear(x_TD, self.split_proj).reshape(-1, self.row_width)
+
+    def decide(self, rows_TD: Tensor, context: Context) -> Routing:
+        """What the router decides, which may ask the experts, and what a loss wants to know about the layer besides.
+
+        Takes what ``split`` gave, and the context of the rows before it.
+        """
+        context = replace(context.split(self.config.heads), banks=tuple(self.banks))  # type: ignore[arg-type]
+        routing = self.router(rows_TD, context)
         for loss in self.watching:
-            routing = loss.watch(routing, x_TD, self.shared)
+            routing = loss.watch(routing, rows_TD, self.shared)
         return routing
 
     def experts(self, x_TD: Tensor, route: Route | SoftRoute | MergedRoute, shared_TD: Tensor | None = None) -> Tensor:
-        """[T, D] -> [T, D] once the route is known: the part that activation checkpointing may recompute.
+        """What ``split`` gave -> [T, D] once the route is known: the part that checkpointing may recompute.
 
         ``shared_TD`` is what the shared branch reads, where that is not x.
         """
@@ -109,4 +133,8 @@ class MoE(nn.Module):
             y_TD = y_TD + bank(x_TD, part)
         if isinstance(route, Route) and route.probe is not None:
             y_TD = y_TD + route.probe.to(y_TD.dtype)
-        return y_TD if self.shared is None else self.shared(x_TD if shared_TD is None else shared_TD, y_TD)
+        if self.shared is not None:
+            y_TD = self.shared(x_TD if shared_TD is None else shared_TD, y_TD)
+        if self.merge_proj is not None:
+            y_TD = nn.functional.linear(y_TD.reshape(-1, len(self.merge_proj)), self.merge_proj)
+        return y_TD

@@ -58,9 +58,12 @@ class RouterConfig(Config):
 
     def check(self, num_experts: int, costs: Sequence[int]) -> None:
         """Raises ValueError when these parts cannot work with ``num_experts``, or do nothing with such ``costs``."""
-        for part in (self.gate, self.score, self.select):
+        self.select.check(num_experts)
+        if self.weigh.type == "complement" and self.select.mean_experts(num_experts) <= 1:
+            raise ValueError("weigh: complement sums up all chosen experts but one: choose more than one")
+        for part in (self.gate, self.score):
             if hasattr(part, "check"):
-                part.check(num_experts)
+                part.check(self.select.columns(num_experts))
         for part in (self.gate, *self.noise, self.weigh, *self.losses):
             if hasattr(part, "check_costs"):
                 part.check_costs(costs)
@@ -138,7 +141,8 @@ class Router(nn.Module):
         costs = costs or [1] * num_experts
         config.check(num_experts, costs)
         self.config, self.num_experts = config, num_experts
-        self.cost = tuple(cost / max(1, *costs) for cost in costs)
+        dearest = max(1, *costs)
+        self.cost = tuple(cost / dearest for cost in costs)
         columns = config.select.columns(num_experts)
         self.gate = config.gate.build(d_model, columns)
         self.noise = nn.ModuleList(part.build(d_model, columns) for part in config.noise)

@@ -76,6 +76,23 @@ class Ones(Config):
         return weights / chosen.sum(-1, keepdim=True).clamp_min(1) if self.average else weights
 
 
+class Complement(Config):
+    """K / (K - 1) times what an expert's share of the K chosen scores leaves to the others.
+
+    It sums up a mixture, by the shares, of all chosen experts but one (arXiv:2005.06537, section 3): with even shares
+    every weight is one.
+    """
+
+    type: Literal["complement"] = "complement"
+
+    def __call__(self, scores_TE: Tensor, selection: Selection, context: Context) -> Tensor:
+        """[T, E] scores, none negative -> weights in the shape of ``selection.take``."""
+        chosen, scores = selection.take(torch.ones_like(scores_TE)), selection.take(scores_TE)
+        count, total = chosen.sum(-1, keepdim=True), scores.sum(-1, keepdim=True)
+        share = scores / torch.where(total < 1e-20, 1e-20, total)
+        return (chosen - share) * count / (count - 1).clamp_min(1)
+
+
 RULES = {"midpoint": (1 / 2, 1 / 2, 2.0), "heun": (1 / 3, 3 / 4, 1.0)}
 """How far a weight shrinks, how often, and the factor of its gradient."""
 
@@ -116,4 +133,4 @@ class Drawn(Config):
         return value_TK + gain * (prob_TK - prob_TK.detach())
 
 
-Weigh = slot(Scores, SoftmaxChosen, Ones, Drawn, default=Scores)
+Weigh = slot(Scores, SoftmaxChosen, Ones, Drawn, Complement, default=Scores)

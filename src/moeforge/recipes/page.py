@@ -29,7 +29,7 @@ the claim is to be as good or to cost less at no loss. *not run* is what it says
 | recipe | paper | parts it names | claim | compared with | measured | verdict |
 |---|---|---|---|---|---|---|
 """
-SLOTS = ("gate", "noise", "score", "select", "weigh", "capacity", "losses", "controller", "experts", "mix")
+SLOTS = ("attention", "gate", "noise", "score", "select", "weigh", "capacity", "losses", "controller", "experts", "mix")
 
 
 def papers_page(results: Path) -> str:

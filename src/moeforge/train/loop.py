@@ -166,11 +166,10 @@ def _announce(run: Run, display: Display) -> None:
         f"{run.config.name}: {parameters:,} parameters, {len(run.data.train.ids):,} training tokens, "
         f"{len(run.data.validation.ids):,} for validation, {run.config.tokens_per_step:,} per step, on {run.device}"
     )
-    losses = {
-        f"{loss.type} x {loss.weight:g}" for m in run.model.moe_layers.values() for loss in m.config.router.losses
-    }
-    biases = {m.config.router.controller.type for m in run.model.moe_layers.values() if m.config.router.controller}
-    if run.model.moe_layers:
+    routers = [router.config for router in run.model.routers.values()]
+    losses = {f"{loss.type} x {loss.weight:g}" for router in routers for loss in router.losses}
+    biases = {router.controller.type for router in routers if router.controller}
+    if routers:
         display.say(f"balance: {', '.join(sorted(losses | biases)) or 'nothing is on'}")
 
 

@@ -17,12 +17,12 @@ def step_line(step: int, result: StepResult, lr: float, seconds: float, tokens: 
     line: Line = {"step": step, **{f"loss/{name}": value for name, value in result.losses.items()}}
     line |= {"optimizer/lr": lr, "optimizer/grad_norm": result.grad_norm, "perf/seconds": seconds}
     line["perf/tokens_per_second"] = tokens / seconds
-    for index, load_E in result.tokens_per_expert.items():
-        line[f"moe/load_entropy/layer_{index:02d}"] = load_entropy(load_E)
-        line[f"moe/dead_experts/layer_{index:02d}"] = dead_experts(load_E)
-        line[f"moe/tokens_per_expert/layer_{index:02d}"] = load_E.tolist()
-    for index, dropped in result.dropped.items():
-        line[f"moe/drop_rate/layer_{index:02d}"] = dropped / max(1, int(result.tokens_per_expert[index].sum()))
+    for name, load_E in result.tokens_per_expert.items():
+        line[f"moe/load_entropy/{name}"] = load_entropy(load_E)
+        line[f"moe/dead_experts/{name}"] = dead_experts(load_E)
+        line[f"moe/tokens_per_expert/{name}"] = load_E.tolist()
+    for name, dropped in result.dropped.items():
+        line[f"moe/drop_rate/{name}"] = dropped / max(1, int(result.tokens_per_expert[name].sum()))
     return line
 
 

@@ -19,13 +19,13 @@ class StepResult:
     """What one step measured."""
 
     losses: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    """``lm`` in nats per token, and each balance loss (unweighted, mean over layers)."""
-    tokens_per_expert: dict[int, Tensor] = field(default_factory=dict)
-    """By layer number, [E]."""
-    dropped: dict[int, int] = field(default_factory=lambda: defaultdict(int))
-    """By layer number, choices that a capacity left out; empty where no layer has one."""
-    num_tokens: int = 0
-    """Rows that went through the routers."""
+    """``lm`` in nats per token, and each balance loss (unweighted, mean over routers)."""
+    tokens_per_expert: dict[str, Tensor] = field(default_factory=dict)
+    """By router, as ``Decoder.routers`` names them, [E]."""
+    dropped: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    """By router, choices that a capacity left out; empty where no router has one."""
+    rows: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    """By router, what went through it."""
     grad_norm: float = 0.0
     """Before clipping."""
 
@@ -41,22 +41,21 @@ def accumulate_gradients(model: Decoder, batches: list[Batch], dtype: torch.dtyp
     for batch in batches:
         share = batch.num_targets / targets
         output = _run(model, batch, dtype, step)
-        result.num_tokens += batch.input_ids.numel()
         loss = summed_loss(output, batch.labels) / targets
         result.losses["lm"] += loss.item()
-        for index, routing in output.routings.items():
-            router = model.moe_layers[index].router
+        for where, routing in output.by_name.items():
+            router = model.routers[where]
             weights = router.loss_weights
-            for name, value in router.balance_losses(routing, len(batch.input_ids), counts.get(index)).items():
+            for name, value in router.balance_losses(routing, len(batch.input_ids), counts.get(where)).items():
                 loss = loss + share * weights[name] * value
-                result.losses[name.removesuffix("_loss")] += share * value.item() / len(output.routings)
+                result.losses[name.removesuffix("_loss")] += share * value.item() / len(output.by_name)
             if router.config.capacity:
-                result.dropped[index] += routing.dropped
-            load = routing.choices
-            result.tokens_per_expert[index] = result.tokens_per_expert.get(index, 0) + load
+                result.dropped[where] += routing.dropped
+            result.rows[where] += routing.route.num_tokens
+            result.tokens_per_expert[where] = result.tokens_per_expert.get(where, 0) + routing.choices
         if not torch.isfinite(loss):
-            where = first_broken_module(model, lambda batch=batch: _run(model, batch, dtype, step))
-            raise UserError(f"step {step + 1}: the loss is {loss.item()}; first non-finite output: {where}")
+            broken = first_broken_module(model, lambda batch=batch: _run(model, batch, dtype, step))
+            raise UserError(f"step {step + 1}: the loss is {loss.item()}; first non-finite output: {broken}")
         loss.backward()
     return result
 
@@ -72,11 +71,12 @@ def apply_gradients(
         raise UserError(f"step {step + 1}: the gradient norm is {result.grad_norm}; first non-finite: {where}")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    passes: dict[Router, list[Tensor]] = defaultdict(list)
-    for index, moe in model.moe_layers.items():
-        passes[moe.router].append(result.tokens_per_expert[index])
-    for router, loads in passes.items():  # a layer that is passed several times has as many loads, and moves once
-        router.step(torch.stack(loads).sum(0), result.num_tokens * len(loads))
+    passes: dict[Router, list[str]] = defaultdict(list)
+    for name, router in model.routers.items():
+        passes[router].append(name)
+    for router, names in passes.items():  # a layer that is passed several times has as many loads, and moves once
+        loads = [result.tokens_per_expert[name] for name in names]
+        router.step(torch.stack(loads).sum(0), sum(result.rows[name] for name in names))
 
 
 def _run(model: Decoder, batch: Batch, dtype: torch.dtype, step: int) -> Output:
@@ -87,22 +87,21 @@ def _run(model: Decoder, batch: Batch, dtype: torch.dtype, step: int) -> Output:
 
 def _counts_of_step(
     model: Decoder, batches: list[Batch], dtype: torch.dtype, step: int
-) -> dict[int, dict[str, Tensor]]:
+) -> dict[str, dict[str, Tensor]]:
     """Choices per expert over all micro-batches, for losses that need them before the first backward pass.
 
     Their gradient cannot be put together from micro-batches otherwise; it costs one more forward pass, and only where
     a step has several micro-batches and a loss is ``over: batch``.
     """
-    wanting = any(
-        getattr(loss, "over", "") == "batch" for m in model.moe_layers.values() for loss in m.config.router.losses
-    )
+    routers = model.routers
+    wanting = any(getattr(loss, "over", "") == "batch" for router in routers.values() for loss in router.config.losses)
     if len(batches) == 1 or not wanting:
         return {}
-    total: dict[int, dict[str, Tensor]] = defaultdict(dict)
+    total: dict[str, dict[str, Tensor]] = defaultdict(dict)
     # The same random numbers come again in the passes that count: a noisy router must choose as it did here.
     with torch.random.fork_rng(), torch.no_grad():
         for batch in batches:
-            for index, routing in _run(model, batch, dtype, step).routings.items():
-                for name, counts in model.moe_layers[index].router.counts(routing).items():
-                    total[index][name] = total[index].get(name, 0) + counts
+            for where, routing in _run(model, batch, dtype, step).by_name.items():
+                for name, counts in routers[where].counts(routing).items():
+                    total[where][name] = total[where].get(name, 0) + counts
     return total

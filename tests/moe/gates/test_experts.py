@@ -145,14 +145,14 @@ def test_it_decides_under_autocast_and_in_bf16(router: RouterConfig) -> None:
         (
             {"type": "low_rank"},
             {"gate": "activation_norm", "select": "soft", "score": "logits", "losses": []},
-            "select: soft wants one per slot",
+            "select: soft wants others",
         ),
         ({"type": "mlp"}, {"gate": {"type": "competition", "share": 0}}, "experts that never compete"),
         ({"type": "mlp"}, {"gate": "competition"}, "teaches its router by losses: gate_loss"),
         (
             {"type": "mlp"},
             {"gate": "competition", "select": "soft", "score": "logits", "losses": []},
-            "select: soft wants one per slot",
+            "select: soft wants others",
         ),
         ({"type": "low_rank", "activation": "relu"}, {}, "swiglu"),
     ],

@@ -8,6 +8,7 @@ from moeforge.moe.gates.codes import SmoothStep
 from moeforge.moe.gates.experts import ActivationNorm, Competition
 from moeforge.moe.gates.known import Hash, Lookup
 from moeforge.moe.gates.paths import Paths
+from moeforge.moe.gates.query import Query
 from moeforge.moe.gates.row import MLP, Cosine, Distance, Linear, Recurrent, TwoLevel
 from moeforge.moe.gates.signal import Signal as Signal
 from moeforge.moe.gates.spline import Spline
@@ -26,5 +27,6 @@ Gate = slot(
     ActivationNorm,
     Competition,
     Paths,
+    Query,
     default=Linear,
 )

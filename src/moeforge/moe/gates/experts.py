@@ -25,9 +25,9 @@ def asked(context: Context, gate: str) -> Sequence[Bank]:
 
 
 def refuse_slots(gate: Any, router: "RouterConfig") -> None:
-    """Raises ValueError for a selector that wants logits of slots: experts answer for themselves."""
-    if router.select.type == "soft":
-        raise ValueError(f"gate: {gate.type} has one logit per expert, select: soft wants one per slot")
+    """Raises ValueError for a selector that wants other logits than experts can give, one for each."""
+    if not router.select.scores_experts:
+        raise ValueError(f"gate: {gate.type} has one logit per expert, select: {router.select.type} wants others")
 
 
 class ActivationNormGate(nn.Module):

@@ -1,6 +1,6 @@
 """Gates that look at what a row is known to be: its token id, its task."""
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -10,24 +10,22 @@ from moeforge.config import Config
 from moeforge.moe.bank import matrix
 from moeforge.moe.context import Context, hashed
 from moeforge.moe.gates.signal import Signal, in_float32
-from moeforge.moe.select import TopK
-
-if TYPE_CHECKING:
-    from moeforge.moe.router import RouterConfig
 
 
 class HashGate(nn.Module):
     """The token id alone decides: nothing is learned (Hash Layers, arXiv:2106.04426)."""
 
-    def __init__(self, seed: int, num_experts: int) -> None:
+    def __init__(self, config: "Hash", num_experts: int) -> None:
         super().__init__()
-        self.seed, self.num_experts = seed, num_experts
+        self.config, self.num_experts = config, num_experts
 
     def forward(self, x_TD: Tensor, context: Context) -> Signal:
         """[T, D] -> [T, E]: 0 at one expert, minus infinity elsewhere, so that its softmax score is one."""
         if context.token_ids is None:
             raise ValueError("gate: hash needs the token ids in the context")
-        expert_T1 = hashed(context.token_ids, self.seed)[:, None] % self.num_experts
+        ids_T, common = context.token_ids, self.config.common
+        drawn_T = hashed(ids_T, self.config.seed) % (self.num_experts - common) + common
+        expert_T1 = torch.where(ids_T < common, ids_T, drawn_T)[:, None]
         nowhere = in_float32(x_TD).new_full((len(x_TD), self.num_experts), -torch.inf)
         return Signal(nowhere.scatter(1, expert_T1, 0.0))
 
@@ -39,17 +37,18 @@ class Hash(Config):
     learns: ClassVar[bool] = False
     seed: int = Field(0, ge=0)
     """Another one, another assignment."""
-
-    def check_router(self, router: "RouterConfig", num_experts: int) -> None:
-        """Raises ValueError where the one expert would not get all of the weight."""
-        if router.score.type not in ("softmax", "sigmoid") or router.select != TopK(k=1):
-            raise ValueError(
-                "gate: hash names one expert: it needs select: {type: top_k, k: 1}, score: softmax or sigmoid"
-            )
+    common: int = Field(0, ge=0)
+    """Ids below this have an expert each, others share the rest (arXiv:2311.10768): a trained tokenizer numbers single
+    bytes first, then merges from frequent to rare."""
 
     def build(self, d_model: int, num_experts: int) -> nn.Module:
         """The module: ``(x [T, D], context) -> Signal``."""
-        return HashGate(self.seed, num_experts)
+        return HashGate(self, num_experts)
+
+    def check(self, num_experts: int) -> None:
+        """Raises ValueError when no expert is left for the other ids."""
+        if self.common >= num_experts:
+            raise ValueError(f"gate.common = {self.common} leaves none of num_experts = {num_experts} for other ids")
 
 
 class LookupGate(nn.Module):

@@ -13,6 +13,7 @@ from moeforge.moe.select.drawn import Draw as Draw
 from moeforge.moe.select.fixed import Random as Random
 from moeforge.moe.select.fixed import TopK as TopK
 from moeforge.moe.select.fixed import TopPerGroup as TopPerGroup
+from moeforge.moe.select.grid import ProductKeys as ProductKeys
 from moeforge.moe.select.merged import Merged as Merged
 from moeforge.moe.select.selector import Selection as Selection
 from moeforge.moe.select.selector import Selector as Selector
@@ -33,5 +34,6 @@ Select = slot(
     Draw,
     ByImportance,
     Merged,
+    ProductKeys,
     default=TopK,
 )

@@ -72,6 +72,7 @@ class Soft(Selector):
     type: Literal["soft"] = "soft"
     leaks: ClassVar[bool] = True
     own_softmax: ClassVar[bool] = True
+    scores_experts: ClassVar[bool] = False
     slots: int = Field(1, ge=1)
     """Slots per expert and group of tokens."""
     group: Literal["sequence", "position"] = "sequence"

@@ -56,10 +56,10 @@ def check_k(k: int, num_experts: int) -> None:
         raise ValueError(f"top_k = select.k = {k} is more than num_experts = {num_experts}")
 
 
-def check_groups(num_experts: int, num_groups: int, name: str) -> None:
-    """Raises ValueError when the experts cannot form ``num_groups`` equal groups; ``name`` is the setting."""
+def check_groups(num_experts: int, num_groups: int, name: str, what: str = "num_experts") -> None:
+    """Raises ValueError when so many ``what`` cannot form ``num_groups`` equal groups; ``name`` is the setting."""
     if num_experts % num_groups:
-        raise ValueError(f"num_experts = {num_experts} is not divisible by {name} = {num_groups}")
+        raise ValueError(f"{what} = {num_experts} is not divisible by {name} = {num_groups}")
 
 
 class Selector(Config):
@@ -75,6 +75,9 @@ class Selector(Config):
     """Whether ratios or sums of scores matter, so that scores must not be negative."""
     own_softmax: ClassVar[bool] = False
     """Whether it takes a softmax itself, so that scores must be logits."""
+
+    scores_experts: ClassVar[bool] = True
+    """Whether the gate gives one logit per expert, which balance losses and biases need."""
 
     def columns(self, num_experts: int) -> int:
         """How many logits per token the gate gives."""

@@ -1,0 +1,81 @@
+"""Which attention heads a token has: all of them, or those that a router chooses."""
+
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from moeforge.config import Config, slot
+from moeforge.moe import RouterConfig
+
+if TYPE_CHECKING:
+    from moeforge.models.config import ModelConfig
+
+
+class AllHeads(Config):
+    """Every token has all ``num_heads`` heads."""
+
+    type: Literal["all"] = "all"
+    router: ClassVar[RouterConfig | None] = None
+
+    def per_token(self, config: "ModelConfig") -> float:
+        """Query heads that a token is computed with."""
+        return config.num_heads
+
+    def check(self, config: "ModelConfig") -> None:
+        """Any decoder will do."""
+
+
+class RoutedHeads(Config):
+    """Experts that own query and output projections; the heads' outputs are summed by the router's weights.
+
+    With shared keys, an expert has one query head for each of the ``num_kv_heads`` key heads, and keys and values are
+    computed once for all experts (Mixture of Attention Heads, arXiv:2210.05144, section 3, has one of them).
+    With keys of its own, an expert is one whole head of multi-head attention.
+    """
+
+    type: Literal["routed"] = "routed"
+    num_experts: int = Field(8, ge=1)
+    """How many; ``num_heads`` then only says how wide a head is, where ``head_dim`` does not."""
+    keys: Literal["shared", "own"] = "shared"
+    """Whether experts see the same keys and values, or expert i those of key head i. Own ones are computed for all."""
+    router: RouterConfig = RouterConfig()
+    """Who goes where."""
+
+    @model_validator(mode="after")
+    def _selectable(self) -> Self:
+        select = self.router.select.type
+        if select in ("soft", "merged"):
+            raise ValueError(f"attention: routed gives tokens some of the heads; select: {select} does not")
+        asking = [part.type for part in (self.router.gate, *self.router.losses) if _asks_experts(part)]
+        if asking:
+            raise ValueError(f"attention: routed has heads for experts: {asking[0]} asks experts of a layer")
+        if self.keys == "own" and select == "product_keys":
+            raise ValueError("attention: routed with keys: own computes every head: product_keys is for many experts")
+        if hasattr(self.router.gate, "state_width") and self.router.gate.state_width(self.num_experts):
+            raise ValueError(f"attention: routed hands on no state, and gate: {self.router.gate.type} needs one")
+        self.router.check(self.num_experts, [1] * self.num_experts)
+        return self
+
+    def per_expert(self, config: "ModelConfig") -> int:
+        """Query heads of one expert."""
+        return 1 if self.keys == "own" else config.num_key_heads
+
+    def per_token(self, config: "ModelConfig") -> float:
+        """Query heads that a token is computed with."""
+        chosen = self.num_experts if self.keys == "own" else self.router.select.mean_experts(self.num_experts)
+        return chosen * self.per_expert(config)
+
+    def check(self, config: "ModelConfig") -> None:
+        """Raises ValueError when there are no keys for each expert."""
+        if self.keys == "own" and config.num_key_heads != self.num_experts:
+            raise ValueError(
+                f"attention: routed with keys: own needs a key head for each expert: num_kv_heads is "
+                f"{config.num_key_heads}, num_experts {self.num_experts}"
+            )
+
+
+def _asks_experts(part: Config) -> bool:
+    return hasattr(part, "check_banks") or hasattr(part, "watch") or part.type == "budget_loss"  # type: ignore[attr-defined]
+
+
+Heads = slot(AllHeads, RoutedHeads, default=AllHeads)
