@@ -60,15 +60,16 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim, d_model = config.size_of_head, config.d_model
         self.heads = heads or AllHeads()
+        routed, keys = isinstance(self.heads, RoutedHeads), config.num_key_heads * self.head_dim
         if isinstance(self.heads, RoutedHeads):
             experts, width = self.heads.num_experts, self.heads.per_expert(config) * self.head_dim
             self.router = Router(self.heads.router, d_model, experts)
-            self.q_proj, self.o_proj = PerExpert(experts, d_model, width), PerExpert(experts, width, d_model)
         else:
-            self.router, width = None, config.num_heads * self.head_dim
-            self.q_proj, self.o_proj = nn.Linear(d_model, width, bias=False), nn.Linear(width, d_model, bias=False)
-        self.k_proj = nn.Linear(d_model, config.num_key_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(d_model, config.num_key_heads * self.head_dim, bias=False)
+            self.router, experts, width = None, 0, config.num_heads * self.head_dim
+        self.q_proj = PerExpert(experts, d_model, width) if routed else nn.Linear(d_model, width, bias=False)
+        self.k_proj = nn.Linear(d_model, keys, bias=False)
+        self.v_proj = nn.Linear(d_model, keys, bias=False)
+        self.o_proj = PerExpert(experts, width, d_model) if routed else nn.Linear(width, d_model, bias=False)
         self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
