@@ -38,7 +38,7 @@ def main() -> None:
     """All runs, then a file per recipe whose runs are all there."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce_all"))
     parser.add_argument("--only", nargs="+", metavar="RECIPE", default=[name for name in RECIPES if name != "dense"])
     parser.add_argument("--arm", nargs=3, help=argparse.SUPPRESS)
