@@ -77,6 +77,12 @@ def test_layers_in_which_more_decides_are_refused(router: dict[str, Any]) -> Non
         extract(by_domain(**router), "code")
 
 
+def test_heads_that_go_by_domain_are_refused() -> None:
+    attention = {"type": "routed", "num_experts": 4, "router": {"gate": GATE, "losses": []}}
+    with pytest.raises(ValueError, match="layer 0: its attention heads go by domain too"):
+        extract(decoder("dense", attention=attention, domains=("code", "law", "verse")), "code")
+
+
 def test_only_what_the_model_knows_can_be_taken_out() -> None:
     with pytest.raises(ValueError, match="no domain 'prose'; it knows code, law, verse"):
         extract(by_domain(), "prose")

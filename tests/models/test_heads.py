@@ -209,6 +209,8 @@ def test_the_dense_twin_has_plain_attention_and_is_just_not_cheaper(moe: dict[st
     ("attention", "message"),
     [
         ({"router": {"select": "soft", "score": "logits", "losses": []}}, "select: soft does not"),
+        ({"router": {"select": "by_importance"}}, "cannot choose the heads by it"),
+        ({"router": {"gate": "competition", "losses": ["gate_loss"]}}, "competition asks experts of a layer"),
         (
             {"keys": "own", "router": {"select": "product_keys", "score": "logits", "losses": []}},
             "keys: own computes every head",

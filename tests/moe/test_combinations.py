@@ -56,6 +56,8 @@ HOPELESS: list[tuple[dict[str, Any], str]] = [
     ({**MERGED, "noise": [{"type": "visible", "common": 9}]}, "takes means of logits"),
     ({**MERGED, "losses": ["z_loss"]}, "routes no rows"),
     ({**KEYS, "losses": ["z_loss"]}, "no scores of all experts to balance"),
+    ({**KEYS, "select": {"type": "product_keys", "k": 1}}, "normalised over one expert"),
+    ({"gate": {"type": "query", "queries": 4, "rank": 2}}, "need the same rank"),
     ({**KEYS, "score": "softmax"}, "adds logits of two halves"),
     ({**KEYS, "gate": {"type": "query", "queries": 4, "rank": 2}}, "need the same rank"),
     ({**KEYS, "noise": [{"type": "visible", "common": 9}]}, "has no logit of each"),

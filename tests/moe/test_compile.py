@@ -17,6 +17,7 @@ from moeforge.moe.scores import Logits, Relu, Sigmoid
 from moeforge.moe.select import (
     Confident,
     ExpertChoice,
+    ProductKeys,
     Select,
     Soft,
     Threshold,
@@ -40,13 +41,14 @@ ROUTERS = [
     RouterConfig(capacity=(Capacity(capacity_factor=0.8),)),
     RouterConfig(select=ExpertChoice(), losses=()),
     RouterConfig(select=Soft(slots=2), score=Logits(), losses=()),
+    RouterConfig(select=ProductKeys(k=3, heads=2), score=Logits(), weigh=SoftmaxChosen(), losses=()),
 ]
 MIXED = [MLPExperts(num_experts=4, d_expert=8), ZeroExperts(), CopyExperts(), ConstantExperts(), MLPExperts(d_expert=4)]
 MIXED += [FactorisedExperts(num_experts=2, d_expert=4, rank=3)]
 
 
 def build(router: RouterConfig, experts: list[Any] | None = None) -> MoE:
-    experts = experts or [MLPExperts(num_experts=8, d_expert=8)]
+    experts = experts or [MLPExperts(num_experts=9 if router.select.type == "product_keys" else 8, d_expert=8)]
     return MoE(MoEConfig(experts=tuple(experts), router=router, shared={"d_expert": 4, "mix": "gated"}), D)
 
 

@@ -89,3 +89,12 @@ def test_heads_that_cannot_be_are_refused() -> None:
     moe = {"experts": BANK, "router": {"gate": "recurrent"}}
     with pytest.raises(ValueError, match="takes a state of 32 for each of 2 heads, the layer below hands on 32"):
         ModelConfig.model_validate({"moe": moe, "layers": {1: {"moe": {"heads": 2}}}})
+    select = {"type": "merged", "over": "segment_before", "segment": 4}
+    merged = {"select": select, "score": "logits", "weigh": "softmax", "losses": []}
+    with pytest.raises(ValueError, match="with heads a token is several rows"):
+        ModelConfig.model_validate({"moe": {"experts": BANK, "heads": 2, "router": merged}})
+    keys = {"select": "product_keys", "score": "logits", "losses": [], "gate": {"type": "linear", "previous": True}}
+    more = {"moe": {"router": {"select": {"type": "product_keys", "heads": 2}}}}
+    with pytest.raises(ValueError, match="its gate takes a state of 16, the layer below hands on 8"):
+        moe = {"experts": {"num_experts": 16, "d_expert": 4}, "router": keys}
+        ModelConfig.model_validate({"moe": moe, "layers": {1: more}})

@@ -52,6 +52,9 @@ class LayerConfig(Config):
             raise ValueError(
                 f"select: {self.moe.router.select.type} reads attention, and attends: false leaves that out"
             )
+        if self.moe and self.moe.router.select.reads_importance and self.attention.router:
+            select = self.moe.router.select.type
+            raise ValueError(f"select: {select} reads the attention of all heads, and attention: routed has others")
         if self.attention.router and not self.attends:
             raise ValueError("attention: routed chooses heads, and attends: false leaves attention out")
         return self
@@ -151,7 +154,9 @@ class ModelConfig(LayerConfig):
                 self._check_lookup(index, layer.moe.router)
                 layer.moe.row_width(self.d_model)
                 gate = layer.moe.router.gate
-                width = gate.state_width(layer.moe.num_experts) if hasattr(gate, "state_width") else None
+                width = None
+                if hasattr(gate, "state_width"):
+                    width = gate.state_width(layer.moe.router.select.columns(layer.moe.num_experts))
                 state = f"{width}{f' for each of {layer.moe.heads} heads' if layer.moe.heads > 1 else ''}"
                 if width and below and state != below:
                     raise ValueError(

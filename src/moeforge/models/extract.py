@@ -23,6 +23,8 @@ def extract(model: Decoder, domain: str) -> Decoder:
         raise ValueError(f"the model knows no domain '{domain}'; it knows {', '.join(config.domains) or 'none'}")
     layers, tensors = dict(config.layers), {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for index, layer in enumerate(config.all_layers):
+        if layer.attention.router and getattr(layer.attention.router.gate, "by", "") == "domain":
+            raise ValueError(f"layer {index}: its attention heads go by domain too, and only experts are taken out")
         if layer.moe is None or layer.moe.router.gate.type != "lookup" or layer.moe.router.gate.by != "domain":
             continue
         if not _domain_alone_decides(layer.moe):

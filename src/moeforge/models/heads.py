@@ -46,6 +46,8 @@ class RoutedHeads(Config):
         select = self.router.select.type
         if select in ("soft", "merged"):
             raise ValueError(f"attention: routed gives tokens some of the heads; select: {select} does not")
+        if self.router.select.reads_importance:
+            raise ValueError(f"attention: routed is what select: {select} would read: it cannot choose the heads by it")
         asking = [part.type for part in (self.router.gate, *self.router.losses) if _asks_experts(part)]
         if asking:
             raise ValueError(f"attention: routed has heads for experts: {asking[0]} asks experts of a layer")
@@ -75,7 +77,7 @@ class RoutedHeads(Config):
 
 
 def _asks_experts(part: Config) -> bool:
-    return hasattr(part, "check_banks") or hasattr(part, "watch") or part.type == "budget_loss"  # type: ignore[attr-defined]
+    return getattr(part, "asks_experts", False) or hasattr(part, "watch") or part.type == "budget_loss"  # type: ignore[attr-defined]
 
 
 Heads = slot(AllHeads, RoutedHeads, default=AllHeads)

@@ -84,6 +84,9 @@ def _to_choice(router: "RouterConfig") -> Iterator[str]:
         yield from _to_merging(router)
     if not select.scores_experts:
         yield from _to_many(router)
+    cored = router.gate.rank if router.gate.type == "query" else 0
+    if getattr(select, "rank", 0) != cored or (cored and router.gate.heads != getattr(select, "heads", 0)):
+        yield "gate: query and select: product_keys need the same rank and queries = heads * 2 * rank"
     if score.type == "softmax" and min(_ends(score.temperature)) <= 0:
         yield "score.temperature divides the logits: it must stay above zero"
 
@@ -104,7 +107,7 @@ def _to_bar(router: "RouterConfig") -> Iterator[str]:
 
 def _to_many(router: "RouterConfig") -> Iterator[str]:
     """What needs a logit of each expert, where there is none."""
-    select, gate = router.select, router.gate
+    select = router.select
     if any(noise.type in ("visible", "expert_dropout") for noise in router.noise):
         yield f"noise: visible and expert_dropout hide experts, and select: {select.type} has no logit of each"
     if getattr(router.weigh, "over", "chosen") != "chosen":
@@ -117,9 +120,6 @@ def _to_many(router: "RouterConfig") -> Iterator[str]:
         yield "select: product_keys has no scores of all experts to balance; set losses: [], no controller"
     if router.score.type != "logits":
         yield f"select: product_keys adds logits of two halves, not {router.score.type} scores"
-    cored = gate.type == "query" and gate.rank
-    if select.rank != cored or (cored and gate.heads != select.heads):
-        yield "gate: query and select: product_keys need the same rank and queries = heads * 2 * rank"
 
 
 def _to_merging(router: "RouterConfig") -> Iterator[str]:
@@ -192,6 +192,8 @@ def _chooses_one(router: "RouterConfig") -> bool:
         return False
     if select.type == "top_per_group":
         return select.k * select.num_groups == 1
+    if select.type == "product_keys":  # each head's weights are normalised by themselves
+        return select.k == 1
     return select.type in ("top_k", "random", "sinkhorn") and select.k == 1
 
 

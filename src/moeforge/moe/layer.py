@@ -63,6 +63,12 @@ class MoEConfig(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _rows_are_tokens(self) -> Self:
+        if self.heads > 1 and getattr(self.router.select, "segment", None):
+            raise ValueError("select: merged counts a segment's tokens, and with heads a token is several rows")
+        return self
+
     @property
     def num_experts(self) -> int:
         """Experts of all banks together."""

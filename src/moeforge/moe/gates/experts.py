@@ -42,6 +42,7 @@ class ActivationNorm(Config):
     """No router: the experts that a row excites most take it. They must be ``experts: {type: low_rank}``."""
 
     type: Literal["activation_norm"] = "activation_norm"
+    asks_experts: ClassVar[bool] = True
 
     def build(self, d_model: int, num_experts: int) -> nn.Module:
         """The module: ``(x [T, D], context) -> Signal``."""
@@ -90,6 +91,7 @@ class Competition(Config):
     """
 
     type: Literal["competition"] = "competition"
+    asks_experts: ClassVar[bool] = True
     hands_loss: ClassVar[bool] = True
     share: Scheduled = 0.05
     """Of the training passes of this layer, drawn by lot."""

@@ -69,7 +69,7 @@ class ProductKeys(Selector):
 
         Of sums, pair (i, j) has i * j - 1 at least as good ones before it, counted from one: k of them rule it out.
         """
-        number_K = torch.arange(1, width + 1, device=device)
-        possible_KK = (number_K[:, None] * number_K <= self.k) | bool(self.rank)
-        first_C, second_C = possible_KK.nonzero(as_tuple=True)
+        places = range(width)
+        pairs = [(i, j) for i in places for j in places if self.rank or (i + 1) * (j + 1) <= self.k]
+        first_C, second_C = torch.tensor(pairs, device=device).T
         return first_C, second_C
