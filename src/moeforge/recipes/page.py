@@ -7,6 +7,7 @@ import ast
 import json
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ The verdict is *shows* when the mean gain over seeds is above twice its standard
 deviation that seeds alone made in the demo's runs (0.003 bits per byte). *within* is how far behind still counts, where
 the claim is to be as good or to cost less at no loss. *not run* is what it says.
 
-| recipe | paper | parts it names | claim | compared with | measured | verdict |
+"""
+TABLE = """| recipe | paper | parts it names | claim | compared with | measured | verdict |
 |---|---|---|---|---|---|---|
 """
 SLOTS = ("attention", "gate", "noise", "score", "select", "weigh", "capacity", "losses", "controller", "experts", "mix")
@@ -34,7 +36,10 @@ SLOTS = ("attention", "gate", "noise", "score", "select", "weigh", "capacity", "
 
 def papers_page(results: Path) -> str:
     """The page; ``results`` is the folder of JSON files."""
-    return HEAD + "".join(f"| {' | '.join(_row(name, results))} |\n" for name in RECIPES)
+    rows = [_row(name, results) for name in RECIPES]
+    numbers = Counter(row[-1] for row in rows).most_common()
+    summary = f"Of {len(rows)} recipes: {', '.join(f'{verdict} {number}' for verdict, number in numbers)}."
+    return f"{HEAD}{summary}\n\n{TABLE}" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def _row(name: str, results: Path) -> list[str]:
