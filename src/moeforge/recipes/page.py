@@ -33,6 +33,9 @@ TABLE = """| recipe | paper | parts it names | claim | compared with | measured 
 """
 SLOTS = ("attention", "gate", "noise", "score", "select", "weigh", "capacity", "losses", "controller", "experts", "mix")
 
+FIELDS = ("momentum", "num_repeats", "shortcut", "attends", "heads", "shared", "input_jitter", "train_k")
+"""Settings that are a mechanism by themselves."""
+
 
 def papers_page(results: Path) -> str:
     """The page; ``results`` is the folder of JSON files."""
@@ -54,13 +57,15 @@ def _row(name: str, results: Path) -> list[str]:
 
 
 def _parts(tree: Any, slot: str = "") -> Iterator[str]:
-    """``slot: type`` of every member that a recipe names, in order."""
+    """``slot: type`` of every member that a recipe names, and the ``FIELDS`` that it sets, in order."""
     if isinstance(tree, str) and slot in SLOTS:
         yield f"`{slot}: {tree}`"
     elif isinstance(tree, dict):
         if slot in SLOTS and "type" in tree:
             yield f"`{slot}: {tree['type']}`"
         for key, value in tree.items():
+            if key in FIELDS:
+                yield f"`{key}`"
             yield from _parts(value, str(key))
     elif isinstance(tree, list):
         for item in tree:
