@@ -16,9 +16,6 @@ from moeforge.models.decoder import Decoder
 from moeforge.models.heads import AllHeads, RoutedHeads
 from moeforge.moe import MoE
 
-ROUTED = ("moe", "attention")
-"""Fields of a layer that may hold a router."""
-
 
 @dataclass(frozen=True)
 class Count:
