@@ -52,14 +52,16 @@ def main() -> None:
     named = [(name, label, seed) for seed in range(wanted.seeds) for name in wanted.only for label in arms(name)]
     jobs = {folder_of(label, seed, wanted.out): (name, label, seed) for name, label, seed in reversed(named)}
     with ThreadPoolExecutor(2) as pool:
-        problems = list(pool.map(lambda job: run_arm(job, wanted.out, wanted.steps), reversed(jobs.values())))
+        said = list(pool.map(lambda job: run_arm(job, wanted.out, wanted.steps), reversed(jobs.values())))
     for name in wanted.only:
         folders = [folder_of(label, seed, wanted.out) for label in arms(name) for seed in range(wanted.seeds)]
         if all((folder / "measured.json").exists() for folder in folders):
             found = reproduce(name, range(wanted.seeds), wanted.out, changes, say=lambda text: None)
             (HERE / "reproduce" / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
             print(f"{name}: {found['verdict']}, gain {found['gain']}")
-    print("\n".join(problem for problem in problems if problem))
+    problems = [problem for problem in said if problem]
+    if problems:
+        sys.exit("\n".join(["these runs failed:", *problems]))
 
 
 if __name__ == "__main__":

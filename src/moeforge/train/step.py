@@ -37,18 +37,19 @@ def accumulate_gradients(model: Decoder, batches: list[Batch], dtype: torch.dtyp
     """
     result = StepResult()
     targets = sum(batch.num_targets for batch in batches)
-    counts = _counts_of_step(model, batches, dtype, step)
+    counts, routers = _counts_of_step(model, batches, dtype, step), model.routers
     for batch in batches:
         share = batch.num_targets / targets
         output = _run(model, batch, dtype, step)
         loss = summed_loss(output, batch.labels) / targets
         result.losses["lm"] += loss.item()
-        for where, routing in output.by_name.items():
-            router = model.routers[where]
+        routings = output.by_name
+        for where, routing in routings.items():
+            router = routers[where]
             weights = router.loss_weights
             for name, value in router.balance_losses(routing, len(batch.input_ids), counts.get(where)).items():
                 loss = loss + share * weights[name] * value
-                result.losses[name.removesuffix("_loss")] += share * value.item() / len(output.by_name)
+                result.losses[name.removesuffix("_loss")] += share * value.item() / len(routings)
             if router.config.capacity:
                 result.dropped[where] += routing.dropped
             result.rows[where] += routing.route.num_tokens
