@@ -8,6 +8,7 @@ from moeforge.config import Config, Count, slot
 from moeforge.data.corpora import Corpus, Stdlib
 from moeforge.data.tokenizers import Bytes, TokenizerConfig
 from moeforge.models import ModelConfig
+from moeforge.train.phases import Phase
 
 
 class AdamW(Config):
@@ -139,6 +140,10 @@ class RunConfig(Config):
     """Update rule."""
     schedule: Schedule = Cosine()
     """Learning rate over time."""
+    start_from: str | None = None
+    """Folder of a run or a model whose weights this run starts with; null: as ``model.init`` says."""
+    phases: tuple[Phase, ...] = ()
+    """Taken in turn, again and again, each training a part of the weights; empty: all weights, at every step."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
