@@ -17,7 +17,7 @@ from moeforge.train.step import accumulate_gradients, apply_gradients
 VOCAB = 101
 
 
-def batch(rows: int = 2, length: int = 24) -> Batch:
+def batch(rows: int = 2, length: int = 32) -> Batch:
     ids, position = torch.randint(VOCAB, (rows, length + 1)), torch.arange(length).expand(rows, length)
     document = torch.zeros(rows, length, dtype=torch.int32)
     return Batch(ids[:, :-1], ids[:, 1:], document, position, torch.zeros_like(position), num_bytes=rows * length)

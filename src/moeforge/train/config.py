@@ -149,6 +149,10 @@ class RunConfig(Config):
     def _fits(self) -> Self:
         if self.seq_len > self.model.max_seq_len:
             raise ValueError(f"seq_len = {self.seq_len} is more than model.max_seq_len = {self.model.max_seq_len}")
+        blocks = {layer.moe.token_block or 1 for layer in self.model.all_layers if layer.moe}
+        uneven = [block for block in blocks if self.seq_len % block]
+        if uneven:
+            raise ValueError(f"seq_len = {self.seq_len} cannot be cut into blocks of moe.token_block = {uneven[0]}")
         return self
 
     @property
