@@ -184,7 +184,7 @@ class ModelConfig(LayerConfig):
 
     def _check_lookup(self, index: int, router: RouterConfig) -> None:
         gate = router.gate
-        if gate.type != "lookup":
+        if gate.type != "lookup" or gate.by == "width":
             return
         if gate.by not in ("token", "domain"):
             raise ValueError(f"layer {index}: gate: lookup by {gate.by}: a decoder knows token and domain ids")

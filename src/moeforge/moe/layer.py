@@ -51,6 +51,10 @@ class MoEConfig(Config):
             raise ValueError("experts is empty: name at least one bank")
         if self.router.select.type == "merged" and not (len(self.experts) == 1 and hasattr(self.experts[0], "merges")):
             raise ValueError("select: merged sums parameters: it needs one bank, of type mlp")
+        widths = getattr(self.router.select, "widths", ())
+        bank = self.experts[0]
+        if widths and (list(widths) != sorted(set(widths)) or widths[-1] != bank.d_expert or bank.bias):
+            raise ValueError(f"select.widths must rise to d_expert = {bank.d_expert}, of experts without bias")
         self.router.check(self.num_experts, self.costs(d_model=64))  # which cost more does not depend on the width
         if hasattr(self.router.gate, "check_banks"):
             self.router.gate.check_banks(self.experts)

@@ -164,6 +164,7 @@ class Router(nn.Module):
     def forward(self, x_TD: Tensor, context: Context) -> Routing:
         """[T, D] rows -> where they go."""
         config, context = self.config, replace(context, training=self.training, cost=self.cost)
+        context = config.select.facts(context, len(x_TD))
         with torch.autocast(x_TD.device.type, enabled=False):
             signal, clean_TE = self._signal(x_TD, context)
             logits_TE = signal.logits
