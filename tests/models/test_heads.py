@@ -43,7 +43,7 @@ def routed(config: ModelConfig) -> Attention:
 
 def by_loop(attention: Attention, config: ModelConfig, x_LD: Tensor, weight_LE: Tensor, allowed_LL: Tensor) -> Tensor:
     """One sequence: every expert of every token by itself; weight zero where it was not chosen."""
-    size, own, theta = config.size_of_head, attention.heads.keys == "own", config.rope_theta
+    size, own = config.size_of_head, attention.heads.keys == "own"
     position_L = torch.arange(len(x_LD))
     y_LD = torch.zeros_like(x_LD)
     for expert in range(E):
@@ -54,7 +54,7 @@ def by_loop(attention: Attention, config: ModelConfig, x_LD: Tensor, weight_LE: 
             key_rows = slice(key_head * size, (key_head + 1) * size)
             query = normed(x_LD @ whole(attention.q_proj)[expert, rows].T, attention.q_norm, config.norm_eps)
             key = normed(x_LD @ whole(attention.k_proj).reshape(-1, D)[key_rows].T, attention.k_norm, config.norm_eps)
-            query, key = (turned(part, position_L, theta) for part in (query, key))
+            query, key = (turned(part, position_L, config) for part in (query, key))
             share = (query @ key.T / size**0.5).masked_fill(~allowed_LL, -torch.inf).softmax(1)
             mixed.append(share @ (x_LD @ whole(attention.v_proj).reshape(-1, D)[key_rows].T))
         y_LD = y_LD + weight_LE[:, expert, None] * (torch.cat(mixed, 1) @ whole(attention.o_proj)[expert].T)
