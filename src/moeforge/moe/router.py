@@ -64,7 +64,7 @@ class RouterConfig(Config):
         for part in (self.gate, self.score):
             if hasattr(part, "check"):
                 part.check(self.select.columns(num_experts))
-        for part in (self.gate, *self.noise, self.weigh, *self.losses):
+        for part in (self.gate, *self.noise, self.weigh, *self.capacity, *self.losses):
             if hasattr(part, "check_costs"):
                 part.check_costs(costs)
             if hasattr(part, "check_router"):
