@@ -81,7 +81,7 @@ def test_overflow_goes_where_the_shares_leave_room() -> None:
 @pytest.mark.parametrize("shares", [(1.0, 1.0), (1.0, 1.0, 0.0)])
 def test_shares_are_one_for_each_expert_above_zero(shares: tuple[float, ...]) -> None:
     router = {"capacity": [{"type": "capacity", "shares": shares}]}
-    with pytest.raises(ValidationError, match="capacity.shares wants 3 numbers above zero"):
+    with pytest.raises(ValidationError, match=r"capacity\.shares wants 3 numbers above zero"):
         MoEConfig.model_validate({"experts": {"num_experts": 3, "d_expert": 4}, "router": router})
 
 
