@@ -67,8 +67,17 @@ class Against(Config):
     """Its name; null: the recipe itself."""
     settings: tuple[str, ...] = ()
     """``--dotted.name=value``, laid on top."""
-    by: Literal["bits_per_byte", "experts_per_token", "load_entropy"] = "bits_per_byte"
-    """What the claim is about. Bits per byte and experts per token should be lower, load entropy higher."""
+    by: Literal[
+        "bits_per_byte",
+        "experts_per_token",
+        "load_entropy",
+        "agreement",
+        "flips",
+        "local_share",
+        "generalisation_gap",
+        "worst_domain_loss",
+    ] = "bits_per_byte"
+    """What the claim is about. Load entropy, agreement and local share should be higher, all others lower."""
     within: float | None = Field(None, ge=0)
     """Bits per byte that it may be behind and the claim still holds: for claims of being as good, or of costing less at
     no loss. Null: it must be ahead in bits per byte, or they play no part in a claim about something else."""
