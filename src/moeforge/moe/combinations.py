@@ -120,7 +120,7 @@ def _to_many(router: "RouterConfig") -> Iterator[str]:
         yield f"capacity: overflow: next asks for the next best expert, and select: {select.type} has no score of each"
     if select.type != "product_keys":
         return
-    if router.losses or router.controller:
+    if router.controller or any(loss.type != "core_loss" for loss in router.losses):
         yield "select: product_keys has no scores of all experts to balance; set losses: [], no controller"
     if router.score.type != "logits":
         yield f"select: product_keys adds logits of two halves, not {router.score.type} scores"

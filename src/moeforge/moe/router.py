@@ -106,6 +106,8 @@ class Routing:
     """[T, E] or scalar: deviation of Gaussian noise, where a loss asks for it."""
     embeddings: Tensor | None = None
     """[E, ...]: the gate's row of each expert, where it has one."""
+    core: Tensor | None = None
+    """[R, R]: how vectors of rows and columns multiply, where the gate has such a core."""
     routed_share: Tensor | None = None
     """[T, 1] float32: how much of a token's output comes from experts, where a loss asks for it."""
     conflict: Tensor | None = None
@@ -176,7 +178,7 @@ class Router(nn.Module):
                 kept = limit(kept, probs_TE, lambda selection: config.weigh(scores_TE, selection, context), context)
             before = None if kept is route else route
             seen = {"clean": clean_TE, "noise_std": self._noise_std(x_TD, logits_TE)}
-            seen["embeddings"] = getattr(self.gate, "weight", None)
+            seen |= {"embeddings": getattr(self.gate, "weight", None), "core": getattr(self.gate, "core", None)}
             return Routing(kept, probs_TE, logits_TE, scores_TE, signal.state, signal.loss, self.cost, before, **seen)
 
     def _signal(self, x_TD: Tensor, context: Context) -> tuple[Signal, Tensor]:
