@@ -53,8 +53,8 @@ class MoEConfig(Config):
             raise ValueError("select: merged sums parameters: it needs one bank, of type mlp")
         widths = getattr(self.router.select, "widths", ())
         bank = self.experts[0]
-        if widths and (list(widths) != sorted(set(widths)) or widths[-1] != bank.d_expert or bank.bias):
-            raise ValueError(f"select.widths must rise to d_expert = {bank.d_expert}, of experts without bias")
+        if widths and (list(widths) != sorted({*widths}) or widths[0] < 1 or widths[-1] != bank.d_expert or bank.bias):
+            raise ValueError(f"select.widths must rise from 1 or more to d_expert = {bank.d_expert}, without bias")
         self.router.check(self.num_experts, self.costs(d_model=64))  # which cost more does not depend on the width
         if hasattr(self.router.gate, "check_banks"):
             self.router.gate.check_banks(self.experts)
