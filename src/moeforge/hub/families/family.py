@@ -31,16 +31,15 @@ TRAINING_ONLY = (
 
 class Ours(Mapping[str, Any]):
     """A decoder's settings by dotted path. ``moe`` is that of the first layer with experts, ``d_ff`` that of the first
-    without; ``sparse`` says of every layer whether it has experts."""
+    without; ``sparse`` says of every layer whether it has experts, ``windows`` how much it sees."""
 
     def __init__(self, config: ModelConfig) -> None:
         layers = config.all_layers
         dense, sparse = [x for x in layers if not x.moe], [x for x in layers if x.moe]
-        self.config = config
-        self.layers = layers
         self._tree = config.model_dump() | (layers[0].model_dump() | {"d_ff": (dense or layers)[0].d_ff})
         self._tree["moe"] = sparse[0].moe.model_dump() if sparse and sparse[0].moe else None
         self._tree["sparse"] = [layer.moe is not None for layer in layers]
+        self._tree["windows"] = [layer.window for layer in layers]
 
     def __getitem__(self, path: str) -> Any:
         node: Any = self._tree
@@ -112,6 +111,7 @@ class Family:
         for row in self.rows:
             as_it_was = {name: tree.get(name, value) for name, value in row.defaults.items()}
             if base is None or row.read(defaults | fresh | as_it_was) != row.read(defaults | fresh):
+                tree = {name: value for name, value in tree.items() if name not in row.defaults}
                 tree |= {name: fresh[name] for name in row.defaults if name in fresh}
         differing = _differences(config, self.read(tree, source))
         if differing:
