@@ -25,6 +25,7 @@ def decoder(
         At("rms_norm_eps", eps, "norm_eps"),
         At("tie_word_embeddings", tied, "tie_embeddings"),
         Only("is_encoder_decoder", (False, None)),
+        Only("quantization_config", (None,), "its weights are quantised; dequantise them first"),
         rotary(theta, fraction, rope),
     )
 

@@ -8,17 +8,17 @@ from moeforge.hub.families.rows import Joint, Settings, Tree
 Theirs = Mapping[str, Any]
 
 
-def groups() -> Joint:
+def groups(count: int = 1, best: int = 1) -> Joint:
     """``topk_group`` of ``n_group`` groups of experts; all of them is no limit."""
 
     def read(theirs: Theirs) -> Tree:
-        count, best = theirs["n_group"] or 1, theirs["topk_group"] or 1
-        return {} if count == best else {"moe.router.select.num_groups": count, "moe.router.select.top_groups": best}
+        num, top = theirs["n_group"] or 1, theirs["topk_group"] or 1
+        return {} if num == top else {"moe.router.select.num_groups": num, "moe.router.select.top_groups": top}
 
     def write(ours: Settings) -> Tree:
         return {"n_group": ours["moe.router.select.num_groups"], "topk_group": ours["moe.router.select.top_groups"]}
 
-    return Joint({"n_group": 1, "topk_group": 1}, read, write)
+    return Joint({"n_group": count, "topk_group": best}, read, write)
 
 
 def shared(name: str, default: int) -> Joint:

@@ -1,6 +1,7 @@
 """What a family is: a table of rows for its config.json, a table of names for its tensors, and our settings besides."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,12 +71,19 @@ class Family:
     inert: frozenset[str] = frozenset()
     """Fields of this family alone that no logit depends on."""
     unused: str = r"(?!)"
-    """Pattern of tensors that its folders may hold and that no logit depends on."""
+    """Pattern of tensors that its folders may hold and that no logit depends on; ``NEXT`` stands for the numbers of
+    layers beyond the last, which predict tokens further on."""
 
     @property
     def defaults(self) -> Tree:
         """Every field that is understood, and what stands for it where it is absent."""
         return {name: value for row in self.rows for name, value in row.defaults.items()}
+
+    def unused_of(self, config: ModelConfig, names: Iterable[str]) -> set[str]:
+        """Which of the tensors no logit depends on."""
+        beyond = range(config.num_layers, config.num_layers + 16)
+        pattern = re.compile(self.unused.replace("NEXT", f"({'|'.join(map(str, beyond))})"))
+        return {name for name in names if pattern.fullmatch(name)}
 
     def read(self, theirs: Tree, source: str = "config.json") -> ModelConfig:
         """Our settings. Raises UserError that names every field that is not understood, and what cannot be done."""
@@ -110,13 +118,21 @@ class Family:
             raise UserError(f"{source} is no {self.model_type}: {error}") from error
         for row in self.rows:
             as_it_was = {name: tree.get(name, value) for name, value in row.defaults.items()}
-            if base is None or row.read(defaults | fresh | as_it_was) != row.read(defaults | fresh):
+            if base is None or not _same(row, defaults | fresh | as_it_was, defaults | fresh):
                 tree = {name: value for name, value in tree.items() if name not in row.defaults}
                 tree |= {name: fresh[name] for name in row.defaults if name in fresh}
         differing = _differences(config, self.read(tree, source))
         if differing:
             raise UserError(f"{source} is no {self.model_type}, which has no field for: {'; '.join(differing)}")
         return tree
+
+
+def _same(row: Row, before: Tree, now: Tree) -> bool:
+    """Whether the row reads the same from both; fields that no longer fit the others do not."""
+    try:
+        return row.read(before) == row.read(now)
+    except ValueError:
+        return False
 
 
 def _put(tree: Any, path: str, value: Any) -> None:

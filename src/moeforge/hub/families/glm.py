@@ -35,5 +35,5 @@ GLM4_MOE = Family(
     },
     settings={"moe": {"router": {"score": "sigmoid", "controller": {"type": "expert_bias", "rate": 0}, "losses": []}}},
     inert=frozenset({"num_nextn_predict_layers", "num_mtp_layers"}),
-    unused=r"model\.layers\.\d+\.(embed_tokens|enorm|hnorm|eh_proj|shared_head)\..*",
+    unused=r"model\.layers\.NEXT\..*",
 )
