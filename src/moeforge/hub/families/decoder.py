@@ -1,7 +1,10 @@
 """Rows that most families share: what their decoders have in common, from the vocabulary to the rotary positions."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from moeforge.hub.families.rotary import rotary
-from moeforge.hub.families.rows import At, Only, Row, Tree
+from moeforge.hub.families.rows import At, Joint, Only, Row, Tree
 
 ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu"}
 
@@ -14,8 +17,10 @@ def decoder(
     theta: float = 10000.0,
     fraction: float = 1.0,
     rope: Tree | None = None,
+    packed: str | None = None,
 ) -> tuple[Row, ...]:
-    """Sizes, norm, positions; the arguments are what stands where a config.json is silent."""
+    """Sizes, norm, positions; the arguments are what stands where a config.json is silent, and ``packed`` is how its
+    weights may be quantised."""
     return (
         At("vocab_size", ..., "vocab_size"),
         At("hidden_size", ..., "d_model"),
@@ -25,9 +30,19 @@ def decoder(
         At("rms_norm_eps", eps, "norm_eps"),
         At("tie_word_embeddings", tied, "tie_embeddings"),
         Only("is_encoder_decoder", (False, None)),
-        Only("quantization_config", (None,), "its weights are quantised; dequantise them first"),
+        _weights(packed),
         rotary(theta, fraction, rope),
     )
+
+
+def _weights(packed: str | None) -> Joint:
+    def read(theirs: Mapping[str, Any]) -> Tree:
+        method = (theirs["quantization_config"] or {}).get("quant_method", packed)
+        if method != packed:
+            raise ValueError(f"quantization_config: its weights are in {method!r}; dequantise them first")
+        return {}
+
+    return Joint({"quantization_config": None}, read, lambda ours: {"quantization_config": None})
 
 
 def heads(head_dim: int | None = None, kv_heads: int | None = None) -> tuple[Row, ...]:

@@ -48,7 +48,8 @@ def _method() -> Joint:
         method = theirs["topk_method"]
         if method not in ("greedy", "group_limited_greedy"):
             raise ValueError(f"topk_method is {method!r}; what the decoder has is greedy or group_limited_greedy")
-        return groups_of.read(theirs) if method == "group_limited_greedy" else {}
+        limits = groups_of.read(theirs) if method == "group_limited_greedy" else {}
+        return limits | {"moe.router.select.group_rank": "best"} if limits else {}
 
     def write(ours: Settings) -> Tree:
         fields = groups_of.write(ours)
@@ -95,7 +96,7 @@ DEEPSEEK_V2 = Family(
     settings={
         "attention": {"type": "latent"},
         "rope_interleaved": True,
-        "moe": {"router": {"select": {"group_rank": "best"}, "losses": []}},
+        "moe": {"router": {"losses": []}},
     },
     inert=INERT,
 )

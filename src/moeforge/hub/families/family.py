@@ -107,32 +107,32 @@ class Family:
             raise UserError(f"{source}, model_type {self.model_type}: " + "; ".join(problems))
         return build(ModelConfig, tree, source=source)
 
-    def write(self, config: ModelConfig, base: Tree | None = None, source: str = "the model") -> Tree:
+    def write(self, config: ModelConfig, base: Tree | None = None) -> Tree:
         """The fields of a config.json that ``read`` turns back into ``config``; those of ``base`` that already say it
         stay as they are. Raises UserError that names the settings which this family has no field for."""
-        tree: Tree = dict(base or {"architectures": [self.architecture], "model_type": self.model_type})
-        ours, defaults = Ours(config), self.defaults
+        tree: Tree = {"architectures": [self.architecture], "model_type": self.model_type}
+        ours, known, base = Ours(config), self.defaults, base or {}
         try:
             fresh = {name: value for row in self.rows for name, value in row.write(ours).items()}
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{source} is no {self.model_type}: {error}") from error
-        for row in self.rows:
-            as_it_was = {name: tree.get(name, value) for name, value in row.defaults.items()}
-            if base is None or not _same(row, defaults | fresh | as_it_was, defaults | fresh):
-                tree = {name: value for name, value in tree.items() if name not in row.defaults}
-                tree |= {name: fresh[name] for name in row.defaults if name in fresh}
-        differing = _differences(config, self.read(tree, source))
+            tree |= {name: value for name, value in base.items() if name not in known} | fresh
+            differing = _differences(config, self.read(tree))
+        except (ValueError, UserError) as error:
+            raise UserError(f"the model is no {self.model_type}: {error}") from error
         if differing:
-            raise UserError(f"{source} is no {self.model_type}, which has no field for: {'; '.join(differing)}")
-        return tree
+            raise UserError(f"the model is no {self.model_type}, which has no field for: {'; '.join(differing)}")
+        for row in self.rows if base else ():
+            rest = {name: value for name, value in tree.items() if name not in row.defaults}
+            as_before = rest | {name: base[name] for name in row.defaults if name in base}
+            if self._says(as_before, config):
+                tree = as_before
+        tree.pop("quantization_config", None)  # what is written is not quantised
+        return {name: tree[name] for name in base if name in tree} | tree
 
-
-def _same(row: Row, before: Tree, now: Tree) -> bool:
-    """Whether the row reads the same from both; fields that no longer fit the others do not."""
-    try:
-        return row.read(before) == row.read(now)
-    except ValueError:
-        return False
+    def _says(self, theirs: Tree, config: ModelConfig) -> bool:
+        try:
+            return not _differences(config, self.read(theirs))
+        except UserError:
+            return False
 
 
 def _put(tree: Any, path: str, value: Any) -> None:
