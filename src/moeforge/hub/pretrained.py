@@ -116,8 +116,20 @@ def open_family(
         model = Pretrained(config, Origin(family, config_json, folder, shards))
     unused = family.unused_of(config, shards.shapes)
     model.origin = replace(model.origin, unused=tuple(sorted(unused)))
-    fill(model, plan(model, family.names, set(shards.shapes)), shards, unused, dtype, device)
+    pieces = plan(model, family.names, set(shards.shapes))
+    fill(model, pieces, shards, unused | _repeated(model, family, shards), dtype, device)
     return model.eval()
+
+
+def _repeated(model: Pretrained, family: Family, shards: Shards) -> set[str]:
+    """The output matrix, where a folder has one although it is tied to the embedding. Raises UserError when they
+    differ."""
+    output, embedding = (family.names[name][0].parts[0] for name in ("output.weight", "embedding.weight"))
+    if not model.config.tie_embeddings or not {output, embedding} <= shards.shapes.keys():
+        return set()
+    if not torch.equal(shards.get(output), shards.get(embedding)):
+        raise UserError(f"{shards.folder}: tie_word_embeddings is true, but {output} differs from {embedding}")
+    return {output}
 
 
 def family_of(config_json: Tree, folder: Path) -> Family:
