@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from moeforge.config import Tree
+from moeforge.data.tokenizers import Tokenizer
 from moeforge.errors import UserError
+from moeforge.hub.card import card
 from moeforge.hub.families import FAMILIES, Family
 from moeforge.hub.layout import Piece, plan
 from moeforge.hub.shards import Shards, write
@@ -26,6 +28,8 @@ CARRIED = (
     *("generation_config.json", "README.md", "LICENSE*", "NOTICE*", "USE_POLICY*"),
 )
 """Files beside the weights that a saved folder gets from the one that was opened."""
+
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
@@ -48,13 +52,16 @@ class Pretrained(Decoder):
         super().__init__(config)
         self.origin = origin
 
-    def save_pretrained(self, folder: str | Path, max_shard_size: int | str = MAX_SHARD_SIZE) -> None:
+    def save_pretrained(
+        self, folder: str | Path, max_shard_size: int | str = MAX_SHARD_SIZE, tokenizer: Tokenizer | None = None
+    ) -> None:
         """Writes a folder that transformers opens as its own: config.json with the fields that came in, safetensors of
         at most ``max_shard_size`` bytes each (``"5GB"`` is understood), tokenizer and generation config as they were.
 
-        Raises UserError when the settings have changed to what the family cannot say, and when it cannot be written.
+        ``tokenizer`` is for an origin without one. Raises UserError when the settings have changed to what the family
+        cannot say, and when it cannot be written.
         """
-        save_as(self, Path(folder), self.origin.family, self.origin, max_shard_size)
+        save_as(self, Path(folder), self.origin.family, self.origin, tokenizer, max_shard_size)
 
 
 def save_as(
@@ -62,6 +69,7 @@ def save_as(
     folder: Path,
     family: Family,
     origin: Origin | None = None,
+    tokenizer: Tokenizer | None = None,
     max_shard_size: int | str = MAX_SHARD_SIZE,
 ) -> None:
     """Writes any decoder as a folder of ``family``; ``origin`` says which fields, files and tensors go along."""
@@ -69,6 +77,8 @@ def save_as(
     config_json = family.write(model.config, origin.config_json if origin else None)
     dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
     config_json["torch_dtype" if "torch_dtype" in config_json else "dtype"] = dtype
+    if tokenizer is not None:
+        config_json.setdefault("eos_token_id", tokenizer.eos_id)
     tensors = model.state_dict()
     pieces = {piece.name: piece for piece in plan(model, family.names)}
     sizes = {name: piece.of_ours(tensors[piece.parameter]).nbytes for name, piece in pieces.items()}
@@ -81,13 +91,24 @@ def save_as(
         assert kept is not None
         return kept.get(name)
 
-    def fill(fresh: Path) -> None:
+    def contents(fresh: Path) -> None:
         write(fresh, sizes, get, limit)
         if origin is not None:
             _carry(origin.folder, fresh)
-        (fresh / "config.json").write_text(json.dumps(config_json, indent=2) + "\n", encoding="utf-8")
+        if tokenizer is not None and not (fresh / "tokenizer.json").exists():
+            tokenizer.save(fresh)
+        _write_json(fresh / "config.json", config_json)
+        if not (fresh / "generation_config.json").exists():
+            special = {name: config_json[name] for name in SPECIAL if config_json.get(name) is not None}
+            _write_json(fresh / "generation_config.json", {"_from_model_config": True, **special})
+        if not (fresh / "README.md").exists():
+            (fresh / "README.md").write_text(card(folder.name, family.model_type, model.config), encoding="utf-8")
 
-    write_whole(folder, fill)
+    write_whole(folder, contents)
+
+
+def _write_json(path: Path, tree: Tree) -> None:
+    path.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _bytes(size: int | str) -> int:
