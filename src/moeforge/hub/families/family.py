@@ -15,6 +15,7 @@ INERT = frozenset(
     """
     architectures auto_map dtype torch_dtype transformers_version _name_or_path model_type
     bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id
+    _attn_implementation attn_implementation tokenizer_class torchscript use_bfloat16 pruned_heads task_specific_params
     use_cache output_router_logits router_aux_loss_coef initializer_range pretraining_tp attention_dropout
     output_hidden_states output_attentions return_dict return_dict_in_generate chunk_size_feed_forward
     id2label label2id problem_type num_labels
@@ -70,6 +71,8 @@ class Family:
     """Ours that hold for the whole family, whatever its config.json says."""
     inert: frozenset[str] = frozenset()
     """Fields of this family alone that no logit depends on."""
+    former: str | None = None
+    """What the class was called in older configs."""
     unused: str = r"(?!)"
     """Pattern of tensors that its folders may hold and that no logit depends on; ``NEXT`` stands for the numbers of
     layers beyond the last, which predict tokens further on."""
@@ -92,7 +95,7 @@ class Family:
         problems = [f"{name} = {theirs[name]!r} is not understood" for name in unknown]
         problems += [f"{name} is missing" for name, value in defaults.items() if value is ... and name not in theirs]
         classes = theirs.get("architectures") or [self.architecture]
-        if classes != [self.architecture]:
+        if classes not in ([self.architecture], [self.former]):
             problems.append(f"architectures is {classes}; what opens here is {self.architecture}")
         tree: Tree = merge({}, self.settings)
         for row in self.rows if not problems else ():

@@ -35,5 +35,6 @@ PHIMOE = Family(
         "norm": "layer",
         "moe": {"router": {"score": "logits", "select": {"type": "draw", "k": 2}, "weigh": "drawn", "losses": []}},
     },
+    former="PhiMoEForCausalLM",
     inert=frozenset({"input_jitter_noise"}),
 )
