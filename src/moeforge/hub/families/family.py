@@ -113,22 +113,27 @@ class Family:
     def write(self, config: ModelConfig, base: Tree | None = None) -> Tree:
         """The fields of a config.json that ``read`` turns back into ``config``; those of ``base`` that already say it
         stay as they are. Raises UserError that names the settings which this family has no field for."""
-        tree: Tree = {"architectures": [self.architecture], "model_type": self.model_type}
-        ours, known, base = Ours(config), self.defaults, base or {}
+        base = dict(base or {})
+        base.setdefault("architectures", [self.architecture])
+        base.setdefault("model_type", self.model_type)
+        tree = base if self._says(base, config) else self._rewritten(config, base)
+        return {name: value for name, value in tree.items() if name != "quantization_config"}  # ours are not quantised
+
+    def _rewritten(self, config: ModelConfig, base: Tree) -> Tree:
+        known, ours = self.defaults, Ours(config)
         try:
             fresh = {name: value for row in self.rows for name, value in row.write(ours).items()}
-            tree |= {name: value for name, value in base.items() if name not in known} | fresh
+            tree = {name: value for name, value in base.items() if name not in known} | fresh
             differing = differences(config, self.read(tree))
         except (ValueError, UserError) as error:
             raise UserError(f"the model is no {self.model_type}: {error}") from error
         if differing:
             raise UserError(f"the model is no {self.model_type}, which has no field for: {'; '.join(differing)}")
-        for row in self.rows if base else ():
+        for row in self.rows if base.keys() & known.keys() else ():
             rest = {name: value for name, value in tree.items() if name not in row.defaults}
             as_before = rest | {name: base[name] for name in row.defaults if name in base}
             if self._says(as_before, config):
                 tree = as_before
-        tree.pop("quantization_config", None)  # what is written is not quantised
         return {name: tree[name] for name in base if name in tree} | tree
 
     def _says(self, theirs: Tree, config: ModelConfig) -> bool:

@@ -36,5 +36,5 @@ PHIMOE = Family(
         "moe": {"router": {"score": "logits", "select": {"type": "draw", "k": 2}, "weigh": "drawn", "losses": []}},
     },
     former="PhiMoEForCausalLM",
-    inert=frozenset({"input_jitter_noise"}),
+    inert=frozenset({"input_jitter_noise", "hidden_dropout"}),
 )
