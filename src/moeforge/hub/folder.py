@@ -14,9 +14,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from moeforge import __version__
-from moeforge.config import Tree, build
+from moeforge.config import Tree
 from moeforge.data.tokenizers import Tokenizer
 from moeforge.errors import UserError
+from moeforge.hub.remote import carry
+from moeforge.hub.versions import model_config
 from moeforge.models import Decoder, ModelConfig
 
 MODEL_TYPE = "moeforge"
@@ -87,6 +89,7 @@ def save(model: Decoder, tokenizer: Tokenizer, folder: Path) -> None:
             "dtype": str(model.embedding.weight.dtype).removeprefix("torch."),
             "eos_token_id": tokenizer.eos_id,
             "model": json.loads(model.config.model_dump_json()),
+            **carry(model.config, fresh),
         }
         (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         tokenizer.save(fresh)
@@ -132,7 +135,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, int]:
     dtype = getattr(torch, str(tree.get("dtype", "float32")), None)
     if not isinstance(dtype, torch.dtype):
         raise UserError(f"{path}: dtype {tree['dtype']!r} is none that torch knows")
-    return build(ModelConfig, tree.get("model", {}), source=str(path)), dtype.itemsize
+    return model_config(tree, source=str(path)), dtype.itemsize
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
