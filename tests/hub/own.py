@@ -27,7 +27,7 @@ PYRAMID = {
     },
     "layers": {2: {"moe": {"experts": {"num_experts": 8}}}},
 }
-BY_TOKEN = {"gate": {"type": "lookup", "num_ids": 257}}
+BY_TOKEN = {"gate": {"type": "lookup", "by": "token", "num_ids": 257}}
 SHAPES = {
     "pyramid with residual experts": PYRAMID,
     "mixed routers": {
@@ -54,7 +54,7 @@ def build(changes: dict[str, object], seed: int = 1) -> Decoder:
     torch.manual_seed(seed)
     model = Decoder(ModelConfig.model_validate(SHAPE | changes)).eval()
     for moe in model.moe_layers.values():
-        if hasattr(moe.router, "expert_bias"):
+        if moe.router.expert_bias is not None:
             moe.router.expert_bias += 0.1 * torch.randn_like(moe.router.expert_bias)
     return model
 

@@ -163,9 +163,7 @@ class MoeforgeForCausalLM(PreTrainedModel, GenerationMixin):
         if attention_mask is not None and attention_mask.ndim != 2:
             raise UserError(f"attention_mask has {attention_mask.ndim} dimensions: this model takes [batch, tokens]")
         if self._comparing and attention_mask is not None and not bool(attention_mask.all()):
-            raise UserError(
-                f"in {', '.join(self._comparing)} tokens are compared, padding too: give rows of one length"
-            )
+            raise UserError(f"{', '.join(self._comparing)} compare tokens, padding too: give rows of one length")
         self.decoder.recompute_activations = self.gradient_checkpointing and self.training
         return self.decoder(
             input_ids,
