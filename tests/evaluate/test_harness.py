@@ -143,6 +143,15 @@ def test_a_task_out_of_a_file_beside_its_yaml(folder, tmp_path, ours, monkeypatc
     assert limited["acc,none"] in (0, 1 / 3, 2 / 3, 1) and limited["acc,none"] != results["tiny"]["acc,none"]
 
 
+def test_the_task_of_the_page_runs(folder, tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "evaluate.md").read_text(encoding="utf-8")
+    for name, language in (("capitals.jsonl", "json"), ("capitals.yaml", "yaml")):
+        text = page.partition(f"```{language}\n")[2].partition("```")[0]
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    found = run(*load(folder), [str(tmp_path / "capitals.yaml")], 8, None).results["capitals"]
+    assert found["acc,none"] in [pytest.approx(right / 3) for right in range(4)]
+
+
 def test_real_questions_get_the_other_adapters_score(shared_data, tmp_path):
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
@@ -180,6 +189,20 @@ def test_a_task_that_is_none_is_told_in_one_line(tmp_path, what):
     with pytest.raises(UserError, match=message) as caught:
         open_tasks([str(file)])
     assert "\n" not in str(caught.value)
+
+
+def test_a_name_that_nothing_has(tmp_path, monkeypatch):
+    from lm_eval.tasks import TaskManager
+
+    def here(include_defaults):  # in place of the harness's own tasks, whose index takes long
+        return TaskManager(None, tmp_path, include_defaults=False)
+
+    monkeypatch.setattr("moeforge.evaluate.harness.TaskManager", here)
+    task(tmp_path, ROWS, "arc_easy", YAML.replace("dataset_path: json", "dataset_path: nobody/nothing"))
+    with pytest.raises(UserError, match=r"there is no task 'arc_esay'\. Did you mean 'arc_easy'\?"):
+        open_tasks(["arc_esay"])
+    with pytest.raises(UserError, match=r"task arc_easy cannot be built \(.*It downloads its data; a YAML file"):
+        open_tasks(["arc_easy"])
 
 
 def test_a_file_that_is_not_there(tmp_path):
