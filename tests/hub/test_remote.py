@@ -79,6 +79,7 @@ from moeforge.config import (
     Config,
     slot as chosen,
 )
+import triton
 def f():
     from moeforge.kernels import grouped, expert_mlp
     return "from moeforge.config import x"
@@ -90,6 +91,10 @@ def f():
 __version__ = '{__version__}'
 from .config import Config
 from .config import slot as chosen
+try:
+    import triton
+except ImportError:
+    raise
 def f():
     from .kernels_grouped import __doc__ as _
     from . import kernels_grouped as grouped

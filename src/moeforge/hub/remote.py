@@ -5,6 +5,7 @@ that the two classes for ``Auto...`` need, one file each, changed in their impor
 """
 
 import ast
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -25,6 +26,8 @@ HEADER = """\
 # With it transformers opens this model by trust_remote_code=True where moeforge is not installed. Where it is
 # (pip install moeforge), nothing here is read.
 """
+EVERYWHERE = {"torch", "transformers", "pydantic", "yaml", *sys.stdlib_module_names}
+"""What the code imports wherever it runs; others are for machines that have them."""
 SOURCE = Path(__file__).parents[1]
 
 
@@ -71,17 +74,32 @@ def files() -> dict[str, str]:
 
 def rewritten(source: str) -> tuple[str, set[str]]:
     """The text with flat, relative imports in place of moeforge's own, and the modules below moeforge it imports."""
-    lines, needed = source.splitlines(keepends=True), set()
-    imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
+    lines, needed = source.splitlines(keepends=True), set[str]()
+    imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom)]
     for node in sorted(imports, key=lambda node: -node.lineno):
-        package, _, module = (node.module or "").partition(".")
-        if package != "moeforge":
-            continue
-        statements = [(m, text) for alias in node.names for m, text in _statements(module, alias)]
-        needed |= {below for below, _ in statements if below}
-        indent = " " * node.col_offset
-        lines[node.lineno - 1 : node.end_lineno] = [f"{indent}{text}\n" for _, text in statements]
+        where = slice(node.lineno - 1, node.end_lineno)
+        package, _, module = _imported(node).partition(".")
+        if package == "moeforge" and isinstance(node, ast.ImportFrom):
+            statements = [(below, text) for alias in node.names for below, text in _statements(module, alias)]
+            needed |= {below for below, _ in statements if below}
+            lines[where] = [f"{' ' * node.col_offset}{text}\n" for _, text in statements]
+        elif node.col_offset or package not in EVERYWHERE:
+            lines[where] = _tried(lines[where], " " * node.col_offset)
     return "".join(lines), needed
+
+
+def _imported(node: ast.Import | ast.ImportFrom) -> str:
+    return node.names[0].name if isinstance(node, ast.Import) else node.module or ""
+
+
+def _tried(lines: list[str], indent: str) -> list[str]:
+    """What may be absent, and is only used where it is not: transformers asks for all that is imported outside try."""
+    return [
+        f"{indent}try:\n",
+        *(f"    {line}" for line in lines),
+        f"{indent}except ImportError:\n",
+        f"{indent}    raise\n",
+    ]
 
 
 def _statements(module: str, alias: ast.alias) -> Iterator[tuple[str, str]]:
