@@ -4,8 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
-from moeforge.models import Cache, Decoder
+from moeforge.config import build, to_yaml
+from moeforge.models import Cache, Decoder, ModelConfig
 from tests.models.their_weights import ours_of, randomise
 
 transformers = pytest.importorskip("transformers")
@@ -232,6 +234,13 @@ def test_a_family_is_a_config(family: str, input_ids: torch.Tensor) -> None:
     with torch.no_grad():
         assert_same_with_padding(theirs, ours, input_ids)
         assert_decodes(ours, input_ids, actual)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_familys_config_survives_being_written(family: str) -> None:
+    latent = FAMILIES[family][2].get("attention", {}).get("type") == "latent"
+    config = build(ModelConfig, (OURS_LATENT if latent else OURS) | FAMILIES[family][2])
+    assert build(ModelConfig, yaml.safe_load(to_yaml(config))) == config
 
 
 def assert_same_gradients(theirs: Any, ours: Decoder, expected: torch.Tensor, actual: torch.Tensor) -> None:
