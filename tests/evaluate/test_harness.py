@@ -10,6 +10,7 @@ pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'moeforge[hf]'")
 
 from lm_eval.api.instance import Instance  # noqa: E402
+from tokenizers.processors import TemplateProcessing  # noqa: E402
 
 from moeforge.errors import UserError  # noqa: E402
 from moeforge.evaluate.harness import Harness, open_tasks, run  # noqa: E402
@@ -31,9 +32,23 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return own.write(tmp_path_factory.mktemp("eval") / "m")
+@pytest.fixture(scope="module", params=["ours", "a family"])
+def folder(request, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("eval") / "m"
+    return own.write(folder) if request.param == "ours" else family(folder)
+
+
+def family(folder: Path) -> Path:
+    """A public family's folder, with a tokenizer that puts a token before every text."""
+    sizes = {"vocab_size": 257, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "eos_token_id": 256}
+    torch.manual_seed(1)
+    config = transformers.MixtralConfig(**sizes, **heads, initializer_range=0.3, max_position_embeddings=64)
+    transformers.MixtralForCausalLM(config).save_pretrained(folder)
+    tokenizer = own.tokenizer()
+    tokenizer.inner.post_processor = TemplateProcessing(single="<|end|> $A", special_tokens=[("<|end|>", 256)])
+    tokenizer.save(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
