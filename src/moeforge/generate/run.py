@@ -8,10 +8,10 @@ import torch
 
 from moeforge.data.tokenizers import Tokenizer
 from moeforge.errors import UserError
-from moeforge.generate.domain import known
 from moeforge.generate.sample import Sampling, next_token
 from moeforge.generate.trace import choices, refuse_blocks
 from moeforge.models import Cache, Decoder
+from moeforge.models.domain import known
 
 Stop = Literal["end of document", "max_tokens", "context full"]
 

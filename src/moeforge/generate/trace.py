@@ -6,8 +6,8 @@ import torch
 
 from moeforge.data.tokenizers import Tokenizer
 from moeforge.errors import UserError
-from moeforge.generate.domain import known
 from moeforge.models import Decoder, Output
+from moeforge.models.domain import known
 from moeforge.moe import MergedRoute, SoftRoute
 
 
