@@ -20,18 +20,19 @@ class Tile(NamedTuple):
 
     rows: int
     columns: int
+    units: int  # of hidden units, in the products that activate them: fewer, for gate and value take registers
     inner: int
     warps: int
     stages: int
 
 
-TILES = {2: Tile(128, 128, 64, 8, 3), 4: Tile(128, 64, 32, 8, 3)}
+TILES = {2: Tile(128, 128, 64, 64, 8, 3), 4: Tile(128, 64, 32, 32, 8, 3)}
 """Bytes of a value to the tile, which nothing else may choose, least of all the number of rows or a stopwatch: it fixes
 the order of every sum, hence that a row's result depends neither on the other rows nor on the day.
 
 One size does for few rows too: a weight of 2 bytes is met by at most 128 rows, 128 FLOP per byte, which is still less
 than an A100 (153) or an H100 (295) has time for while the weights stream in. Not yet tuned on a GPU."""
-INTERPRETED_TILE = Tile(16, 16, 16, 1, 1)
+INTERPRETED_TILE = Tile(16, 16, 16, 16, 1, 1)
 
 
 def schedule(ends_E: Tensor, num_edges: int, rows: int) -> tuple[Tensor, Tensor]:
@@ -76,10 +77,10 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Returns y [T, D] and the pre-activation z [N, H or 2H]."""
     plan, x_TD = _Plan(x_TD, edges, activation), x_TD.contiguous()
-    width, units = down_EDH.shape[2], plan.tile.columns // (2 if is_gated(activation) else 1)
-    z_NH, a_NH = (x_TD.new_empty(len(plan.token), columns) for columns in (up_EHD.shape[1], width))
+    num_edges, width = len(plan.token), down_EDH.shape[2]
+    z_NH, a_NH = x_TD.new_empty(num_edges, up_EHD.shape[1]), x_TD.new_empty(num_edges, width)
     with torch.cuda.device_of(x_TD):
-        plan.programs.up_and_activate[plan.grid(width, units)](
+        plan.programs.up_and_activate[plan.grid(width, plan.tile.units)](
             x_TD, plan.token, up_EHD, z_NH, a_NH, *plan.tiles, *down_EDH.shape[1:], *up_EHD.stride(),
             **plan.activation, **plan.sizes,
         )  # fmt: skip
@@ -92,16 +93,16 @@ def backward(
     """Gradients of x, combine weight, up and down."""
     plan, x_TD, dy_TD = _Plan(x_TD, edges, activation), x_TD.contiguous(), dy_TD.contiguous()
     num_edges, width = len(plan.token), down_EDH.shape[2]
-    grid = plan.grid(width, plan.tile.columns)
+    grid = plan.grid(width, plan.tile.units)
     dz_NH, weighted_NH = torch.empty_like(z_NH), x_TD.new_empty(num_edges, width)
     dweight_NS = x_TD.new_empty(num_edges, grid[1], dtype=torch.float32)
+    dup_EHD, ddown_EDH = torch.empty_like(up_EHD), torch.empty_like(down_EDH)
     with torch.cuda.device_of(x_TD):
         plan.programs.down_and_activate_backward[grid](
             dy_TD, plan.token, plan.weight, down_EDH, z_NH, dz_NH, weighted_NH, dweight_NS, *plan.tiles,
             *down_EDH.shape[1:], *down_EDH.stride(), **plan.activation, **plan.sizes,
         )  # fmt: skip
         dx_TD = plan.to_tokens(dz_NH, up_EHD.transpose(1, 2), weighted=False)
-        dup_EHD, ddown_EDH = torch.empty_like(up_EHD), torch.empty_like(down_EDH)
         plan.weight_gradient(dz_NH, x_TD, dup_EHD)
         plan.weight_gradient(weighted_NH, dy_TD, ddown_EDH.transpose(1, 2))
     return dx_TD, dweight_NS.sum(1).to(edges.weight.dtype), dup_EHD, ddown_EDH
@@ -118,12 +119,11 @@ class _Plan:
         self.token, self.weight = edges.token.contiguous(), edges.weight.contiguous()
         self.tiles = *schedule(edges.ends, len(self.token), tile.rows), edges.ends
         self.place_N, self.first_F = places(edges)
-        self.activation = {"POINTWISE": POINTWISE[activation], "GATED": is_gated(activation)}
-        self.sizes = {
-            "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
-            **{"ROWS": tile.rows, "COLUMNS": tile.columns, "INNER": tile.inner},
-            **{"num_warps": tile.warps, "num_stages": tile.stages},
-        }
+        self.activation = {"POINTWISE": POINTWISE[activation], "GATED": is_gated(activation), "UNITS": tile.units}
+        precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+        self.sizes = {"PRECISION": precision, "ROWS": tile.rows, "INNER": tile.inner}
+        # Fused multiply-adds by name: left to itself, Triton 3.9 warns that its default is about to change.
+        self.sizes |= {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
 
     def grid(self, width: int, columns: int) -> tuple[int, int]:
         """A program for each tile of rows and of columns; the former vary first, so an expert's share its weights."""
@@ -133,14 +133,14 @@ class _Plan:
         """[T, D] each token's rows through their experts' matrices, summed; [N, D] is written once in between."""
         _, width, size = matrix_EDK.shape
         num_tokens = len(self.first_F) - 1
-        out_ND, out_TD = (rows_NK.new_empty(rows, width) for rows in (len(rows_NK), num_tokens))
+        out_ND, out_TD = rows_NK.new_empty(len(rows_NK), width), rows_NK.new_empty(num_tokens, width)
         self.programs.project[self.grid(width, self.tile.columns)](
             rows_NK, self.weight, self.place_N, matrix_EDK, out_ND, *self.tiles, size, width, *matrix_EDK.stride(),
-            WEIGHTED=weighted, **self.sizes,
+            WEIGHTED=weighted, COLUMNS=self.tile.columns, **self.sizes,
         )  # fmt: skip
         columns = min(1024, 1 << (width - 1).bit_length())
         self.programs.sum_rows[num_tokens, -(-width // columns)](
-            out_ND, self.first_F, out_TD, width, COLUMNS=columns
+            out_ND, self.first_F, out_TD, width, COLUMNS=columns, enable_fp_fusion=True
         )
         return out_TD
 
@@ -149,5 +149,6 @@ class _Plan:
         num_experts, size, width = out_EIJ.shape
         grid = num_experts, -(-size // self.tile.rows), -(-width // self.tile.columns)
         self.programs.weight_gradient[grid](
-            rows_NI, gathered_TJ, self.token, out_EIJ, self.tiles[-1], size, width, *out_EIJ.stride(), **self.sizes
-        )
+            rows_NI, gathered_TJ, self.token, out_EIJ, self.tiles[-1], size, width, *out_EIJ.stride(),
+            COLUMNS=self.tile.columns, **self.sizes,
+        )  # fmt: skip

@@ -12,6 +12,12 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
+def _add(a, b):
+    # Of our own, for the interpreter takes Triton's only where it was told to interpret before anyone imported Triton.
+    return a + b
+
+
+@triton.jit
 def _pointwise(x, POINTWISE: tl.constexpr):
     if POINTWISE == "silu":
         return x / (1 + tl.exp(-x))
@@ -63,7 +69,7 @@ def _product(
 def up_and_activate(
     x, token, up, z, a, tile_expert, tile_low, ends, D, H, up_e, up_h, up_d,
     POINTWISE: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+    ROWS: tl.constexpr, UNITS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """z[n] = x[token[n]] @ up[e].T and a[n] = act(z[n]), one tile of an expert's rows and of hidden units.
 
@@ -71,7 +77,7 @@ def up_and_activate(
     the same thread.
     """
     HALVES: tl.constexpr = 2 if GATED else 1
-    UNITS: tl.constexpr = COLUMNS // HALVES
+    COLUMNS: tl.constexpr = UNITS * HALVES
     expert = tl.load(tile_expert + tl.program_id(0)).to(tl.int64)
     low, high = tl.load(tile_low + tl.program_id(0)), tl.load(ends + expert)
     if low >= high:
@@ -139,7 +145,7 @@ def sum_rows(rows, first, out, WIDTH, COLUMNS: tl.constexpr):
 def down_and_activate_backward(
     dy, token, weight, down, z, dz, weighted, dweight, tile_expert, tile_low, ends, D, H, down_e, down_d, down_h,
     POINTWISE: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+    ROWS: tl.constexpr, UNITS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """From da[n] = dy[token[n]] @ down[e], which is never stored: dz, weight * a, and this tile's share of dweight.
 
@@ -152,26 +158,26 @@ def down_and_activate_backward(
         return
     row_R = (low + tl.arange(0, ROWS)).to(tl.int64)
     live_R = row_R < high
-    unit_C = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    live_C = unit_C < H
-    live_RC = live_R[:, None] & live_C[None, :]
+    unit_U = tl.program_id(1) * UNITS + tl.arange(0, UNITS)
+    live_U = unit_U < H
+    live_RU = live_R[:, None] & live_U[None, :]
     dy_R = dy + tl.load(token + row_R, live_R, 0) * D
-    down_C = down + expert * down_e + unit_C.to(tl.int64) * down_h
-    da_RC = _product(dy_R, live_R, down_C, live_C, D, down_d, PRECISION, ROWS, COLUMNS, INNER)
+    down_U = down + expert * down_e + unit_U.to(tl.int64) * down_h
+    da_RU = _product(dy_R, live_R, down_U, live_U, D, down_d, PRECISION, ROWS, UNITS, INNER)
     weight_R = tl.load(weight + row_R, live_R, 0.0).to(tl.float32)
-    at_RC = row_R[:, None] * (HALVES * H) + unit_C[None, :]
-    gate_RC = tl.load(z + at_RC, live_RC, 0.0).to(tl.float32)
-    a_RC = _pointwise(gate_RC, POINTWISE)
-    dgate_RC = weight_R[:, None] * da_RC * _slope(gate_RC, POINTWISE)
+    at_RU = row_R[:, None] * (HALVES * H) + unit_U[None, :]
+    gate_RU = tl.load(z + at_RU, live_RU, 0.0).to(tl.float32)
+    a_RU = _pointwise(gate_RU, POINTWISE)
+    dgate_RU = weight_R[:, None] * da_RU * _slope(gate_RU, POINTWISE)
     if GATED:
-        value_RC = tl.load(z + at_RC + H, live_RC, 0.0).to(tl.float32)
-        tl.store(dz + at_RC + H, (weight_R[:, None] * da_RC * a_RC).to(dz.dtype.element_ty), live_RC)
-        dgate_RC *= value_RC
-        a_RC *= value_RC
-    tl.store(dz + at_RC, dgate_RC.to(dz.dtype.element_ty), live_RC)
-    weighted_RC = (weight_R[:, None] * a_RC).to(weighted.dtype.element_ty)
-    tl.store(weighted + row_R[:, None] * H + unit_C[None, :], weighted_RC, live_RC)
-    share_R = tl.sum(da_RC * a_RC, 1)
+        value_RU = tl.load(z + at_RU + H, live_RU, 0.0).to(tl.float32)
+        tl.store(dz + at_RU + H, (weight_R[:, None] * da_RU * a_RU).to(dz.dtype.element_ty), live_RU)
+        dgate_RU *= value_RU
+        a_RU *= value_RU
+    tl.store(dz + at_RU, dgate_RU.to(dz.dtype.element_ty), live_RU)
+    weighted_RU = (weight_R[:, None] * a_RU).to(weighted.dtype.element_ty)
+    tl.store(weighted + row_R[:, None] * H + unit_U[None, :], weighted_RU, live_RU)
+    share_R = tl.reduce(da_RU * a_RU, 1, _add)
     tl.store(dweight + row_R * tl.num_programs(1) + tl.program_id(1), share_R, live_R)
 
 
