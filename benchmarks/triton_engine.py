@@ -33,7 +33,7 @@ Variant = tuple[Callable[[Tensor], Tensor], tuple[Tensor, Tensor]]
 
 
 def layer(shape: tuple[int, int, int, int], tokens: int, device: str) -> dict[str, Variant]:
-    """Each engine, and a dense MLP as wide as a token's experts together: functions of x, and their weights, in bf16."""
+    """Each engine, and a dense MLP as wide as a token's experts together, in bf16: a function of x, and its weights."""
     experts, k, d_model, width = shape
 
     def matrix(*sizes: int) -> Tensor:

@@ -131,11 +131,12 @@ def test_a_row_does_not_depend_on_the_others(route: Route) -> None:
 
 
 @needs_triton
-def test_a_nan_stays_in_its_row_and_its_experts() -> None:
-    xs, route = operands(6), top_k(6, 1)
+@pytest.mark.parametrize("activation", ["swiglu", "relu"])
+def test_a_nan_stays_in_its_row_and_its_expert(activation: Activation) -> None:
+    xs, route = operands(6, activation=activation), top_k(6, 1)
     xs[0][2, 3] = torch.nan
     expert = int(route.expert[route.token == 2])
-    y, dx, dup, ddown, dweight = results("triton", xs, route)
+    y, dx, dup, ddown, dweight = results("triton", xs, route, activation)
     assert bool(y[2].isnan().all()) and bool(dup[expert].isnan().any())
     assert not y[[0, 1, 3, 4, 5]].isnan().any() and not dx[[0, 1, 3, 4, 5]].isnan().any()
     others = [e for e in range(3) if e != expert]
@@ -212,6 +213,8 @@ def test_what_it_cannot_run_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     if engine.find_spec("triton") is not None:
         with pytest.raises(UserError, match=refused + r"its sums are float32, too narrow for torch\.float64"):
             choose(*[tensor.double() for tensor in xs], "triton")
+        with pytest.raises(UserError, match=refused + r"a product of torch\.float16 and torch\.float32"):
+            choose(xs[0].half(), *xs[1:], "triton")
         monkeypatch.setenv("TRITON_INTERPRET", "0")
         with pytest.raises(UserError, match=refused + "Triton compiles for GPUs, not for cpu"):
             choose(*xs, "triton")
