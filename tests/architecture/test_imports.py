@@ -9,7 +9,7 @@ import pytest
 from tests.architecture.source import ROOT, SRC, parse, place, python_files
 
 # The packages of the optional extras; what needs one says so when it's missing, so there's one place to say it.
-OPTIONAL = ("transformers", "datasets", "pyarrow", "matplotlib", "jinja2", "tensorboard", "lm_eval")
+OPTIONAL = ("transformers", "datasets", "pyarrow", "matplotlib", "jinja2", "tensorboard", "lm_eval", "triton")
 BORROWS = {"transformers": "src/moeforge/models/rope.py"}
 """A file besides the owner that calls single functions of the package."""
 ENTRY = {"tensorboard": "torch.utils.tensorboard"}
@@ -67,6 +67,6 @@ def test_no_extra_is_forgotten() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     users = {name for name in extras if name not in ("dev", "docs", "all")}
-    assert extras["all"] == [f"moeforge[{','.join(name for name in extras if name in users)}]"]
+    assert extras["all"] == [f"moeforge[{','.join(name for name in extras if name in users - {'triton'})}]"]
     listed = {requirement.split(">")[0].replace("-", "_") for name in users for requirement in extras[name]}
     assert listed == set(OPTIONAL)

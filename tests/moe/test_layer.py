@@ -11,7 +11,6 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from moeforge.config import Activation, Config
-from moeforge.kernels import ENGINES
 from moeforge.moe import Context, MergedRoute, MLPExperts, MoE, MoEConfig, Route, RouterConfig
 from moeforge.moe.bank import (
     Clamp,
@@ -45,6 +44,7 @@ from moeforge.moe.select import (
 )
 from moeforge.moe.shared import Coefficient, Gated, Interpolated, Mix, SharedConfig, Sum
 from moeforge.moe.weigh import Complement, Drawn, Ones, Scores, SoftmaxChosen, Weigh
+from tests.kernels.engines import ON_CPU
 from tests.moe import brute_force
 from tests.moe.brute_force import BANKS
 
@@ -181,7 +181,7 @@ ROUTERS = [RouterConfig(select=TopK(k=1)), RouterConfig(select=TopK(k=3), score=
 @pytest.mark.parametrize(
     "experts", banks(), ids=lambda banks: "+".join(getattr(bank, "activation", bank.type) for bank in banks)
 )
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ON_CPU)
 def test_every_bank_on_every_engine_is_brute_force(engine: str, experts: list[Any], mix: Any, router: Any) -> None:
     biased = engine == "streaming"
     shared = SharedConfig(num_shared_experts=2, d_expert=3, activation="geglu", mix=mix, bias=biased) if mix else None
@@ -204,7 +204,7 @@ def test_any_shape_is_brute_force(tokens: int, width: int, experts: int, k: int,
 
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(mask=st.integers(1, 12).flatmap(lambda t: st.lists(st.integers(0, 63), min_size=t, max_size=t)))
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ON_CPU)
 def test_tokens_without_experts_and_experts_without_tokens(engine: str, mask: list[int]) -> None:
     mask_TE = torch.tensor([[bool(row >> e & 1) for e in range(6)] for row in mask])
     moe = build(experts=[MLPExperts(num_experts=size, d_expert=4, engine=engine) for size in (4, 2)])

@@ -7,10 +7,10 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from moeforge.kernels import ENGINES
 from moeforge.moe import Context, MergedRoute, MLPExperts, MoE, MoEConfig
 from moeforge.moe.bank import CopyExperts
 from moeforge.moe.merge import runs
+from tests.kernels.engines import ON_CPU
 from tests.models.test_decoder import MERGED, decoder
 from tests.moe import brute_force
 from tests.moe.test_layer import D, assert_same, build
@@ -59,7 +59,7 @@ def groups_of(over: str, segment: int | None) -> list[tuple[list[int], list[int]
     return found
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ON_CPU)
 @pytest.mark.parametrize("k", [None, 1, 2])
 @pytest.mark.parametrize(("over", "segment"), [("document", None), ("segment_before", 2), ("segment_before", 3)])
 def test_merged_experts_are_a_loop_over_groups(over: str, segment: int | None, k: int | None, engine: Any) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from moeforge.errors import UserError
-from moeforge.kernels import grouped, streaming
+from moeforge.kernels import grouped, streaming, triton
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ ENGINES: dict[str, Engine | None] = {
     "reference": None,  # ordinary autograd: nothing to pair
     "streaming": Engine(streaming.forward, streaming.backward),
     "grouped": Engine(grouped.forward, grouped.backward, grouped.why_not),
+    "triton": Engine(triton.forward, triton.backward, triton.why_not),  # only when asked for: not yet run on a GPU
 }
 
 
@@ -33,12 +34,12 @@ def choose(x_TD: Tensor, up_EHD: Tensor, down_EDH: Tensor, wanted: str = "auto")
     """(engine, reason). ``wanted`` other than ``auto`` is obeyed or refused with a UserError, never replaced."""
     if wanted not in ("auto", *ENGINES):
         raise UserError(f"there is no engine '{wanted}'. Valid: auto, {', '.join(ENGINES)}")
-    refusal = grouped.why_not(x_TD, up_EHD, down_EDH)
     if wanted != "auto":
-        if wanted == "grouped" and refusal:
-            raise UserError(f"engine 'grouped' cannot run here: {refusal}. Use engine=streaming")
+        engine = ENGINES[wanted]
+        if engine is not None and (refusal := engine.why_not(x_TD, up_EHD, down_EDH)):
+            raise UserError(f"engine '{wanted}' cannot run here: {refusal}. Use engine=streaming")
         return wanted, "asked for"
-    if refusal:
+    if refusal := grouped.why_not(x_TD, up_EHD, down_EDH):
         return "streaming", f"grouped cannot: {refusal}"
     if x_TD.device.type != "cpu":
         return "grouped", "one launch for all experts"

@@ -1,16 +1,16 @@
 """Banks of MLPs: with matrices of their own, with shared factors, or slices of one."""
 
-from collections.abc import Callable
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from moeforge.config import Activation, Config
-from moeforge.kernels import expert_mlp, sum_by_token
+from moeforge.kernels import expert_mlp
 from moeforge.kernels.activation import activate, is_gated
-from moeforge.moe.bank.base import Bank, by_expert, matrix
+from moeforge.moe.bank.base import Bank, matrix
+from moeforge.moe.bank.biased import Clamp, biased_mlp
 from moeforge.moe.merge import MergedRoute
 from moeforge.moe.route import Route, SoftRoute, expert_of
 
@@ -23,8 +23,8 @@ class MLPBank(Bank):
 
     def __init__(self, config: "MLPExperts", d_model: int) -> None:
         super().__init__()
-        self.config = config
-        width = config.d_expert * (1 + is_gated(config.activation))
+        self.config, self.gates = config, 1 + is_gated(config.activation)
+        width = config.d_expert * self.gates
         self.gate_up_proj = matrix(config.num_experts, width, d_model)
         self.down_proj = matrix(config.num_experts, d_model, config.d_expert)
         self.gate_up_bias = nn.Parameter(torch.zeros(config.num_experts, width)) if config.bias else None
@@ -32,53 +32,25 @@ class MLPBank(Bank):
 
     def rows(self, rows_ND: Tensor, ends_E: Tensor) -> Tensor:
         """[N, D] -> [N, D], every row an edge of weight one to itself."""
-        order_N = torch.arange(len(rows_ND), device=rows_ND.device)
-        ones_N = torch.ones(len(rows_ND), device=rows_ND.device)
-        return self._run(rows_ND, Route(order_N, ones_N, ends_E, len(rows_ND), top_k=1, slot=order_N))
+        return self._run(rows_ND, Route.from_sorted(ends_E, len(rows_ND)))
 
     def forward(self, x_TD: Tensor, route: Route | SoftRoute | MergedRoute) -> Tensor:
         """[T, D] -> [T, D]; a Route runs in one call without gathered copies, merged experts are a new stack."""
         if isinstance(route, MergedRoute):
-            return self._run(x_TD, route.to_groups, lambda stacked: route.merge(self._cut(stacked, route.width)))
+            return self._run(x_TD, route.to_groups, route)
         if isinstance(route, SoftRoute):
             return super().forward(x_TD, route)
         return route.add_carry(self._run(x_TD, route), x_TD)
 
-    def _cut(self, stacked: Tensor, width: int | None) -> Tensor:
-        """The first hidden units of ``gate_up_proj`` or ``down_proj``."""
-        if width is None:
-            return stacked
-        if stacked is self.down_proj:
-            return stacked[:, :, :width]
-        return stacked.unflatten(1, (-1, self.config.d_expert))[:, :, :width].flatten(1, 2)
+    def _run(self, x_TD: Tensor, route: Route, merged: MergedRoute | None = None) -> Tensor:
+        def stack(parameter: Tensor | None, *hidden: int) -> Any:
+            return parameter if merged is None or parameter is None else merged.merge(parameter, *hidden)
 
-    def _run(self, x_TD: Tensor, route: Route, merge: Callable[[Tensor], Tensor] = lambda stacked: stacked) -> Tensor:
-        up, down = merge(self.gate_up_proj), merge(self.down_proj)
+        up, down = stack(self.gate_up_proj, 1, self.gates), stack(self.down_proj, 2)
         if not (self.config.bias or self.config.clamp):
             return expert_mlp(x_TD, route, up, down, self.config.activation, self.config.engine)
-        up_bias, down_bias = (bias if bias is None else merge(bias) for bias in (self.gate_up_bias, self.down_bias))
-        z_NH = by_expert(route.gather(x_TD), route.ends, up, up_bias)
-        hidden_NH = self.config.clamp(z_NH) if self.config.clamp else activate(z_NH, self.config.activation)
-        rows_ND = by_expert(hidden_NH, route.ends, down, down_bias)
-        return sum_by_token(rows_ND * route.weight[:, None], route).to(x_TD.dtype)
-
-
-class Clamp(Config):
-    """Gate at most ``limit``, up within plus and minus ``limit``: (up + 1) * gate * sigmoid(alpha * gate).
-
-    As the experts of gpt-oss have it (arXiv:2508.10925).
-    """
-
-    limit: float = Field(7.0, gt=0)
-    """Of the pre-activations."""
-    alpha: float = 1.702
-    """Steepness of the sigmoid."""
-
-    def __call__(self, z_NH: Tensor) -> Tensor:
-        """[N, 2H] pre-activation, gate first -> [N, H]."""
-        gate_NH, up_NH = z_NH.chunk(2, dim=-1)
-        gate_NH, up_NH = gate_NH.clamp(max=self.limit), up_NH.clamp(-self.limit, self.limit)
-        return (up_NH + 1) * (gate_NH * torch.sigmoid(self.alpha * gate_NH))
+        biases = stack(self.gate_up_bias, 1, self.gates), stack(self.down_bias)
+        return biased_mlp(x_TD, route, (up, down), biases, self.config.clamp or self.config.activation)
 
 
 class MLPExperts(Config):
@@ -96,7 +68,7 @@ class MLPExperts(Config):
     """Whether both projections of every expert have one."""
     clamp: Clamp | None = None
     """In place of ``activation: swiglu``, one that limits what it reads; null: none."""
-    engine: Literal["auto", "reference", "streaming", "grouped"] = "auto"
+    engine: Literal["auto", "reference", "streaming", "grouped", "triton"] = "auto"
     """Which kernel computes them; ``moeforge doctor`` says what auto picks."""
 
     @model_validator(mode="after")
