@@ -179,9 +179,10 @@ def fill(
     wanted = {piece.name: piece.as_theirs(meta[piece.parameter]).shape for piece in pieces}
     check(wanted, {name: shape for name, shape in shards.shapes.items() if name not in unused}, shards.folder)
     learnt = dict(model.named_parameters())  # what a controller moves keeps its type
-    types = {
-        piece.parameter: dtype if dtype and piece.parameter in learnt else shards.dtypes[piece.name] for piece in pieces
-    }
+    types: dict[str, torch.dtype] = {}
+    for piece in pieces:  # parts of several types lie in the one that holds them all
+        own = dtype if dtype and piece.parameter in learnt else shards.dtypes[piece.name]
+        types[piece.parameter] = torch.promote_types(types.get(piece.parameter, own), own)
     tensors = {name: torch.empty_like(tensor, dtype=types[name], device=device) for name, tensor in meta.items()}
     for piece in sorted(pieces, key=lambda piece: shards.file_of[piece.name]):
         piece.of_ours(tensors[piece.parameter]).copy_(piece.as_ours(shards.get(piece.name)))

@@ -101,8 +101,11 @@ class Family:
         for row in self.rows if not problems else ():
             try:
                 settings = row.read(defaults | theirs)
-            except (ValueError, TypeError) as error:
+            except ValueError as error:
                 problems.append(str(error))
+                continue
+            except (TypeError, AttributeError, ArithmeticError) as error:  # a value of another kind than any config has
+                problems.append(f"{', '.join(name for name in row.defaults if name in theirs)}: {error}")
                 continue
             for path, value in settings.items():
                 _put(tree, path, value)
