@@ -13,18 +13,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moeforge.hub.bridge import bridge as bridge
     from moeforge.hub.experts import experts as experts
+    from moeforge.hub.folder import open_model as load  # noqa: F401 - not its name there
 
 __version__ = "0.1.0"
 
+_FROM_HUB = {"bridge": ("bridge", "bridge"), "experts": ("experts", "experts"), "load": ("folder", "open_model")}
 _REGISTRY = "transformers.integrations.moe"
 
 
 def __getattr__(name: str) -> Any:
-    """``moeforge.bridge`` and ``moeforge.experts``, fetched when first used."""
+    """``moeforge.bridge``, ``experts`` and ``load``, fetched when first used."""
     from importlib import import_module
 
-    if name in ("bridge", "experts"):
-        return getattr(import_module(f"moeforge.hub.{name}"), name)
+    if name in _FROM_HUB:
+        module, attribute = _FROM_HUB[name]
+        return getattr(import_module(f"moeforge.hub.{module}"), attribute)
     raise AttributeError(f"module 'moeforge' has no attribute '{name}'")
 
 

@@ -82,8 +82,8 @@ def test_a_file_cut_short_is_named(folder):
 def test_no_folder_no_config_other_type_bad_json(tmp_path, folder):
     with pytest.raises(UserError, match="no model folder"):
         load(tmp_path / "nowhere")
-    (folder / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
-    with pytest.raises(UserError, match="model_type is 'llama'"):
+    (folder / "config.json").write_text('{"model_type": "gpt2"}', encoding="utf-8")
+    with pytest.raises(UserError, match="model_type is 'gpt2'"):
         load(folder)
     (folder / "config.json").write_text('{"model_type": "moeforge", "dtype": "float7"}', encoding="utf-8")
     with pytest.raises(UserError, match="dtype 'float7' is none that torch knows"):

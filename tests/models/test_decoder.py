@@ -129,7 +129,7 @@ def test_a_packed_document_is_as_if_alone() -> None:
     model, input_ids = decoder(), ids()
     position = torch.tensor([[0, 1, 2, 3, 0, 1, 0, 1, 2], [0, 1, 2, 3, 4, 5, 6, 7, 0]])
     document = torch.tensor([[0, 0, 0, 0, 1, 1, 2, 2, 2], [0, 0, 0, 0, 0, 0, 0, 0, 1]])
-    packed = model(input_ids, position, document).logits
+    packed = model(input_ids, position=position, document=document).logits
     for row in range(2):
         for number in document[row].unique():
             inside = document[row] == number

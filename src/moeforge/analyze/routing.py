@@ -59,7 +59,7 @@ def tally(
         text, device = text.to(model.embedding.weight.device), model.embedding.weight.device
         counted_T = (text.labels != IGNORED).flatten()
         tokens_T, kinds_T = text.input_ids.flatten(), mark.input_ids.flatten().to(device)
-        output = model(text.input_ids, text.position, text.document, known=text.known)
+        output = model(text.input_ids, position=text.position, document=text.document, known=text.known)
         for layer, routing in output.routings.items():
             if isinstance(routing.route, Route):
                 by_kind = _count(routing.route, kinds_T, counted_T, len(KINDS))

@@ -99,13 +99,13 @@ class Writer:
     @torch.no_grad()
     def _feed(self, ids: list[int]) -> dict[int, list[int]]:
         """Runs ``ids``; keeps the logits after the last of them and returns its experts."""
-        held = self._cache.length
+        held = [(layer, layer.length, layer.tensors) for layer in self._cache.layers.values()]
         try:
             input_ids = torch.tensor([ids], device=self.model.embedding.weight.device)
             output = self.model(input_ids, cache=self._cache, known=known(self.model, self.domain, input_ids))
         except BaseException:  # Ctrl-C too: some layers have stored these tokens, others have not
-            for layer in self._cache.layers.values():
-                layer.length = held
+            for layer, length, tensors in held:
+                layer.length, layer.tensors = length, tensors
             raise
         self._logits = output.logits[0, -1]
         return {layer: choice.experts for layer, choice in choices(output)[-1].items()}

@@ -16,13 +16,36 @@ class AllHeads(Config):
 
     type: Literal["all"] = "all"
     router: ClassVar[RouterConfig | None] = None
+    qkv_bias: bool = False
+    """Whether the projections to queries, keys and values have one."""
+    o_bias: bool = False
+    """Whether the output projection has one."""
+    scale: float | None = Field(None, gt=0)
+    """Multiplies products of queries and keys; null: 1 / sqrt(head_dim)."""
+    clip: float | None = Field(None, gt=0)
+    """Queries, keys and values are cut off at plus and minus this, before rotation; null: not."""
+    sinks: bool = False
+    """Whether every head has a learned logit of one more key without value, for what it has no use for."""
 
     def per_token(self, config: "ModelConfig") -> float:
         """Query heads that a token is computed with."""
         return config.num_heads
 
+    def widths(self, config: "ModelConfig") -> tuple[int, int]:
+        """Of a key and of a value."""
+        return config.size_of_head, config.size_of_head
+
+    def cached(self, config: "ModelConfig") -> tuple[tuple[int, int], ...]:
+        """(heads, width) of each tensor that a cache keeps of a token."""
+        return (config.num_key_heads, config.size_of_head), (config.num_key_heads, config.size_of_head)
+
+    def rotary_width(self, config: "ModelConfig") -> int:
+        """How much of a query and a key rotates."""
+        return int(config.size_of_head * config.rope_fraction)
+
     def check(self, config: "ModelConfig") -> None:
-        """Any decoder will do."""
+        """Raises ValueError when the decoder's sizes make no heads."""
+        _check_sizes(config)
 
 
 class RoutedHeads(Config):
@@ -34,6 +57,11 @@ class RoutedHeads(Config):
     """
 
     type: Literal["routed"] = "routed"
+    qkv_bias: ClassVar[bool] = False
+    o_bias: ClassVar[bool] = False
+    scale: ClassVar[float | None] = None
+    clip: ClassVar[float | None] = None
+    sinks: ClassVar[bool] = False
     num_experts: int = Field(8, ge=1)
     """How many; ``num_heads`` then only says how wide a head is, where ``head_dim`` does not."""
     keys: Literal["shared", "own"] = "shared"
@@ -67,13 +95,43 @@ class RoutedHeads(Config):
         chosen = self.num_experts if self.keys == "own" else self.router.select.mean_experts(self.num_experts)
         return chosen * self.per_expert(config)
 
+    def widths(self, config: "ModelConfig") -> tuple[int, int]:
+        """Of a key and of a value."""
+        return AllHeads().widths(config)
+
+    def cached(self, config: "ModelConfig") -> tuple[tuple[int, int], ...]:
+        """(heads, width) of each tensor that a cache keeps of a token."""
+        return AllHeads().cached(config)
+
+    def rotary_width(self, config: "ModelConfig") -> int:
+        """How much of a query and a key rotates."""
+        return AllHeads().rotary_width(config)
+
     def check(self, config: "ModelConfig") -> None:
-        """Raises ValueError when there are no keys for each expert."""
+        """Raises ValueError when the decoder's sizes make no heads, or no keys for each expert."""
+        _check_sizes(config)
+        if config.qk_norm == "whole":
+            raise ValueError("qk_norm: whole is over all heads, and attention: routed gives a token some of them")
         if self.keys == "own" and config.num_key_heads != self.num_experts:
             raise ValueError(
                 f"attention: routed with keys: own needs a key head for each expert: num_kv_heads is "
                 f"{config.num_key_heads}, num_experts {self.num_experts}"
             )
+
+
+def _check_sizes(config: "ModelConfig") -> None:
+    if config.head_dim is None and config.d_model % config.num_heads:
+        raise ValueError(f"d_model = {config.d_model} is not divisible by num_heads = {config.num_heads}")
+    if config.size_of_head % 2:
+        raise ValueError(f"head_dim = {config.size_of_head} is odd; rotary positions need pairs")
+    if config.num_heads % config.num_key_heads:
+        raise ValueError(f"num_heads = {config.num_heads} is not divisible by num_kv_heads = {config.num_key_heads}")
+    width = AllHeads().rotary_width(config)
+    if width < 2 or width % 2:
+        raise ValueError(
+            f"rope_fraction = {config.rope_fraction:g} of head_dim = {config.size_of_head} is {width}: "
+            "rotary positions need pairs"
+        )
 
 
 def _asks_experts(part: Config) -> bool:

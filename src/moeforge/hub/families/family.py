@@ -1,0 +1,154 @@
+"""What a family is: a table of rows for its config.json, a table of names for its tensors, and our settings besides."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from moeforge.config import build, merge
+from moeforge.errors import UserError
+from moeforge.hub.families.rows import Row, Tree
+from moeforge.hub.layout import Names
+from moeforge.models import LayerConfig, ModelConfig
+
+INERT = frozenset(
+    """
+    architectures auto_map dtype torch_dtype transformers_version _name_or_path model_type
+    bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id
+    use_cache output_router_logits router_aux_loss_coef initializer_range pretraining_tp attention_dropout
+    output_hidden_states output_attentions return_dict return_dict_in_generate chunk_size_feed_forward
+    id2label label2id problem_type num_labels
+    max_length min_length do_sample num_beams temperature top_k top_p typical_p repetition_penalty no_repeat_ngram_size
+    """.split()
+)
+"""Fields that no logit depends on in evaluation mode: kept as they are, whatever they say."""
+
+TRAINING_ONLY = (
+    *("moe.router.losses", "moe.router.noise", "moe.router.input_jitter", "moe.router.select.train_k"),
+    *("moe.router.controller.rate", "moe.router.controller.by", "moe.experts.engine"),
+)
+"""Settings that no logit depends on in evaluation mode, and that no config.json of these families holds."""
+
+
+class Ours(Mapping[str, Any]):
+    """A decoder's settings by dotted path. ``moe`` is that of the first layer with experts, ``d_ff`` that of the first
+    without; ``sparse`` says of every layer whether it has experts."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        layers = config.all_layers
+        dense, sparse = [x for x in layers if not x.moe], [x for x in layers if x.moe]
+        self.config = config
+        self.layers = layers
+        self._tree = config.model_dump() | (layers[0].model_dump() | {"d_ff": (dense or layers)[0].d_ff})
+        self._tree["moe"] = sparse[0].moe.model_dump() if sparse and sparse[0].moe else None
+        self._tree["sparse"] = [layer.moe is not None for layer in layers]
+
+    def __getitem__(self, path: str) -> Any:
+        node: Any = self._tree
+        for part in path.split("."):
+            if not isinstance(node, Mapping) or part not in node:
+                raise KeyError(path)
+            node = node[part]
+        return node
+
+    def __iter__(self) -> Any:
+        return iter(self._tree)
+
+    def __len__(self) -> int:
+        return len(self._tree)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Both tables, and both directions of each."""
+
+    model_type: str
+    architecture: str
+    """The class of transformers that has the language model's head."""
+    rows: tuple[Row, ...]
+    names: Names
+    settings: Tree = field(default_factory=dict)
+    """Ours that hold for the whole family, whatever its config.json says."""
+    inert: frozenset[str] = frozenset()
+    """Fields of this family alone that no logit depends on."""
+    unused: str = r"(?!)"
+    """Pattern of tensors that its folders may hold and that no logit depends on."""
+
+    @property
+    def defaults(self) -> Tree:
+        """Every field that is understood, and what stands for it where it is absent."""
+        return {name: value for row in self.rows for name, value in row.defaults.items()}
+
+    def read(self, theirs: Tree, source: str = "config.json") -> ModelConfig:
+        """Our settings. Raises UserError that names every field that is not understood, and what cannot be done."""
+        defaults = self.defaults
+        unknown = sorted(theirs.keys() - defaults.keys() - INERT - self.inert)
+        problems = [f"{name} = {theirs[name]!r} is not understood" for name in unknown]
+        problems += [f"{name} is missing" for name, value in defaults.items() if value is ... and name not in theirs]
+        classes = theirs.get("architectures") or [self.architecture]
+        if classes != [self.architecture]:
+            problems.append(f"architectures is {classes}; what opens here is {self.architecture}")
+        tree: Tree = merge({}, self.settings)
+        for row in self.rows if not problems else ():
+            try:
+                settings = row.read(defaults | theirs)
+            except (ValueError, TypeError) as error:
+                problems.append(str(error))
+                continue
+            for path, value in settings.items():
+                _put(tree, path, value)
+        if problems:
+            raise UserError(f"{source}, model_type {self.model_type}: " + "; ".join(problems))
+        return build(ModelConfig, tree, source=source)
+
+    def write(self, config: ModelConfig, base: Tree | None = None, source: str = "the model") -> Tree:
+        """The fields of a config.json that ``read`` turns back into ``config``; those of ``base`` that already say it
+        stay as they are. Raises UserError that names the settings which this family has no field for."""
+        tree: Tree = dict(base or {"architectures": [self.architecture], "model_type": self.model_type})
+        ours, defaults = Ours(config), self.defaults
+        try:
+            fresh = {name: value for row in self.rows for name, value in row.write(ours).items()}
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{source} is no {self.model_type}: {error}") from error
+        for row in self.rows:
+            as_it_was = {name: tree.get(name, value) for name, value in row.defaults.items()}
+            if base is None or row.read(defaults | fresh | as_it_was) != row.read(defaults | fresh):
+                tree |= {name: fresh[name] for name in row.defaults if name in fresh}
+        differing = _differences(config, self.read(tree, source))
+        if differing:
+            raise UserError(f"{source} is no {self.model_type}, which has no field for: {'; '.join(differing)}")
+        return tree
+
+
+def _put(tree: Any, path: str, value: Any) -> None:
+    """Sets ``value`` at a dotted path; below what is null there is nothing to set."""
+    *above, last = (int(part) if part.isdigit() else part for part in path.split("."))
+    for part in above:
+        tree = tree.setdefault(part, {})
+        if tree is None:
+            return
+    tree[last] = value
+
+
+def _differences(config: ModelConfig, other: ModelConfig) -> list[str]:
+    """Settings that differ and that a logit depends on, as ``path = value``."""
+    left, right = _for_logits(config), _for_logits(other)
+    paths = sorted(left.keys() | right.keys())
+    return [f"{path} = {left.get(path)!r}" for path in paths if left.get(path) != right.get(path)]
+
+
+def _for_logits(config: ModelConfig) -> Tree:
+    """The settings that a logit depends on by dotted path, every layer's own under its number."""
+    of_layers = {*LayerConfig.model_fields, "layers", "first_dense_layers", "moe_every"}
+    tree = {name: value for name, value in config.model_dump().items() if name not in of_layers | {"init"}}
+    for number, layer in enumerate(config.all_layers):
+        flat = _flat(layer.model_dump())
+        ours = {path for path in flat if not any(f"{path}.".startswith(f"{part}.") for part in TRAINING_ONLY)}
+        tree |= {f"layers.{number}.{path}": flat[path] for path in ours}
+    return _flat(tree)
+
+
+def _flat(tree: Any, prefix: str = "") -> Tree:
+    """Nested mappings as one, by dotted path."""
+    if not isinstance(tree, Mapping):
+        return {prefix[:-1]: tree}
+    return {path: value for key, below in tree.items() for path, value in _flat(below, f"{prefix}{key}.").items()}

@@ -1,0 +1,8 @@
+"""Causal self-attention: how queries, keys and values are made, who sees whom, and what a cache keeps."""
+
+from moeforge.models.attention.attention import Attention as Attention
+from moeforge.models.attention.cache import LayerCache as LayerCache
+from moeforge.models.attention.positions import Positions as Positions
+from moeforge.models.attention.positions import locate as locate
+from moeforge.models.attention.positions import rotate as rotate
+from moeforge.models.attention.routed import places as places
