@@ -52,7 +52,7 @@ def load(folder: str | Path, device: str = "cpu") -> tuple[Decoder, Tokenizer]:
 
     Raises UserError when something is missing, cut short, or does not fit together.
     """
-    folder = _inner(Path(folder))
+    folder = model_folder(Path(folder))
     config, _ = read_config(folder)
     tokenizer = Tokenizer.open(folder)
     # Public models round their vocabulary up; ours is the tokenizer's.
@@ -70,7 +70,7 @@ def open_model(
     ``dtype`` None: every weight in the type it has. ``pickle`` lets ``pytorch_model.bin`` be opened. At most the model
     and one mapped file of weights are in memory. Raises UserError as ``hub.load`` does.
     """
-    folder = _inner(Path(folder))
+    folder = model_folder(Path(folder))
     config_json = _config_json(folder)
     if config_json["model_type"] != MODEL_TYPE:
         return open_family(folder, config_json, dtype, device, pickle)
@@ -81,14 +81,14 @@ def open_model(
     return model.eval()
 
 
-def _inner(folder: Path) -> Path:
+def model_folder(folder: Path) -> Path:
     """The model folder inside a run folder, or the folder itself."""
     return folder / "model" if (folder / "model" / "config.json").exists() else folder
 
 
 def read_config(folder: str | Path) -> tuple[ModelConfig, int]:
     """The model's config and the bytes of one weight, without its weights. Raises UserError as ``load`` does."""
-    folder = _inner(Path(folder))
+    folder = model_folder(Path(folder))
     path, tree = folder / "config.json", _config_json(folder)
     name = tree.get("dtype") or tree.get("torch_dtype") or "float32"
     dtype = getattr(torch, str(name), None)
@@ -97,6 +97,11 @@ def read_config(folder: str | Path) -> tuple[ModelConfig, int]:
     if tree["model_type"] == MODEL_TYPE:
         return build(ModelConfig, tree.get("model", {}), source=str(path)), dtype.itemsize
     return family_of(tree, folder).read(tree, str(path)), dtype.itemsize
+
+
+def read_kind(folder: str | Path) -> str:
+    """The ``model_type`` in a folder's config.json. Raises UserError as ``load`` does."""
+    return _config_json(model_folder(Path(folder)))["model_type"]
 
 
 def _config_json(folder: Path) -> Tree:

@@ -4,7 +4,9 @@ Which architectures of llama.cpp there are, and what each takes for granted, is 
 tensors and metadata are the ``gguf`` package's ``constants.py``.
 """
 
+import json
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +20,7 @@ from moeforge.data.tokenizers import Tokenizer
 from moeforge.errors import UserError
 from moeforge.hub.families import FAMILIES
 from moeforge.hub.gguf_tokenizer import add_tokenizer
+from moeforge.hub.pretrained import Pretrained
 from moeforge.hub.rotary import paired
 from moeforge.hub.whole import write_file
 from moeforge.models import Decoder, ModelConfig
@@ -68,15 +71,16 @@ ALWAYS_FLOAT32 = "ffn_gate_inp.weight"
 """Besides all vectors."""
 
 
-def save(model: Decoder, tokenizer: Tokenizer, path: Path, template: str | None = None) -> str:
+def save(model: Decoder, tokenizer: Tokenizer, path: Path, verify: bool = False) -> str:
     """Writes ``path`` whole or not at all, weights in the type they have, and returns the architecture's name.
 
-    ``template`` is a chat template. Raises UserError where ``gguf`` is missing, where llama.cpp has no architecture for
-    this model or no pre-tokenizer for this tokenizer, and when the file cannot be written.
+    With ``verify`` it is there only if it reads back the same. Raises UserError where ``gguf`` is missing, where
+    llama.cpp has no architecture for the model or no name for how the tokenizer cuts, and when it cannot write.
     """
     if find_spec("gguf") is None:
-        raise UserError("GGUF files are written with the gguf package, which is not installed: pip install 'moeforge[gguf]'")
+        raise UserError("GGUF files need the gguf package, which is not installed: pip install 'moeforge[gguf]'")
     import gguf
+    import numpy
 
     architecture = _architecture(model)
     quantization = gguf.GGMLQuantizationType
@@ -87,21 +91,24 @@ def save(model: Decoder, tokenizer: Tokenizer, path: Path, template: str | None 
 
     def fill(fresh: Path) -> None:
         writer = gguf.GGUFWriter(fresh, architecture.name)
-        for name, value in _metadata(model.config, architecture).items():
-            _add(writer, f"{architecture.name}.{name}", value)
         writer.add_name(path.stem)
-        writer.add_file_type(gguf.LlamaFileType[{"F32": "ALL_F32"}.get(types[dtype].name, f"MOSTLY_{types[dtype].name}")])
+        writer.add_file_type(gguf.LlamaFileType[f"{'ALL' if dtype == torch.float32 else 'MOSTLY'}_{types[dtype].name}"])
+        for name, value in _metadata(model.config).items():
+            add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
+            add(f"{architecture.name}.{name}", value)
         add_tokenizer(writer, tokenizer, model.config.vocab_size or 0)
-        if template is not None:
+        if template := _chat_template(model):
             writer.add_chat_template(template)
         for name, tensor in _tensors(model, architecture, torch.device("meta")):
-            writer.add_tensor_info(name, tensor.shape, None, tensor.nbytes, types[tensor.dtype])
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for _, tensor in _tensors(model, architecture, torch.device("cpu")):
-            writer.write_tensor_data(tensor.contiguous().view(torch.uint8).numpy())
-        writer.close()
+            writer.add_tensor_info(name, tensor.shape, numpy.dtype("V"), tensor.nbytes, types[tensor.dtype])
+        with closing(writer):
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for _, tensor in _tensors(model, architecture, torch.device("cpu")):
+                writer.write_tensor_data(_bytes(tensor))
+        if verify:
+            _verify(fresh, _tensors(model, architecture, torch.device("cpu")))
 
     write_file(path, fill)
     return architecture.name
@@ -117,7 +124,8 @@ def _architecture(model: Decoder) -> Architecture:
         except UserError as error:
             objections[kind] = str(error)
             continue
-        differing = [f"{name} = {theirs[name]!r}" for name, value in architecture.fixed.items() if theirs.get(name, value) != value]
+        fixed = architecture.fixed.items()
+        differing = [f"{name} = {theirs[name]!r}" for name, value in fixed if theirs.get(name, value) != value]
         if not differing:
             return architecture
         objections[kind] = f"llama.cpp's {architecture.name} cannot have {', '.join(differing)}"
@@ -125,7 +133,38 @@ def _architecture(model: Decoder) -> Architecture:
     raise UserError(f"no GGUF for this model: what can be written is {', '.join(ARCHITECTURES)}. {shortest}")
 
 
-def _metadata(config: ModelConfig, architecture: Architecture) -> Tree:
+def _chat_template(model: Decoder) -> str | None:
+    """Of the folder that the model comes from."""
+    if not isinstance(model, Pretrained):
+        return None
+    alone, settings = (model.origin.folder / name for name in ("chat_template.jinja", "tokenizer_config.json"))
+    if alone.exists():
+        return alone.read_text(encoding="utf-8")
+    template = json.loads(settings.read_text(encoding="utf-8")).get("chat_template") if settings.exists() else None
+    return template if isinstance(template, str) else None
+
+
+def _verify(path: Path, expected: Iterator[tuple[str, Tensor]]) -> None:
+    """Raises UserError unless the file holds just these tensors, byte for byte."""
+    import numpy
+    from gguf import GGUFReader
+
+    found = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+    for name, tensor in expected:
+        read = found.pop(name, None)
+        same = read is not None and [*map(int, read.shape)] == [*tensor.shape][::-1]
+        if not same or not numpy.array_equal(read.data.view(numpy.uint8).ravel(), _bytes(tensor)):
+            raise UserError(f"{path}: {name} does not read back as it was written")
+    if found:
+        raise UserError(f"{path} holds more than was written: {', '.join(found)}")
+
+
+def _bytes(tensor: Tensor) -> Any:
+    """As a flat array of numpy, which has no bfloat16."""
+    return tensor.contiguous().flatten().view(torch.uint8).numpy()
+
+
+def _metadata(config: ModelConfig) -> Tree:
     """What llama.cpp reads of the model's shape, by key after the architecture's name."""
     moe = config.all_layers[0].moe
     tree: Tree = {
@@ -146,10 +185,6 @@ def _metadata(config: ModelConfig, architecture: Architecture) -> Tree:
         tree |= {"expert_count": moe.num_experts, "expert_used_count": moe.router.select.k}
         tree |= {"expert_feed_forward_length": moe.experts[0].d_expert}
     return tree
-
-
-def _add(writer: Any, key: str, value: Any) -> None:
-    writer.add_float32(key, value) if isinstance(value, float) else writer.add_uint32(key, value)
 
 
 def _tensors(model: Decoder, architecture: Architecture, device: torch.device) -> Iterator[tuple[str, Tensor]]:

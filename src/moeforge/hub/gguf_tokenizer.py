@@ -1,8 +1,7 @@
-"""A tokenizer in a GGUF file's metadata, as llama.cpp runs it: byte-level BPE, or sentencepiece's BPE with byte tokens."""
+"""A tokenizer in a GGUF file's metadata, as llama.cpp runs it: byte-level BPE, or sentencepiece's with byte tokens."""
 
 import json
 import re
-from collections.abc import Mapping
 from typing import Any
 
 from moeforge.config import Tree
@@ -18,12 +17,7 @@ PATTERNS = {
     rf"{WORD}\p{{N}}{REST}": ("qwen2", False),
     rf"{WORD}\p{{N}}{{1,3}}{REST}": ("llama-bpe", True),
 }
-"""How a text is cut before merging -> (the pre-tokenizer's name, whether whole words that are tokens skip the merges)."""
-CUTS: Mapping[str, tuple[str, bool]] = {
-    json.dumps(["ByteLevel"]): ("gpt-2", False),
-    json.dumps(["Digits", "ByteLevel"]): ("smollm", False),
-}
-"""The same for chains of cutters that need no pattern of their own."""
+"""How a text is cut before merging -> (the pre-tokenizer's name, whether words that are tokens skip the merges)."""
 NO_MERGES = [""]
 """llama.cpp wants a list of merges, and this one never happens."""
 
@@ -35,7 +29,7 @@ def add_tokenizer(writer: Any, tokenizer: Tokenizer, rows: int) -> None:
     if model["type"] != "BPE":
         raise UserError(f"no GGUF for this tokenizer: its model is {model['type']}, llama.cpp runs BPE here")
     if len(tokenizer.start_ids) > 1:
-        raise UserError(f"no GGUF for this tokenizer: a text starts with {len(tokenizer.start_ids)} tokens, not with one")
+        raise UserError(f"no GGUF for this tokenizer: a text starts with {len(tokenizer.start_ids)} tokens, not one")
     if model["byte_fallback"]:
         _add_sentencepiece(writer, tree)
     else:
@@ -82,13 +76,14 @@ def _pre_tokenizer(tree: Tree | None, model: Tree) -> str | None:
     steps = tree["pretokenizers"] if tree and tree["type"] == "Sequence" else [tree] if tree else []
     if not steps or steps[-1]["type"] != "ByteLevel" or steps[-1]["add_prefix_space"]:
         return None
-    kinds, by_itself = [step["type"] for step in steps], steps[-1]["use_regex"]
-    if kinds == ["Split", "ByteLevel"] and not by_itself and steps[0]["behavior"] == "Isolated" and not steps[0]["invert"]:
-        name, whole_words = PATTERNS.get(steps[0]["pattern"].get("Regex"), (None, False))
-    else:
-        one_by_one = all(step["individual_digits"] for step in steps if step["type"] == "Digits")
-        fits = one_by_one and (by_itself or not model["merges"])  # without merges it does not matter where a text is cut
-        name, whole_words = CUTS.get(json.dumps(kinds), (None, False)) if fits else (None, False)
+    name, whole_words = None, False
+    match steps:
+        case [{"pattern": {"Regex": cut}, "behavior": "Isolated", "invert": False}, {"use_regex": False}]:
+            name, whole_words = PATTERNS.get(cut, (None, False))
+        case [{"type": "Digits", "individual_digits": True}, {"use_regex": True}]:
+            name = "smollm"
+        case [{"use_regex": by_itself}] if by_itself or not model["merges"]:  # without merges, cuts do not matter
+            name = "gpt-2"
     return name if whole_words == bool(model.get("ignore_merges")) else None
 
 

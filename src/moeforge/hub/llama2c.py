@@ -28,8 +28,10 @@ FIRST_BYTE, FIRST_PIECE = 3, 259
 """Ids: the three special tokens, the 256 bytes, then the pieces."""
 
 
-def load(path: Path, tokenizer: Path | None = None) -> tuple[Decoder, Tokenizer]:
-    """The model, in evaluation mode and float32, and its tokenizer: ``tokenizer``, or the one that lies beside it.
+def load(path: Path, tokenizer: Path | None = None, dtype: torch.dtype | None = None) -> tuple[Decoder, Tokenizer]:
+    """The model, in evaluation mode, and its tokenizer: ``tokenizer``, or the one that lies beside it.
+
+    ``dtype`` None is float32, as in the file.
 
     Raises UserError for a file that is not one of these, is cut short or too long, or does not fit the other.
     """
@@ -39,7 +41,7 @@ def load(path: Path, tokenizer: Path | None = None) -> tuple[Decoder, Tokenizer]
         raise UserError(f"{path}: the model has {config.vocab_size} tokens, its tokenizer {len(pieces)}")
     with torch.device("meta"):
         model = Decoder(config)
-    model.load_state_dict(dict(_tensors(path, config)), assign=True)
+    model.load_state_dict({name: tensor.to(dtype) for name, tensor in _tensors(path, config)}, assign=True)
     return model.eval(), _tokenizer(pieces)
 
 

@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moeforge.config import Tree
+from moeforge.data.tokenizers import Tokenizer
 from moeforge.errors import UserError
 from moeforge.hub.families import FAMILIES, Family
 from moeforge.hub.layout import Piece, plan
@@ -65,6 +66,17 @@ def save_as(
     max_shard_size: int | str = MAX_SHARD_SIZE,
 ) -> None:
     """Writes any decoder as a folder of ``family``; ``origin`` says which fields, files and tensors go along."""
+    write_whole(folder, contents(model, family, origin, max_shard_size))
+
+
+def contents(
+    model: Decoder,
+    family: Family,
+    origin: Origin | None = None,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+    tokenizer: Tokenizer | None = None,
+) -> Callable[[Path], None]:
+    """What fills a folder as ``save_as`` does; ``tokenizer`` is for a decoder that comes from no such folder."""
     limit = _bytes(max_shard_size)
     config_json = family.write(model.config, origin.config_json if origin else None)
     dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
@@ -85,9 +97,25 @@ def save_as(
         write(fresh, sizes, get, limit)
         if origin is not None:
             _carry(origin.folder, fresh)
+        if tokenizer is not None:
+            tokenizer.save(fresh)
+            ends = {"bos_token_id": tokenizer.start_ids[0], "eos_token_id": tokenizer.eos_id}
+            config_json.update(ends)
+            (fresh / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n", encoding="utf-8")
         (fresh / "config.json").write_text(json.dumps(config_json, indent=2) + "\n", encoding="utf-8")
 
-    write_whole(folder, fill)
+    return fill
+
+
+def family_that_fits(config: ModelConfig) -> Family | None:
+    """The first family that can say all of ``config``, so that its class in transformers computes the same."""
+    for family in FAMILIES.values():
+        try:
+            family.write(config)
+        except UserError:
+            continue
+        return family
+    return None
 
 
 def _bytes(size: int | str) -> int:
