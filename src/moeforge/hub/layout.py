@@ -23,6 +23,17 @@ class Change(NamedTuple):
     """As ours -> as on disk."""
 
 
+TRANSPOSED = Change(lambda x: x.transpose(-1, -2), lambda x: x.transpose(-1, -2))
+"""The input dimension before the output's."""
+ONE_ROW = Change(lambda x: x[0], lambda x: x[None])
+"""A vector as a matrix of one row."""
+GATE_UP_IN_TURN = Change(
+    lambda x: x.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2),
+    lambda x: x.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2),
+)
+"""[E, 2H, ...]: rows of gate and up alternate on disk; ours are all of gate, then all of up."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """One tensor of ours as a file has it: ``parts`` are equal slices of its output dimension, in order.

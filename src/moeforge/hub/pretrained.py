@@ -142,7 +142,7 @@ def open_family(
     shards = Shards(folder, pickle)
     with torch.device("meta"):
         model = Pretrained(config, Origin(family, config_json, folder, shards))
-    unused = {name for name in shards.shapes if re.fullmatch(family.unused, name)}
+    unused = family.unused_of(config, shards.shapes)
     model.origin = replace(model.origin, unused=tuple(sorted(unused)))
     fill(model, plan(model, family.names, set(shards.shapes)), shards, unused, dtype, device)
     return model.eval()

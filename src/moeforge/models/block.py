@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moeforge.models.attention import Attention, LayerCache, Positions
+from moeforge.models.attention import Attention, LayerCache, Positions, build
 from moeforge.models.config import LayerConfig, ModelConfig
 from moeforge.moe import Context, MoE, Routing
 from moeforge.moe.shared import MLP
@@ -33,7 +33,7 @@ class Block(nn.Module):
         super().__init__()
         self.residual_scale = config.residual_scale
         self.attention_norm = norm(config) if layer.attends else None
-        self.attention = Attention(config, layer.attention, layer.window) if layer.attends else None
+        self.attention = build(config, layer) if layer.attends else None
         self.mlp_norm = norm(config)
         self.moe = MoE(layer.moe, config.d_model) if layer.moe else None
         self.mlp = None if layer.moe else MLP(config.d_model, layer.d_ff, layer.activation, layer.mlp_bias)
@@ -47,6 +47,7 @@ class Block(nn.Module):
             heads = self._route_heads(x, context)
             route: Any = heads.route if heads else None
             if self.moe is not None and self.moe.config.router.select.reads_importance:
+                assert isinstance(self.attention, Attention)
                 importance = self.attention.received(self._normed(x), positions, route)
                 context = replace(context, importance=importance.flatten())
             x = x + scaled(run(lambda x: self._attend(x, positions, cache, route), x), self.residual_scale)

@@ -8,6 +8,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, field_serializer, mod
 from moeforge.config import Activation, Config, difference, merge, slot
 from moeforge.models.heads import AllHeads, Heads
 from moeforge.models.momentum import Momentum
+from moeforge.models.rope import Rope
 from moeforge.moe import MoEConfig, RouterConfig
 
 
@@ -59,6 +60,8 @@ class LayerConfig(Config):
         if self.moe and self.moe.router.select.reads_importance and self.attention.router:
             select = self.moe.router.select.type
             raise ValueError(f"select: {select} reads the attention of all heads, and attention: routed has others")
+        if self.moe and self.moe.router.select.reads_importance and self.attention.type == "latent":
+            raise ValueError(f"select: {self.moe.router.select.type} reads keys, and attention: latent keeps none")
         if self.attention.router and not self.attends:
             raise ValueError("attention: routed chooses heads, and attends: false leaves attention out")
         return self
@@ -87,6 +90,8 @@ class ModelConfig(LayerConfig):
     """Longest context the model is meant for."""
     rope_theta: float = Field(10000.0, gt=0)
     """Base of the rotary position embedding."""
+    rope: Rope | None = None
+    """How rotation was stretched to a longer context; null: not at all."""
     rope_fraction: float = Field(1.0, gt=0, le=1)
     """How much of each head rotates, from its start."""
     rope_interleaved: bool = False
@@ -151,10 +156,19 @@ class ModelConfig(LayerConfig):
             raise ValueError("momentum acts on what experts add, and no layer has experts")
         if not any(layer.attends for layer in self.all_layers):
             raise ValueError("attends is false in every layer: no token would see another")
-        for layer in self.all_layers:
-            layer.attention.check(self)
+        self._check_attention()
         self._check_gates()
         return self
+
+    def _check_attention(self) -> None:
+        """Raises ValueError for heads that cannot be made of the decoder's sizes, or do not rotate alike."""
+        for layer in self.all_layers:
+            layer.attention.check(self)
+        widths = {layer.attention.rotary_width(self) for layer in self.all_layers if layer.attends}
+        if len(widths) > 1:
+            raise ValueError(f"layers rotate {' and '.join(map(str, sorted(widths)))} values: all must rotate as many")
+        if self.rope is not None and hasattr(self.rope, "check"):
+            self.rope.check(*widths)
 
     def _check_gates(self) -> None:
         """Raises ValueError for gates that get nothing they can use from this decoder, or from the layer below."""

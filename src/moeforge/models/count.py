@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from moeforge.models.attention import Attention
+from moeforge.models.attention import Attention, LatentAttention
 from moeforge.models.config import LayerConfig, ModelConfig
 from moeforge.models.decoder import Decoder
 from moeforge.models.heads import AllHeads, RoutedHeads
@@ -96,16 +96,16 @@ def _count(parameters: int, table: int, config: ModelConfig) -> Count:
     return Count(parameters, parameters - table, parameters - table - output)
 
 
-def _work(module: MoE | Attention) -> float:
+def _work(module: MoE | Attention | LatentAttention) -> float:
     """Multiplications with weights per token, were every expert equally likely."""
-    if isinstance(module, Attention):
+    if not isinstance(module, MoE):
         return _matrices(module) - _idle(module)
     each_row = sum(_matrices(part) for part in (module.router, module.shared) if part is not None)
     once = sum(weight.numel() for weight in (module.split_proj, module.merge_proj) if weight is not None)
     return _used(module) + module.config.heads * each_row + once
 
 
-def _idle(module: MoE | Attention) -> float:
+def _idle(module: MoE | Attention | LatentAttention) -> float:
     """Weights of experts that a token does not use, were every expert equally likely.
 
     None where experts share weights and a token's experts multiply with as many as there are.

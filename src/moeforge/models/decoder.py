@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from moeforge.models.attention import Attention, LayerCache, locate
+from moeforge.models.attention import Attention, LatentAttention, LayerCache, locate
 from moeforge.models.block import Block, norm, scaled
 from moeforge.models.config import ModelConfig
 from moeforge.models.init import initialise
@@ -130,7 +130,7 @@ class Decoder(nn.Module):
         return named({depth: moe.router for depth, moe in self.moe_layers.items()}, heads)
 
     @property
-    def attentions(self) -> dict[int, Attention]:
+    def attentions(self) -> dict[int, Attention | LatentAttention]:
         """By depth, of the layers that attend."""
         return {depth: block.attention for depth, block in enumerate(self.stack) if block.attention is not None}  # type: ignore[misc]
 

@@ -1,4 +1,4 @@
-"""Which attention heads a token has: all of them, or those that a router chooses."""
+"""Which attention heads a token has: all of them, with keys of their own or latent ones, or those of a router."""
 
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
@@ -119,6 +119,59 @@ class RoutedHeads(Config):
             )
 
 
+class LatentHeads(Config):
+    """All ``num_heads`` heads, their keys and values out of one narrow row per token (arXiv:2405.04434, section 2.1).
+
+    A cache keeps that row alone: ``kv_lora_rank + qk_rope_head_dim`` numbers.
+    """
+
+    type: Literal["latent"] = "latent"
+    router: ClassVar[RouterConfig | None] = None
+    q_lora_rank: int | None = Field(None, ge=1)
+    """Queries go through so many values, and a norm, as well; null: one matrix."""
+    kv_lora_rank: int = Field(512, ge=1)
+    """Latent values of a row."""
+    qk_nope_head_dim: int = Field(128, ge=1)
+    """Of each head's queries and keys, what does not rotate."""
+    qk_rope_head_dim: int = Field(64, ge=2, multiple_of=2)
+    """What does; all heads share these of the keys."""
+    v_head_dim: int = Field(128, ge=1)
+    """Of each head's values."""
+    bias: bool = False
+    """Whether the projections from and to the residual stream have one; a single query matrix has none."""
+    norm_eps: float = Field(1e-6, gt=0)
+    """Inside the norms of latent values."""
+
+    def per_token(self, config: "ModelConfig") -> float:
+        """Query heads that a token is computed with."""
+        return config.num_heads
+
+    def widths(self, config: "ModelConfig") -> tuple[int, int]:
+        """Of a key and of a value."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim, self.v_head_dim
+
+    def cached(self, config: "ModelConfig") -> tuple[tuple[int, int], ...]:
+        """(heads, width) of each tensor that a cache keeps of a token."""
+        return ((1, self.kv_lora_rank + self.qk_rope_head_dim),)
+
+    def rotary_width(self, config: "ModelConfig") -> int:
+        """How much of a query and a key rotates."""
+        return self.qk_rope_head_dim
+
+    def softmax_scale(self, config: "ModelConfig") -> float:
+        """What products of queries and keys are multiplied by."""
+        return self.widths(config)[0] ** -0.5 * getattr(config.rope, "all_dim_gain", 1.0) ** 2
+
+    def check(self, config: "ModelConfig") -> None:
+        """Raises ValueError for settings of the decoder that are other heads'."""
+        others = {"head_dim": None, "num_kv_heads": None, "qk_norm": False, "rope_fraction": 1.0}
+        for name, neutral in others.items():
+            if getattr(config, name) != neutral:
+                raise ValueError(
+                    f"attention: latent has sizes and norms of its own, so {name} does nothing: leave it out"
+                )
+
+
 def _check_sizes(config: "ModelConfig") -> None:
     if config.head_dim is None and config.d_model % config.num_heads:
         raise ValueError(f"d_model = {config.d_model} is not divisible by num_heads = {config.num_heads}")
@@ -138,4 +191,4 @@ def _asks_experts(part: Config) -> bool:
     return getattr(part, "asks_experts", False) or hasattr(part, "watch") or part.type == "budget_loss"  # type: ignore[attr-defined]
 
 
-Heads = slot(AllHeads, RoutedHeads, default=AllHeads)
+Heads = slot(AllHeads, RoutedHeads, LatentHeads, default=AllHeads)

@@ -3,13 +3,24 @@
 from collections.abc import Mapping
 from typing import Any
 
-from moeforge.hub.families.rows import At, Joint, Only, Row, Settings, Tree
+from moeforge.hub.families.rotary import rotary
+from moeforge.hub.families.rows import At, Joint, Only, Row, Tree
 
 ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu"}
 
 
-def decoder(*, eps: float, context: int, theta: float = 10000.0, tied: bool = False) -> tuple[Row, ...]:
-    """Sizes, norm, positions; the arguments are what stands where a config.json is silent."""
+def decoder(
+    *,
+    eps: float,
+    context: int,
+    tied: bool = False,
+    theta: float = 10000.0,
+    fraction: float = 1.0,
+    rope: Tree | None = None,
+    packed: str | None = None,
+) -> tuple[Row, ...]:
+    """Sizes, norm, positions; the arguments are what stands where a config.json is silent, and ``packed`` is how its
+    weights may be quantised."""
     return (
         At("vocab_size", ..., "vocab_size"),
         At("hidden_size", ..., "d_model"),
@@ -19,32 +30,31 @@ def decoder(*, eps: float, context: int, theta: float = 10000.0, tied: bool = Fa
         At("rms_norm_eps", eps, "norm_eps"),
         At("tie_word_embeddings", tied, "tie_embeddings"),
         Only("is_encoder_decoder", (False, None)),
-        rotary(theta),
+        _weights(packed),
+        rotary(theta, fraction, rope),
     )
 
 
-def heads(head_dim: int | None = None) -> tuple[Row, ...]:
+def _weights(packed: str | None) -> Joint:
+    def read(theirs: Mapping[str, Any]) -> Tree:
+        method = (theirs["quantization_config"] or {}).get("quant_method", packed)
+        if method != packed:
+            raise ValueError(f"quantization_config: its weights are in {method!r}; dequantise them first")
+        return {}
+
+    return Joint({"quantization_config": None}, read, lambda ours: {"quantization_config": None})
+
+
+def heads(head_dim: int | None = None, kv_heads: int | None = None) -> tuple[Row, ...]:
     """Multi-head or grouped-query attention."""
-    return (At("num_key_value_heads", None, "num_kv_heads"), At("head_dim", head_dim, "head_dim"))
+    return (At("num_key_value_heads", kv_heads, "num_kv_heads"), At("head_dim", head_dim, "head_dim"))
+
+
+def biases(name: str, default: bool, paths: str = "attention.qkv_bias attention.o_bias") -> At:
+    """Whether linear maps have biases: by default all four of attention."""
+    return At(name, default, paths)
 
 
 def activation(paths: str) -> At:
     """What gates an MLP, at each of our paths that has one."""
     return At("hidden_act", "silu", paths, ACTIVATIONS, only=True)
-
-
-def rotary(theta: float) -> Joint:
-    """``rope_parameters`` of transformers 5, or ``rope_theta`` and ``rope_scaling`` of the configs before it."""
-
-    def read(theirs: Mapping[str, Any]) -> Tree:
-        rope = dict(theirs["rope_parameters"] or theirs["rope_scaling"] or {})
-        kind = rope.pop("rope_type", rope.pop("type", "default"))
-        base = rope.pop("rope_theta", theirs["rope_theta"])
-        if kind != "default" or rope:
-            raise ValueError(f"rope_parameters: rope_type {kind!r} with {rope} is not understood")
-        return {"rope_theta": theta if base is None else base}
-
-    def write(ours: Settings) -> Tree:
-        return {"rope_parameters": {"rope_type": "default", "rope_theta": ours["rope_theta"]}}
-
-    return Joint({"rope_parameters": None, "rope_scaling": None, "rope_theta": None}, read, write)

@@ -1,6 +1,7 @@
 """What a family is: a table of rows for its config.json, a table of names for its tensors, and our settings besides."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,16 +32,15 @@ TRAINING_ONLY = (
 
 class Ours(Mapping[str, Any]):
     """A decoder's settings by dotted path. ``moe`` is that of the first layer with experts, ``d_ff`` that of the first
-    without; ``sparse`` says of every layer whether it has experts."""
+    without; ``sparse`` says of every layer whether it has experts, ``windows`` how much it sees."""
 
     def __init__(self, config: ModelConfig) -> None:
         layers = config.all_layers
         dense, sparse = [x for x in layers if not x.moe], [x for x in layers if x.moe]
-        self.config = config
-        self.layers = layers
         self._tree = config.model_dump() | (layers[0].model_dump() | {"d_ff": (dense or layers)[0].d_ff})
         self._tree["moe"] = sparse[0].moe.model_dump() if sparse and sparse[0].moe else None
         self._tree["sparse"] = [layer.moe is not None for layer in layers]
+        self._tree["windows"] = [layer.window for layer in layers]
 
     def __getitem__(self, path: str) -> Any:
         node: Any = self._tree
@@ -71,12 +71,19 @@ class Family:
     inert: frozenset[str] = frozenset()
     """Fields of this family alone that no logit depends on."""
     unused: str = r"(?!)"
-    """Pattern of tensors that its folders may hold and that no logit depends on."""
+    """Pattern of tensors that its folders may hold and that no logit depends on; ``NEXT`` stands for the numbers of
+    layers beyond the last, which predict tokens further on."""
 
     @property
     def defaults(self) -> Tree:
         """Every field that is understood, and what stands for it where it is absent."""
         return {name: value for row in self.rows for name, value in row.defaults.items()}
+
+    def unused_of(self, config: ModelConfig, names: Iterable[str]) -> set[str]:
+        """Which of the tensors no logit depends on."""
+        beyond = range(config.num_layers, config.num_layers + 16)
+        pattern = re.compile(self.unused.replace("NEXT", f"({'|'.join(map(str, beyond))})"))
+        return {name for name in names if pattern.fullmatch(name)}
 
     def read(self, theirs: Tree, source: str = "config.json") -> ModelConfig:
         """Our settings. Raises UserError that names every field that is not understood, and what cannot be done."""
@@ -100,23 +107,32 @@ class Family:
             raise UserError(f"{source}, model_type {self.model_type}: " + "; ".join(problems))
         return build(ModelConfig, tree, source=source)
 
-    def write(self, config: ModelConfig, base: Tree | None = None, source: str = "the model") -> Tree:
+    def write(self, config: ModelConfig, base: Tree | None = None) -> Tree:
         """The fields of a config.json that ``read`` turns back into ``config``; those of ``base`` that already say it
         stay as they are. Raises UserError that names the settings which this family has no field for."""
-        tree: Tree = dict(base or {"architectures": [self.architecture], "model_type": self.model_type})
-        ours, defaults = Ours(config), self.defaults
+        tree: Tree = {"architectures": [self.architecture], "model_type": self.model_type}
+        ours, known, base = Ours(config), self.defaults, base or {}
         try:
             fresh = {name: value for row in self.rows for name, value in row.write(ours).items()}
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{source} is no {self.model_type}: {error}") from error
-        for row in self.rows:
-            as_it_was = {name: tree.get(name, value) for name, value in row.defaults.items()}
-            if base is None or row.read(defaults | fresh | as_it_was) != row.read(defaults | fresh):
-                tree |= {name: fresh[name] for name in row.defaults if name in fresh}
-        differing = _differences(config, self.read(tree, source))
+            tree |= {name: value for name, value in base.items() if name not in known} | fresh
+            differing = _differences(config, self.read(tree))
+        except (ValueError, UserError) as error:
+            raise UserError(f"the model is no {self.model_type}: {error}") from error
         if differing:
-            raise UserError(f"{source} is no {self.model_type}, which has no field for: {'; '.join(differing)}")
-        return tree
+            raise UserError(f"the model is no {self.model_type}, which has no field for: {'; '.join(differing)}")
+        for row in self.rows if base else ():
+            rest = {name: value for name, value in tree.items() if name not in row.defaults}
+            as_before = rest | {name: base[name] for name in row.defaults if name in base}
+            if self._says(as_before, config):
+                tree = as_before
+        tree.pop("quantization_config", None)  # what is written is not quantised
+        return {name: tree[name] for name in base if name in tree} | tree
+
+    def _says(self, theirs: Tree, config: ModelConfig) -> bool:
+        try:
+            return not _differences(config, self.read(theirs))
+        except UserError:
+            return False
 
 
 def _put(tree: Any, path: str, value: Any) -> None:

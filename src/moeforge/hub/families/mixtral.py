@@ -3,7 +3,7 @@
 from moeforge.hub.families.decoder import activation, decoder, heads
 from moeforge.hub.families.family import Family
 from moeforge.hub.families.names import ATTENTION, FRAME, LAYER, ROUTER, stacked
-from moeforge.hub.families.rows import At, Only
+from moeforge.hub.families.rows import At
 from moeforge.hub.layout import Layout
 
 MIXTRAL = Family(
@@ -11,20 +11,17 @@ MIXTRAL = Family(
     architecture="MixtralForCausalLM",
     rows=(
         *decoder(eps=1e-5, context=131072, theta=1e6),
-        *heads(),
+        *heads(kv_heads=8),
+        At("sliding_window", None, "window"),
         At("num_local_experts", 8, "moe.experts.num_experts"),
-        At("num_experts_per_tok", 2, "moe.router.select.k"),
         At("intermediate_size", 14336, "moe.experts.d_expert"),
+        At("num_experts_per_tok", 2, "moe.router.select.k"),
         activation("moe.experts.activation"),
-        Only("sliding_window", (None,)),
     ),
     names={
         **FRAME,
         **ATTENTION,
-        ROUTER: (
-            Layout((f"{LAYER}block_sparse_moe.gate.weight",)),
-            Layout((f"{LAYER}mlp.gate.weight",)),
-        ),
+        ROUTER: (Layout((f"{LAYER}block_sparse_moe.gate.weight",)), Layout((f"{LAYER}mlp.gate.weight",))),
         **stacked("block_sparse_moe.experts", "w1", "w3", "w2", fused="mlp.experts"),
     },
     settings={"moe": {"router": {"score": "logits", "weigh": "softmax", "losses": []}}},

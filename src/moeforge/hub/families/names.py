@@ -67,3 +67,8 @@ EXPERTS: Names = {
     **stacked("mlp.experts", "gate_proj", "up_proj", "down_proj", "mlp.experts"),
 }
 """Experts as most families name them."""
+
+SHARED: Names = mlp("blocks.{layer}.moe.shared.mlp", f"{LAYER}mlp.shared_experts")
+"""Shared experts as most families name them."""
+
+CORRECTION = "blocks.{layer}.moe.router.expert_bias"

@@ -25,15 +25,19 @@ class At:
     """Theirs -> ours, where the two differ."""
     only: bool = False
     """Whether there are no other values than those of ``words``."""
+    also: str | None = None
+    """A second name of the field; what is written has the first."""
 
     @property
     def defaults(self) -> Mapping[str, Any]:
-        """The one field."""
-        return {self.name: self.default}
+        """The one field, under either name."""
+        return {self.name: self.default, **({self.also: None} if self.also else {})}
 
     def read(self, theirs: Mapping[str, Any]) -> Tree:
         """The value at every path."""
         value = theirs[self.name]
+        if self.also and theirs[self.also] is not None:
+            value = theirs[self.also]
         if isinstance(value, str | int | float | None) and value in self.words:
             value = self.words[value]
         elif self.only:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moeforge.models.config import ModelConfig
+from moeforge.models.rope import frequencies
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,12 @@ def locate(
 
     ``visible`` [B, past + L] is false for padding, which nobody sees but itself.
     """
-    width = config.rotary_width
-    frequency = 1.0 / config.rope_theta ** (torch.arange(0, width, 2, device=position.device).float() / width)
-    angle = (position[:, None, :, None].float() * frequency).repeat(1, 1, 1, 2)
+    frequency, gain = frequencies(config, position)
+    angle = (position[:, None, :, None].float() * frequency[:, None, None]).repeat(1, 1, 1, 2)
     mask = _mask(position, document, past, visible)
     windows = {layer.window for layer in config.all_layers}
-    return Positions(angle.cos(), angle.sin(), {window: _within(mask, window, position, past) for window in windows})
+    masks = {window: _within(mask, window, position, past) for window in windows}
+    return Positions(angle.cos() * gain, angle.sin() * gain, masks)
 
 
 def _mask(position: Tensor, document: Tensor | None, past: int, visible: Tensor | None) -> Tensor | None:
