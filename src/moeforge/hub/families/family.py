@@ -116,7 +116,9 @@ class Family:
             fresh = {name: value for row in self.rows for name, value in row.write(ours).items()}
             tree |= {name: value for name, value in base.items() if name not in known} | fresh
             differing = _differences(config, self.read(tree))
-        except (ValueError, UserError) as error:
+        except KeyError as error:
+            raise UserError(f"the model is no {self.model_type}: it has no setting {error}") from error
+        except (ValueError, TypeError, UserError) as error:
             raise UserError(f"the model is no {self.model_type}: {error}") from error
         if differing:
             raise UserError(f"the model is no {self.model_type}, which has no field for: {'; '.join(differing)}")
