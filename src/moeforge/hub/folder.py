@@ -57,7 +57,7 @@ def load(folder: str | Path, device: str = "cpu") -> tuple[Decoder, Tokenizer]:
     tokenizer = Tokenizer.open(folder)
     # Public models round their vocabulary up; ours is the tokenizer's.
     ours, known = config.vocab_size or 0, tokenizer.vocab_size
-    if known > ours or (known < ours and _config_json(folder)["model_type"] == MODEL_TYPE):
+    if known > ours or (known < ours and config_json(folder)["model_type"] == MODEL_TYPE):
         raise UserError(f"{folder}: the model has vocab_size {ours}, its tokenizer {known}")
     return open_model(folder, device=device), tokenizer
 
@@ -71,9 +71,9 @@ def open_model(
     and one mapped file of weights are in memory. Raises UserError as ``hub.load`` does.
     """
     folder = model_folder(Path(folder))
-    config_json = _config_json(folder)
-    if config_json["model_type"] != MODEL_TYPE:
-        return open_family(folder, config_json, dtype, device, pickle)
+    fields = config_json(folder)
+    if fields["model_type"] != MODEL_TYPE:
+        return open_family(folder, fields, dtype, device, pickle)
     config, _ = read_config(folder)
     with torch.device("meta"):
         model = Decoder(config)
@@ -89,7 +89,12 @@ def model_folder(folder: Path) -> Path:
 def read_config(folder: str | Path) -> tuple[ModelConfig, int]:
     """The model's config and the bytes of one weight, without its weights. Raises UserError as ``load`` does."""
     folder = model_folder(Path(folder))
-    path, tree = folder / "config.json", _config_json(folder)
+    return understand(config_json(folder), folder)
+
+
+def understand(tree: Tree, folder: Path) -> tuple[ModelConfig, int]:
+    """``read_config`` of what ``config_json`` read in ``folder``."""
+    path = folder / "config.json"
     name = tree.get("dtype") or tree.get("torch_dtype") or "float32"
     dtype = getattr(torch, str(name), None)
     if not isinstance(dtype, torch.dtype):
@@ -99,12 +104,8 @@ def read_config(folder: str | Path) -> tuple[ModelConfig, int]:
     return family_of(tree, folder).read(tree, str(path)), dtype.itemsize
 
 
-def read_kind(folder: str | Path) -> str:
-    """The ``model_type`` in a folder's config.json. Raises UserError as ``load`` does."""
-    return _config_json(model_folder(Path(folder)))["model_type"]
-
-
-def _config_json(folder: Path) -> Tree:
+def config_json(folder: Path) -> Tree:
+    """The fields of a folder's config.json, ``model_type`` among them. Raises UserError as ``load`` does."""
     path = folder / "config.json"
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))

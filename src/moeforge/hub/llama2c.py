@@ -21,6 +21,7 @@ from moeforge.hub.rotary import halved
 from moeforge.models import Decoder, ModelConfig
 
 HEADER = ("d_model", "d_ff", "num_layers", "num_heads", "num_kv_heads", "vocab_size", "max_seq_len")
+Sizes = dict[str, int]
 VERSIONED = 0x616B3432
 """First word of the later formats ("ak42"), which put a version where this one has its sizes."""
 UNKNOWN, START, END = "<unk>", "<s>", "</s>"
@@ -35,72 +36,77 @@ def load(path: Path, tokenizer: Path | None = None, dtype: torch.dtype | None = 
 
     Raises UserError for a file that is not one of these, is cut short or too long, or does not fit the other.
     """
-    config = _config(path)
-    pieces = _pieces(tokenizer or _beside(path, config))
-    if len(pieces) != config.vocab_size:
-        raise UserError(f"{path}: the model has {config.vocab_size} tokens, its tokenizer {len(pieces)}")
+    sizes = _sizes(path)
+    vocabulary = abs(sizes["vocab_size"])
+    pieces = _pieces(tokenizer or _beside(path, vocabulary))
+    if len(pieces) != vocabulary:
+        raise UserError(f"{path}: the model has {vocabulary} tokens, its tokenizer {len(pieces)}")
+    config = ModelConfig(**sizes | {"vocab_size": vocabulary}, tie_embeddings=sizes["vocab_size"] > 0)
     with torch.device("meta"):
         model = Decoder(config)
-    model.load_state_dict({name: tensor.to(dtype) for name, tensor in _tensors(path, config)}, assign=True)
+    model.load_state_dict({name: tensor.to(dtype) for name, tensor in _tensors(path, sizes)}, assign=True)
     return model.eval(), _tokenizer(pieces)
 
 
-def _config(path: Path) -> ModelConfig:
+def _sizes(path: Path) -> Sizes:
+    """What the file begins with, once it is sure that the rest of the file is as long as that says."""
     try:
         with path.open("rb") as file:
             head = file.read(4 * len(HEADER))
+        found = path.stat().st_size
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
     if head[:4] == struct.pack("<I", VERSIONED):
         raise UserError(f"{path} is a later format of llama2.c: export it with --version 0")
-    try:
-        sizes = dict(zip(HEADER, struct.unpack(f"<{len(HEADER)}i", head), strict=True))
-        tied = sizes["vocab_size"] > 0
-        return ModelConfig(**sizes | {"vocab_size": abs(sizes["vocab_size"])}, tie_embeddings=tied)
-    except (struct.error, ValueError) as error:
-        raise UserError(f"{path} holds no weights of llama2.c: it does not begin with the sizes of a model") from error
+    words = struct.unpack(f"<{len(HEADER)}i", head) if len(head) == 4 * len(HEADER) else (0,) * len(HEADER)
+    sizes = dict(zip(HEADER, words, strict=True))
+    heads, key_heads = max(1, sizes["num_heads"]), max(1, sizes["num_kv_heads"])
+    positive = all(size > 0 or (name == "vocab_size" and size) for name, size in sizes.items())
+    if not positive or sizes["d_model"] % heads or heads % key_heads:
+        raise UserError(f"{path} holds no weights of llama2.c: it does not begin with the sizes of a model")
+    expected = 4 * (len(HEADER) + sum(map(math.prod, _layout(sizes).values())))
+    if found != expected:
+        raise UserError(f"{path} has {found:,} bytes, but the sizes that it begins with ask for {expected:,}")
+    return sizes
 
 
-def _layout(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def _layout(sizes: Sizes) -> dict[str, tuple[int, ...]]:
     """Shape of each tensor in the file, in order."""
-    layers, d_model, d_ff, context = config.num_layers, config.d_model, config.d_ff, config.max_seq_len
-    key_width, half = config.num_key_heads * config.size_of_head, config.size_of_head // 2
+    d_model, d_ff, layers, heads, key_heads, vocabulary, context = sizes.values()
+    size = d_model // heads
     shapes: dict[str, tuple[int, ...]] = {
-        "embedding": (config.vocab_size or 0, d_model),
+        "embedding": (abs(vocabulary), d_model),
         "attention_norm": (layers, d_model),
         "q_proj": (layers, d_model, d_model),
-        "k_proj": (layers, key_width, d_model),
-        "v_proj": (layers, key_width, d_model),
+        "k_proj": (layers, key_heads * size, d_model),
+        "v_proj": (layers, key_heads * size, d_model),
         "o_proj": (layers, d_model, d_model),
         "mlp_norm": (layers, d_model),
         "gate": (layers, d_ff, d_model),
         "down": (layers, d_model, d_ff),
         "up": (layers, d_ff, d_model),
         "norm": (d_model,),
-        "cos": (context, half),
-        "sin": (context, half),
+        "cos": (context, size // 2),
+        "sin": (context, size // 2),
     }
-    return shapes if config.tie_embeddings else shapes | {"output": (config.vocab_size or 0, d_model)}
+    return shapes if vocabulary > 0 else shapes | {"output": (-vocabulary, d_model)}
 
 
-def _tensors(path: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+def _tensors(path: Path, sizes: Sizes) -> Iterator[tuple[str, Tensor]]:
     """Our names and layout. The tables of rotations are left: they follow from the sizes."""
-    shapes = _layout(config)
-    sizes = [math.prod(shape) for shape in shapes.values()]
-    expected, found = 4 * (len(HEADER) + sum(sizes)), path.stat().st_size
-    if found != expected:
-        raise UserError(f"{path} has {found:,} bytes, but the sizes that it begins with ask for {expected:,}")
-    words = torch.from_file(str(path), shared=False, size=expected // 4)[len(HEADER) :]
-    file = {name: part.view(shapes[name]) for name, part in zip(shapes, words.split(sizes), strict=True)}
+    shapes = _layout(sizes)
+    lengths = [math.prod(shape) for shape in shapes.values()]
+    words = torch.from_file(str(path), shared=False, size=len(HEADER) + sum(lengths))[len(HEADER) :]
+    file = {name: part.view(shapes[name]) for name, part in zip(shapes, words.split(lengths), strict=True)}
     yield "embedding.weight", file["embedding"]
     yield "norm.weight", file["norm"]
     if "output" in file:
         yield "output.weight", file["output"]
-    for layer in range(config.num_layers):
+    for layer in range(sizes["num_layers"]):
         name = f"blocks.{layer}"
         yield f"{name}.attention_norm.weight", file["attention_norm"][layer]
-        yield f"{name}.attention.q_proj.weight", halved(file["q_proj"][layer], config.num_heads)
-        yield f"{name}.attention.k_proj.weight", halved(file["k_proj"][layer], config.num_key_heads)
+        yield f"{name}.attention.q_proj.weight", halved(file["q_proj"][layer], sizes["num_heads"])
+        yield f"{name}.attention.k_proj.weight", halved(file["k_proj"][layer], sizes["num_kv_heads"])
         yield f"{name}.attention.v_proj.weight", file["v_proj"][layer]
         yield f"{name}.attention.o_proj.weight", file["o_proj"][layer]
         yield f"{name}.mlp_norm.weight", file["mlp_norm"][layer]
@@ -108,9 +114,9 @@ def _tensors(path: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
         yield f"{name}.mlp.down_proj.weight", file["down"][layer]
 
 
-def _beside(path: Path, config: ModelConfig) -> Path:
+def _beside(path: Path, vocabulary: int) -> Path:
     """The tokenizer under the names that llama2.c's scripts give it."""
-    names = (f"tok{config.vocab_size}.bin", "tokenizer.bin")
+    names = (f"tok{vocabulary}.bin", "tokenizer.bin")
     for name in names:
         if (found := path.with_name(name)).is_file():
             return found

@@ -108,8 +108,8 @@ def contents(
 
 
 def family_that_fits(config: ModelConfig) -> Family | None:
-    """The first family that can say all of ``config``, so that its class in transformers computes the same."""
-    for family in FAMILIES.values():
+    """The first family that can say all of ``config``, so that its class in transformers computes the same; or none."""
+    for family in (family for family in FAMILIES.values() if family.in_transformers):
         try:
             family.write(config)
         except UserError:

@@ -8,7 +8,8 @@ import torch
 
 from moeforge.errors import UserError
 from moeforge.hub.bridge import open_theirs
-from moeforge.hub.folder import MODEL_TYPE, open_model, read_kind
+from moeforge.hub.families import FAMILIES
+from moeforge.hub.folder import MODEL_TYPE, config_json, open_model
 from moeforge.models import Decoder
 
 TOLERANCE = 1e-4
@@ -34,7 +35,8 @@ def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
 @torch.no_grad()
 def _compare_logits(folder: Path) -> str:
     """A few tokens through our decoder and through the family's class."""
-    if read_kind(folder) == MODEL_TYPE:
+    kind = config_json(folder)["model_type"]
+    if kind == MODEL_TYPE or not FAMILIES[kind].in_transformers:
         return "no other implementation to compare logits with"
     if find_spec("transformers") is None:
         return "logits not compared: transformers is not installed (pip install 'moeforge[hf]')"

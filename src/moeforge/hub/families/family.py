@@ -70,6 +70,8 @@ class Family:
     """Ours that hold for the whole family, whatever its config.json says."""
     inert: frozenset[str] = frozenset()
     """Fields of this family alone that no logit depends on."""
+    in_transformers: bool = True
+    """Whether transformers has the class; otherwise it lies in the published folder."""
     unused: str = r"(?!)"
     """Pattern of tensors that its folders may hold and that no logit depends on; ``NEXT`` stands for the numbers of
     layers beyond the last, which predict tokens further on."""
