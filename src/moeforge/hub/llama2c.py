@@ -41,7 +41,8 @@ def load(path: Path, tokenizer: Path | None = None, dtype: torch.dtype | None = 
     pieces = _pieces(tokenizer or _beside(path, vocabulary))
     if len(pieces) != vocabulary:
         raise UserError(f"{path}: the model has {vocabulary} tokens, its tokenizer {len(pieces)}")
-    config = ModelConfig(**sizes | {"vocab_size": vocabulary}, tie_embeddings=sizes["vocab_size"] > 0)
+    tied = sizes["vocab_size"] > 0
+    config = ModelConfig.model_validate({**sizes, "vocab_size": vocabulary, "tie_embeddings": tied})
     with torch.device("meta"):
         model = Decoder(config)
     model.load_state_dict({name: tensor.to(dtype) for name, tensor in _tensors(path, sizes)}, assign=True)
