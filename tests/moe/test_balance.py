@@ -246,6 +246,18 @@ def test_the_bias_moves_against_the_load() -> None:
     assert router.expert_bias.tolist() == [0.0, 0.0, 0.25, 0.5]
 
 
+def test_a_bias_of_rate_zero_stays_as_it_was_loaded_and_chooses() -> None:
+    router, x_TD = (
+        Router(RouterConfig(select=TopK(k=1), controller=ExpertBias(rate=0), losses=()), 4, 4),
+        torch.randn(9, 4),
+    )
+    router.load_state_dict(router.state_dict() | {"expert_bias": torch.tensor([0.0, 9.0, 0.5, -1.0])})
+    for _ in range(2):
+        assert router(x_TD, Context()).route.counts.tolist() == [0, 9, 0, 0]
+        router.step(torch.tensor([10, 2, 5, 3]), 20)
+    assert router.expert_bias is not None and router.expert_bias.tolist() == [0.0, 9.0, 0.5, -1.0]
+
+
 def test_the_bias_sees_loads_that_bf16_cannot_tell_apart() -> None:
     router = biased_router().bfloat16()
     router.step(torch.tensor([1001, 1000, 1000, 999]), 4000)

@@ -121,7 +121,7 @@ def test_a_packed_document_is_merged_for_as_if_alone() -> None:
     model = decoder(moe={"experts": {"num_experts": 4, "d_expert": 8}, "router": router})
     ids = torch.randint(19, (2, 10))
     document = torch.tensor([[0] * 5 + [1] * 2 + [2] * 3, [0] * 10])
-    packed = model(ids, POSITIONS, document).logits
+    packed = model(ids, position=POSITIONS, document=document).logits
     for row, number in ((0, 0), (0, 1), (0, 2), (1, 0)):
         inside = document[row] == number
         torch.testing.assert_close(

@@ -82,7 +82,7 @@ def _write_folder(model: "Decoder", words: "Tokenizer | None", target: Path, ver
     def fill(fresh: Path) -> None:
         nonlocal found
         if family is not None:
-            contents(model, family, origin, tokenizer=None if origin else words)(fresh)
+            contents(model, target.name, family, origin, words)(fresh)
         else:
             assert words is not None  # a folder of our own type does not open without
             save(model, words, fresh)

@@ -28,7 +28,7 @@ def save(model: Decoder, tokenizer: Tokenizer, folder: Path) -> None:
     """Writes the model folder; weights in the type they have. What was opened from a public family's folder is
     written as one."""
     if isinstance(model, Pretrained):
-        return model.save_pretrained(folder)
+        return model.save_pretrained(folder, tokenizer=tokenizer)
 
     def contents(fresh: Path) -> None:
         save_file(

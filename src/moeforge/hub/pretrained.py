@@ -14,6 +14,7 @@ from torch import Tensor
 from moeforge.config import Tree
 from moeforge.data.tokenizers import Tokenizer
 from moeforge.errors import UserError
+from moeforge.hub.card import card
 from moeforge.hub.families import FAMILIES, Family
 from moeforge.hub.layout import Piece, plan
 from moeforge.hub.shards import Shards, write
@@ -27,6 +28,8 @@ CARRIED = (
     *("generation_config.json", "README.md", "LICENSE*", "NOTICE*", "USE_POLICY*"),
 )
 """Files beside the weights that a saved folder gets from the one that was opened."""
+
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
@@ -49,13 +52,16 @@ class Pretrained(Decoder):
         super().__init__(config)
         self.origin = origin
 
-    def save_pretrained(self, folder: str | Path, max_shard_size: int | str = MAX_SHARD_SIZE) -> None:
+    def save_pretrained(
+        self, folder: str | Path, max_shard_size: int | str = MAX_SHARD_SIZE, tokenizer: Tokenizer | None = None
+    ) -> None:
         """Writes a folder that transformers opens as its own: config.json with the fields that came in, safetensors of
         at most ``max_shard_size`` bytes each (``"5GB"`` is understood), tokenizer and generation config as they were.
 
-        Raises UserError when the settings have changed to what the family cannot say, and when it cannot be written.
+        ``tokenizer`` is for an origin without one. Raises UserError when the settings have changed to what the family
+        cannot say, and when it cannot be written.
         """
-        save_as(self, Path(folder), self.origin.family, self.origin, max_shard_size)
+        save_as(self, Path(folder), self.origin.family, self.origin, tokenizer, max_shard_size)
 
 
 def save_as(
@@ -63,24 +69,30 @@ def save_as(
     folder: Path,
     family: Family,
     origin: Origin | None = None,
+    tokenizer: Tokenizer | None = None,
     max_shard_size: int | str = MAX_SHARD_SIZE,
 ) -> None:
     """Writes any decoder as a folder of ``family``; ``origin`` says which fields, files and tensors go along."""
-    write_whole(folder, contents(model, family, origin, max_shard_size))
+    write_whole(folder, contents(model, folder.name, family, origin, tokenizer, max_shard_size))
 
 
 def contents(
     model: Decoder,
+    name: str,
     family: Family,
     origin: Origin | None = None,
-    max_shard_size: int | str = MAX_SHARD_SIZE,
     tokenizer: Tokenizer | None = None,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
 ) -> Callable[[Path], None]:
-    """What fills a folder as ``save_as`` does; ``tokenizer`` is for a decoder that comes from no such folder."""
+    """What fills a folder as ``save_as`` does; ``name`` is the model's."""
     limit = _bytes(max_shard_size)
     config_json = family.write(model.config, origin.config_json if origin else None)
     dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
     config_json["torch_dtype" if "torch_dtype" in config_json else "dtype"] = dtype
+    if tokenizer is not None:
+        config_json.setdefault("eos_token_id", tokenizer.eos_id)
+        if tokenizer.start_ids != [tokenizer.eos_id]:
+            config_json.setdefault("bos_token_id", tokenizer.start_ids[0])
     tensors = model.state_dict()
     pieces = {piece.name: piece for piece in plan(model, family.names)}
     sizes = {name: piece.of_ours(tensors[piece.parameter]).nbytes for name, piece in pieces.items()}
@@ -97,12 +109,14 @@ def contents(
         write(fresh, sizes, get, limit)
         if origin is not None:
             _carry(origin.folder, fresh)
-        if tokenizer is not None:
+        if tokenizer is not None and not (fresh / "tokenizer.json").exists():
             tokenizer.save(fresh)
-            ends = {"bos_token_id": tokenizer.start_ids[0], "eos_token_id": tokenizer.eos_id}
-            config_json.update(ends)
-            (fresh / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n", encoding="utf-8")
-        (fresh / "config.json").write_text(json.dumps(config_json, indent=2) + "\n", encoding="utf-8")
+        _write_json(fresh / "config.json", config_json)
+        if not (fresh / "generation_config.json").exists():
+            special = {name: config_json[name] for name in SPECIAL if config_json.get(name) is not None}
+            _write_json(fresh / "generation_config.json", {"_from_model_config": True, **special})
+        if not (fresh / "README.md").exists():
+            (fresh / "README.md").write_text(card(name, family.model_type, model.config), encoding="utf-8")
 
     return fill
 
@@ -116,6 +130,10 @@ def family_that_fits(config: ModelConfig) -> Family | None:
             continue
         return family
     return None
+
+
+def _write_json(path: Path, tree: Tree) -> None:
+    path.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _bytes(size: int | str) -> int:
@@ -144,8 +162,20 @@ def open_family(
         model = Pretrained(config, Origin(family, config_json, folder, shards))
     unused = family.unused_of(config, shards.shapes)
     model.origin = replace(model.origin, unused=tuple(sorted(unused)))
-    fill(model, plan(model, family.names, set(shards.shapes)), shards, unused, dtype, device)
+    pieces = plan(model, family.names, set(shards.shapes))
+    fill(model, pieces, shards, unused | _repeated(model, family, shards), dtype, device)
     return model.eval()
+
+
+def _repeated(model: Pretrained, family: Family, shards: Shards) -> set[str]:
+    """The output matrix, where a folder has one although it is tied to the embedding. Raises UserError when they
+    differ."""
+    output, embedding = (family.names[name][0].parts[0] for name in ("output.weight", "embedding.weight"))
+    if not model.config.tie_embeddings or not {output, embedding} <= shards.shapes.keys():
+        return set()
+    if not torch.equal(shards.get(output), shards.get(embedding)):
+        raise UserError(f"{shards.folder}: tie_word_embeddings is true, but {output} differs from {embedding}")
+    return {output}
 
 
 def family_of(config_json: Tree, folder: Path) -> Family:

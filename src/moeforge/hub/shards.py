@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moeforge.errors import UserError
+from moeforge.hub.mxfp4 import unpack
 
 SAFE, PICKLE = "model.safetensors", "pytorch_model.bin"
 
@@ -27,18 +28,41 @@ class Shards:
         self.shapes: dict[str, torch.Size] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self.file_of: dict[str, Path] = {}
+        self._packed: set[str] = set()
         self._open: tuple[Path | None, Any] = (None, None)
         for file in files:
             for name, (shape, dtype) in _header(file).items():
                 if name in self.file_of:
                     raise UserError(f"{name} is in {self.file_of[name].name} and in {file.name}")
                 self.shapes[name], self.dtypes[name], self.file_of[name] = shape, dtype, file
-        lost = sorted(f"{name} in {file}" for name, file in index.items() if name not in self.file_of)
+        held = {*self.file_of}
+        self._fold_packed()
+        lost = sorted(f"{name} in {file}" for name, file in index.items() if name not in held)
         if lost:
             raise UserError(f"{folder}: the index names tensors that their files lack: {', '.join(lost)}")
 
+    def _fold_packed(self) -> None:
+        """Shows ``x_blocks`` and ``x_scales`` in MXFP4 as one tensor ``x``, input dimension first."""
+        for blocks in [name for name in self.shapes if name.endswith("_blocks")]:
+            name = blocks.removesuffix("_blocks")
+            shape, types = self.shapes[blocks], {self.dtypes[blocks], self.dtypes.get(f"{name}_scales")}
+            if (
+                len(shape) != 4
+                or shape[3] != 16
+                or types != {torch.uint8}
+                or self.shapes[f"{name}_scales"] != shape[:3]
+            ):
+                raise UserError(f"{self.folder}: {name}_blocks and {name}_scales are no weights in MXFP4")
+            self.shapes[name], self.dtypes[name] = torch.Size((shape[0], 32 * shape[2], shape[1])), torch.bfloat16
+            self.file_of[name] = self.file_of[blocks]
+            self._packed.add(name)
+            for part in (blocks, f"{name}_scales"):
+                del self.shapes[part], self.dtypes[part]
+
     def get(self, name: str) -> Tensor:
         """One tensor, backed by the mapped file: copy what is to stay."""
+        if name in self._packed:
+            return unpack(self.get(f"{name}_blocks"), self.get(f"{name}_scales")).transpose(1, 2)
         file = self.file_of[name]
         if self._open[0] != file:
             self._open = (None, None)  # unmap the last file before the next one is mapped

@@ -105,7 +105,7 @@ class ModelConfig(LayerConfig):
     tie_embeddings: bool = True
     """The output matrix is the input embedding."""
     output_bias: bool = False
-    """Whether the output matrix has one; only where it is not the input embedding."""
+    """Whether logits have one."""
     embedding_scale: float = Field(1.0, gt=0)
     """Multiplies what the embedding gives to the first layer; sqrt(d_model) in arXiv:1706.03762, section 3.4."""
     residual_scale: float = Field(1.0, gt=0)
@@ -143,8 +143,6 @@ class ModelConfig(LayerConfig):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.output_bias and self.tie_embeddings:
-            raise ValueError("output_bias: the output matrix is the input embedding; set tie_embeddings: false")
         beyond = [index for index in self.layers if not 0 <= index < self.num_layers]
         if beyond:
             raise ValueError(f"layers names layer {beyond[0]}, but num_layers = {self.num_layers} (numbered from 0)")

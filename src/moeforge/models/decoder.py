@@ -62,8 +62,8 @@ class Decoder(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in config.all_layers)
         self.norm = norm(config)
-        out = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=config.output_bias)
-        self.output = out
+        self.output = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.output_bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.output_bias else None
         self.recompute_activations = False
         initialise(self, config)
 
@@ -109,9 +109,15 @@ class Decoder(nn.Module):
                 if momentum is not None:
                     added, moments = momentum(added, moments)
             x = x + scaled(added, self.config.residual_scale)
-        x, divisor = self.norm(x), self.config.logits_divisor
+        return Output(self._logits(self.norm(x)), routings, heads)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """[B, L, D] -> [B, L, V]."""
         logits = self.output(x) if self.output is not None else nn.functional.linear(x, self.embedding.weight)
-        return Output(logits if divisor == 1.0 else logits / divisor, routings, heads)
+        if self.output_bias is not None:
+            logits = logits + self.output_bias
+        divisor = self.config.logits_divisor
+        return logits if divisor == 1.0 else logits / divisor
 
     @property
     def stack(self) -> list[nn.Module]:

@@ -17,10 +17,11 @@ def decoder(
     theta: float = 10000.0,
     fraction: float = 1.0,
     rope: Tree | None = None,
+    short_only: bool = False,
     packed: str | None = None,
 ) -> tuple[Row, ...]:
-    """Sizes, norm, positions; the arguments are what stands where a config.json is silent, and ``packed`` is how its
-    weights may be quantised."""
+    """Sizes, norm, positions; ``eps`` to ``rope`` are what stands where a config.json is silent, ``packed`` is how its
+    weights may be quantised, ``short_only`` as in ``rotary``."""
     return (
         At("vocab_size", ..., "vocab_size"),
         At("hidden_size", ..., "d_model"),
@@ -31,7 +32,7 @@ def decoder(
         At("tie_word_embeddings", tied, "tie_embeddings"),
         Only("is_encoder_decoder", (False, None)),
         _weights(packed),
-        rotary(theta, fraction, rope),
+        rotary(theta, fraction, rope, short_only),
     )
 
 

@@ -43,7 +43,7 @@ def _every_head_has_keys() -> Joint:
 
 
 def _method() -> Joint:
-    groups_of = groups()
+    groups_of = groups(None, None)
 
     def read(theirs: Mapping[str, Any]) -> Tree:
         method = theirs["topk_method"]

@@ -8,7 +8,7 @@ from moeforge.hub.families.rows import Joint, Settings, Tree
 Theirs = Mapping[str, Any]
 
 
-def groups(count: int = 1, best: int = 1) -> Joint:
+def groups(count: int | None, best: int | None) -> Joint:
     """``topk_group`` of ``n_group`` groups of experts; all of them is no limit."""
 
     def read(theirs: Theirs) -> Tree:

@@ -117,7 +117,7 @@ class Family:
         try:
             fresh = {name: value for row in self.rows for name, value in row.write(ours).items()}
             tree |= {name: value for name, value in base.items() if name not in known} | fresh
-            differing = _differences(config, self.read(tree))
+            differing = differences(config, self.read(tree))
         except KeyError as error:
             raise UserError(f"the model is no {self.model_type}: it has no setting {error}") from error
         except (ValueError, TypeError, UserError) as error:
@@ -134,7 +134,7 @@ class Family:
 
     def _says(self, theirs: Tree, config: ModelConfig) -> bool:
         try:
-            return not _differences(config, self.read(theirs))
+            return not differences(config, self.read(theirs))
         except UserError:
             return False
 
@@ -149,7 +149,7 @@ def _put(tree: Any, path: str, value: Any) -> None:
     tree[last] = value
 
 
-def _differences(config: ModelConfig, other: ModelConfig) -> list[str]:
+def differences(config: ModelConfig, other: ModelConfig) -> list[str]:
     """Settings that differ and that a logit depends on, as ``path = value``."""
     left, right = _for_logits(config), _for_logits(other)
     paths = sorted(left.keys() | right.keys())
@@ -160,6 +160,7 @@ def _for_logits(config: ModelConfig) -> Tree:
     """The settings that a logit depends on by dotted path, every layer's own under its number."""
     of_layers = {*LayerConfig.model_fields, "layers", "first_dense_layers", "moe_every"}
     tree = {name: value for name, value in config.model_dump().items() if name not in of_layers | {"init"}}
+    tree |= {"num_kv_heads": config.num_key_heads, "head_dim": config.size_of_head}
     for number, layer in enumerate(config.all_layers):
         flat = _flat(layer.model_dump())
         ours = {path for path in flat if not any(f"{path}.".startswith(f"{part}.") for part in TRAINING_ONLY)}

@@ -24,7 +24,7 @@ GLM4_MOE = Family(
         At("num_experts_per_tok", 8, "moe.router.select.k"),
         At("norm_topk_prob", True, "moe.router.weigh.normalize_weights"),
         At("routed_scaling_factor", 1.0, "moe.router.weigh.weight_scale"),
-        groups(),
+        groups(1, 1),
         activation("activation moe.experts.activation moe.shared.activation"),
     ),
     names={

@@ -10,7 +10,7 @@ PHIMOE = Family(
     model_type="phimoe",
     architecture="PhimoeForCausalLM",
     rows=(
-        *decoder(eps=1e-5, context=131072, theta=1e6),
+        *decoder(eps=1e-5, context=131072, theta=1e6, short_only=True),  # as transformers computes it
         *heads(kv_heads=8),
         biases("attention_bias", False),
         biases("lm_head_bias", False, "output_bias"),

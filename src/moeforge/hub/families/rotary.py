@@ -10,9 +10,9 @@ KINDS = {"linear": "linear", "dynamic": "dynamic", "yarn": "yarn", "llama3": "by
 LENGTH = "original_max_position_embeddings"
 
 
-def rotary(theta: float, fraction: float = 1.0, silent: Tree | None = None) -> Joint:
+def rotary(theta: float, fraction: float = 1.0, silent: Tree | None = None, short_only: bool = False) -> Joint:
     """``theta`` and ``fraction`` (how much of a head rotates) stand where nothing else is said, ``silent`` where there
-    is nothing at all."""
+    is nothing at all. With ``short_only``, longrope's ``long_factor`` is never used."""
     defaults = dict.fromkeys(("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", LENGTH))
 
     def read(theirs: Mapping[str, Any]) -> Tree:
@@ -29,6 +29,8 @@ def rotary(theta: float, fraction: float = 1.0, silent: Tree | None = None) -> J
         if kind in ("yarn", "llama3", "longrope"):
             length = theirs[LENGTH] or rope.pop(LENGTH, None) or theirs["max_position_embeddings"]
             rope = {name: value for name, value in rope.items() if name != LENGTH} | {"original_max_seq_len": length}
+        if kind == "longrope" and short_only:
+            rope["long_factor"] = rope.get("short_factor")
         return settings | {"rope": {"type": KINDS[kind], **rope}}
 
     def write(ours: Settings) -> Tree:

@@ -10,6 +10,7 @@ from moeforge.moe.bank.constant import ZeroExperts as ZeroExperts
 from moeforge.moe.bank.low_rank import LowRankExperts as LowRankExperts
 from moeforge.moe.bank.memory import NeuronExperts as NeuronExperts
 from moeforge.moe.bank.memory import ValueExperts as ValueExperts
+from moeforge.moe.bank.mlp import Clamp as Clamp
 from moeforge.moe.bank.mlp import FactorisedExperts as FactorisedExperts
 from moeforge.moe.bank.mlp import MLPExperts as MLPExperts
 from moeforge.moe.bank.mlp import NestedExperts as NestedExperts
