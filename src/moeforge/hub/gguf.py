@@ -37,7 +37,7 @@ class Architecture:
     """Fields of the family's config.json that it has no choice about."""
 
 
-PLAIN = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "sliding_window": None}
+PLAIN = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 ARCHITECTURES = {
     "llama": Architecture("llama", pairs=True, fixed=PLAIN),
     "mixtral": Architecture("llama", pairs=True, fixed=PLAIN),
@@ -126,6 +126,8 @@ def _architecture(model: Decoder) -> Architecture:
             continue
         fixed = architecture.fixed.items()
         differing = [f"{name} = {theirs[name]!r}" for name, value in fixed if theirs.get(name, value) != value]
+        differing += [f"rope = {model.config.rope.type}"] if model.config.rope else []
+        differing += [f"window = {window}" for window in {layer.window for layer in model.config.all_layers} if window]
         if not differing:
             return architecture
         objections[kind] = f"llama.cpp's {architecture.name} cannot have {', '.join(differing)}"
