@@ -17,7 +17,9 @@ TYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="A model folder, or a file of llama2.c.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="A model folder, a file of llama2.c, or a checkpoint of DeepSpeed.")
+    ],
     target: Annotated[Path, typer.Argument(metavar="DST", help="The folder, or the .gguf file, to write.")],
     *,
     to: Annotated[Literal["hf", "gguf"] | None, typer.Option(help="What to write.", show_default="by DST")] = None,
@@ -53,7 +55,7 @@ def _open(
 ) -> "tuple[Decoder, Tokenizer | None]":
     """The model in ``dtype``, and its tokenizer where it has one."""
     from moeforge.data.tokenizers import Tokenizer
-    from moeforge.hub import llama2c, open_model
+    from moeforge.hub import deepspeed, llama2c, open_model
     from moeforge.hub.folder import model_folder
 
     if source.is_file():
@@ -62,6 +64,11 @@ def _open(
         return llama2c.load(source, tokenizer, dtype)
     if tokenizer is not None:
         raise UserError("--tokenizer is for files of llama2.c; a folder has its own")
+    if deepspeed.states_folder(source):
+        if not pickle:
+            raise UserError(f"{source} is a checkpoint of DeepSpeed, in pickles: if you trust them, add --pickle")
+        model = deepspeed.load(source, dtype)
+        return model, Tokenizer.open(source) if (source / "tokenizer.json").exists() else None
     folder = model_folder(source)
     model = open_model(folder, dtype=dtype, pickle=pickle)
     return model, Tokenizer.open(folder) if (folder / "tokenizer.json").exists() else None
@@ -84,7 +91,8 @@ def _write_folder(model: "Decoder", words: "Tokenizer | None", target: Path, ver
         if family is not None:
             contents(model, target.name, family, origin, words)(fresh)
         else:
-            assert words is not None  # a folder of our own type does not open without
+            if words is None:
+                raise UserError("a folder of our own type needs a tokenizer: put a tokenizer.json beside config.json")
             save(model, words, fresh)
         if verified:
             found = f"; {verify(fresh, model)}"

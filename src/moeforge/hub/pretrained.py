@@ -17,7 +17,7 @@ from moeforge.errors import UserError
 from moeforge.hub.card import card
 from moeforge.hub.families import FAMILIES, Family
 from moeforge.hub.layout import Piece, plan
-from moeforge.hub.shards import Shards, write
+from moeforge.hub.shards import Shards, Source, write
 from moeforge.hub.whole import write_whole
 from moeforge.models import Decoder, ModelConfig
 
@@ -193,7 +193,7 @@ def family_of(config_json: Tree, folder: Path) -> Family:
 def fill(
     model: Decoder,
     pieces: list[Piece],
-    shards: Shards,
+    shards: Source,
     unused: set[str],
     dtype: torch.dtype | None,
     device: str,
