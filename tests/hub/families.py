@@ -215,6 +215,7 @@ NATIVE: dict[str, dict[str, dict[str, object]]] = {
     },
     "ernie4_5_moe": {
         "tied": {},
+        "tied, biases": {"use_bias": True},
         "biases, every second": {"use_bias": True, "tie_word_embeddings": False, "moe_layer_interval": 2},
         "nothing shared": {"moe_num_shared_experts": 0, "moe_layer_start_index": 0, "moe_layer_end_index": 0},
     },

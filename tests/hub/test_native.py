@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import moeforge
+from moeforge.errors import UserError
 from moeforge.hub.families import FAMILIES
 from moeforge.hub.families.family import differences
 from moeforge.hub.pretrained import Pretrained
@@ -114,6 +115,67 @@ def test_bfloat16_comes_back_byte_by_byte(family, tmp_path):
     ours = moeforge.load(tmp_path / "theirs")
     same_files(tmp_path / "theirs", saved(ours, tmp_path / "ours"))
     assert ours(IDS).logits.dtype == torch.bfloat16
+
+
+def repacked(folder: Path, pack: Any, settings: dict[str, object]) -> None:
+    """Rewrites a folder's weights by ``pack`` (name, tensor) -> tensors by name, and says so in its config."""
+    weights = load_file(folder / "model.safetensors")
+    fresh = {name: packed for old, tensor in weights.items() for name, packed in pack(old, tensor).items()}
+    save_file(fresh, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers would rather have kernels
+@torch.no_grad()
+def test_mxfp4_is_read_as_transformers_reads_it(tmp_path):
+    folder = saved(families.build("gpt_oss", intermediate_size=32).to(torch.bfloat16), tmp_path / "m")
+
+    def pack(name: str, tensor: Tensor) -> dict[str, Tensor]:
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            return {name: tensor}
+        experts, width, rows = tensor.shape
+        blocks = torch.randint(0, 256, (experts, rows, width // 32, 16), dtype=torch.uint8)
+        scales = torch.randint(121, 127, (experts, rows, width // 32), dtype=torch.uint8)
+        return {f"{name}_blocks": blocks, f"{name}_scales": scales}
+
+    repacked(folder, pack, {"quant_method": "mxfp4"})
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).float()
+    ours = moeforge.load(folder)
+    ours.save_pretrained(tmp_path / "plain")
+    again = moeforge.load(tmp_path / "plain").float()
+    for model in (ours.float(), again):
+        torch.testing.assert_close(model(IDS).logits, theirs(IDS).logits, atol=1e-4, rtol=0)
+    assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+
+
+@torch.no_grad()
+def test_fp8_in_blocks_is_read(tmp_path):
+    """Against the weights that were quantised, block by block, ragged blocks at the edges included."""
+    model = families.build("deepseek_v3").to(torch.bfloat16)
+    folder, rows, columns, wanted = saved(model, tmp_path / "m"), 16, 12, {}
+
+    def pack(name: str, tensor: Tensor) -> dict[str, Tensor]:
+        if "_proj" not in name:
+            return {name: tensor}
+        scales = torch.empty(-(-tensor.shape[0] // rows), -(-tensor.shape[1] // columns))
+        values, back = torch.empty(tensor.shape, dtype=torch.float8_e4m3fn), torch.empty_like(tensor)
+        for i in range(scales.shape[0]):
+            for j in range(scales.shape[1]):
+                place = slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns)
+                scales[i, j] = tensor[place].abs().max().float() / 448
+                values[place] = (tensor[place].float() / scales[i, j]).to(torch.float8_e4m3fn)
+                back[place] = values[place].float() * scales[i, j]
+        wanted[name] = back
+        return {name: values, f"{name}_scale_inv": scales}
+
+    repacked(folder, pack, {"quant_method": "fp8", "weight_block_size": [rows, columns]})
+    moeforge.load(folder).save_pretrained(tmp_path / "plain")
+    plain = load_file(tmp_path / "plain" / "model.safetensors")
+    assert len(wanted) > 20 and all(torch.equal(plain[name], tensor) for name, tensor in wanted.items())
+    repacked(tmp_path / "m", lambda name, tensor: {name: tensor[:, :1].clone() if "scale" in name else tensor}, {})
+    with pytest.raises(UserError, match=r"_proj\.weight_scale_inv are no weight in FP8 in blocks of 128 x 128"):
+        moeforge.load(tmp_path / "m")
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -203,6 +203,17 @@ def test_rotations_depend_on_distance_alone() -> None:
     torch.testing.assert_close(score(3, 3), query @ key, rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_latent_rows_of_a_cache_are_never_expanded() -> None:
+    config = config_of(attention=LATENT)
+    attention, x, expanded = build_attention(config, config.all_layers[0]), torch.randn(2, 9, 16), []
+    attention.kv_b_proj.register_forward_hook(lambda *passed: expanded.append(passed[2].shape[2]))
+    cache, position = LayerCache(2, 9, config.attention.cached(config), x, None), torch.arange(9).expand(2, 9)
+    for start, end in ((0, 5), (5, 6), (6, 9)):
+        attention(x[:, start:end], locate(config, position[:, start:end], None, start), cache)
+    assert expanded == [5]
+
+
 @pytest.mark.parametrize("sinks", [False, True])
 def test_a_window_as_long_as_the_text_is_none_bit_for_bit(sinks: bool) -> None:
     config = config_of(attention={"sinks": sinks}, window=9, layers={1: {"window": None}})

@@ -40,7 +40,7 @@ def routed(config: ModelConfig) -> Attention:
 
 def by_loop(attention: Attention, config: ModelConfig, x_LD: Tensor, weight_LE: Tensor, allowed_LL: Tensor) -> Tensor:
     """One sequence: every expert of every token by itself; weight zero where it was not chosen."""
-    size, own, theta = config.size_of_head, attention.heads.keys == "own", config.rope_theta
+    size, own = config.size_of_head, attention.heads.keys == "own"
     position_L = torch.arange(len(x_LD))
     y_LD = torch.zeros_like(x_LD)
     for expert in range(E):
@@ -50,7 +50,7 @@ def by_loop(attention: Attention, config: ModelConfig, x_LD: Tensor, weight_LE: 
             key_rows = slice(expert * size, (expert + 1) * size) if own else rows
             query = normed(x_LD @ attention.q_proj.weight[expert, rows].T, attention.q_norm, config.norm_eps)
             key = normed(x_LD @ attention.k_proj.weight[key_rows].T, attention.k_norm, config.norm_eps)
-            query, key = (turned(part, position_L, theta) for part in (query, key))
+            query, key = (turned(part, position_L, config) for part in (query, key))
             share = (query @ key.T / size**0.5).masked_fill(~allowed_LL, -torch.inf).softmax(1)
             mixed.append(share @ (x_LD @ attention.v_proj.weight[key_rows].T))
         y_LD = y_LD + weight_LE[:, expert, None] * (torch.cat(mixed, 1) @ attention.o_proj.weight[expert].T)

@@ -157,7 +157,7 @@ def open_family(
     """The decoder of a public family's folder, in evaluation mode. Raises UserError as ``load`` does."""
     family = family_of(config_json, folder)
     config = family.read(config_json, str(folder / "config.json"))
-    shards = Shards(folder, pickle)
+    shards = Shards(folder, pickle, config_json.get("quantization_config"))
     with torch.device("meta"):
         model = Pretrained(config, Origin(family, config_json, folder, shards))
     unused = family.unused_of(config, shards.shapes)

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moeforge.errors import UserError
-from moeforge.hub.mxfp4 import unpack
+from moeforge.hub.packed import Packed, find_packed
 
 SAFE, PICKLE = "model.safetensors", "pytorch_model.bin"
 
@@ -38,13 +38,12 @@ class Shards:
     Raises UserError for files that are missing, cut short, or pickles that nobody asked for.
     """
 
-    def __init__(self, folder: Path, pickle: bool = False) -> None:
+    def __init__(self, folder: Path, pickle: bool = False, quantization: Any = None) -> None:
         self.folder = folder
         files, index = _files(folder, pickle)
         self.shapes: dict[str, torch.Size] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self.file_of: dict[str, Path] = {}
-        self._packed: set[str] = set()
         self._open: tuple[Path | None, Any] = (None, None)
         for file in files:
             for name, (shape, dtype) in _header(file).items():
@@ -52,33 +51,32 @@ class Shards:
                     raise UserError(f"{name} is in {self.file_of[name].name} and in {file.name}")
                 self.shapes[name], self.dtypes[name], self.file_of[name] = shape, dtype, file
         held = {*self.file_of}
-        self._fold_packed()
+        self._packed = self._fold_packed(quantization)
         lost = sorted(f"{name} in {file}" for name, file in index.items() if name not in held)
         if lost:
             raise UserError(f"{folder}: the index names tensors that their files lack: {', '.join(lost)}")
 
-    def _fold_packed(self) -> None:
-        """Shows ``x_blocks`` and ``x_scales`` in MXFP4 as one tensor ``x``, input dimension first."""
-        for blocks in [name for name in self.shapes if name.endswith("_blocks")]:
-            name = blocks.removesuffix("_blocks")
-            shape, types = self.shapes[blocks], {self.dtypes[blocks], self.dtypes.get(f"{name}_scales")}
-            if (
-                len(shape) != 4
-                or shape[3] != 16
-                or types != {torch.uint8}
-                or self.shapes[f"{name}_scales"] != shape[:3]
-            ):
-                raise UserError(f"{self.folder}: {name}_blocks and {name}_scales are no weights in MXFP4")
-            self.shapes[name], self.dtypes[name] = torch.Size((shape[0], 32 * shape[2], shape[1])), torch.bfloat16
-            self.file_of[name] = self.file_of[blocks]
-            self._packed.add(name)
-            for part in (blocks, f"{name}_scales"):
+    def _fold_packed(self, settings: Any) -> dict[str, Packed]:
+        """Shows a weight that lies packed in two tensors as the one that it is."""
+        try:
+            found = find_packed(self.shapes, self.dtypes, settings)
+        except ValueError as error:
+            raise UserError(f"{self.folder}: {error}") from error
+        for name, packed in found.items():
+            for part in (packed.values, packed.scales):
                 del self.shapes[part], self.dtypes[part]
+            self.shapes[name], self.dtypes[name] = packed.shape, torch.bfloat16
+            self.file_of[name] = self.file_of[packed.values]
+        return found
 
     def get(self, name: str) -> Tensor:
         """One tensor, backed by the mapped file: copy what is to stay."""
         if name in self._packed:
-            return unpack(self.get(f"{name}_blocks"), self.get(f"{name}_scales")).transpose(1, 2)
+            packed = self._packed[name]
+            return packed.unpack(self._get(packed.values), self._get(packed.scales))
+        return self._get(name)
+
+    def _get(self, name: str) -> Tensor:
         file = self.file_of[name]
         if self._open[0] != file:
             self._open = (None, None)  # unmap the last file before the next one is mapped

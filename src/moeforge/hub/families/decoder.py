@@ -5,6 +5,7 @@ from typing import Any
 
 from moeforge.hub.families.rotary import rotary
 from moeforge.hub.families.rows import At, Joint, Only, Row, Tree
+from moeforge.hub.packed import METHODS
 
 ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu"}
 
@@ -18,10 +19,9 @@ def decoder(
     fraction: float = 1.0,
     rope: Tree | None = None,
     short_only: bool = False,
-    packed: str | None = None,
 ) -> tuple[Row, ...]:
-    """Sizes, norm, positions; ``eps`` to ``rope`` are what stands where a config.json is silent, ``packed`` is how its
-    weights may be quantised, ``short_only`` as in ``rotary``."""
+    """Sizes, norm, positions; ``eps`` to ``rope`` are what stands where a config.json is silent, ``short_only`` as in
+    ``rotary``."""
     return (
         At("vocab_size", ..., "vocab_size"),
         At("hidden_size", ..., "d_model"),
@@ -31,16 +31,19 @@ def decoder(
         At("rms_norm_eps", eps, "norm_eps"),
         At("tie_word_embeddings", tied, "tie_embeddings"),
         Only("is_encoder_decoder", (False, None)),
-        _weights(packed),
+        _weights(),
         rotary(theta, fraction, rope, short_only),
     )
 
 
-def _weights(packed: str | None) -> Joint:
+def _weights() -> Joint:
     def read(theirs: Mapping[str, Any]) -> Tree:
-        method = (theirs["quantization_config"] or {}).get("quant_method", packed)
-        if method != packed:
-            raise ValueError(f"quantization_config: its weights are in {method!r}; dequantise them first")
+        method = (theirs["quantization_config"] or {}).get("quant_method", METHODS[0])
+        if method not in METHODS:
+            known = " and ".join(METHODS)
+            raise ValueError(
+                f"quantization_config: its weights are in {method!r}; {known} are read: dequantise it first"
+            )
         return {}
 
     return Joint({"quantization_config": None}, read, lambda ours: {"quantization_config": None})

@@ -24,8 +24,9 @@ ERNIE4_5_MOE = Family(
         At("moe_intermediate_size", 1536, "moe.experts.d_expert moe.shared.d_expert"),
         At("moe_k", 6, "moe.router.select.k"),
         At("moe_norm_min", 1e-12, "moe.router.weigh.min_total"),
-        Only("use_rmsnorm", (True,)),
+        Only("use_rmsnorm", (True, None)),
         Only("moe_gate", ("topk",)),
+        Only("moe_gate_act", (None, "softmax")),
         activation("activation moe.experts.activation moe.shared.activation"),
     ),
     names={

@@ -15,6 +15,7 @@ INERT = frozenset(
     """
     architectures auto_map dtype torch_dtype transformers_version _name_or_path model_type
     bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id
+    _attn_implementation attn_implementation tokenizer_class torchscript use_bfloat16 pruned_heads task_specific_params
     use_cache output_router_logits router_aux_loss_coef initializer_range pretraining_tp attention_dropout
     output_hidden_states output_attentions return_dict return_dict_in_generate chunk_size_feed_forward
     id2label label2id problem_type num_labels
@@ -72,6 +73,8 @@ class Family:
     """Fields of this family alone that no logit depends on."""
     in_transformers: bool = True
     """Whether transformers has the class; otherwise it lies in the published folder."""
+    former: str | None = None
+    """What the class was called in older configs."""
     unused: str = r"(?!)"
     """Pattern of tensors that its folders may hold and that no logit depends on; ``NEXT`` stands for the numbers of
     layers beyond the last, which predict tokens further on."""
@@ -94,7 +97,7 @@ class Family:
         problems = [f"{name} = {theirs[name]!r} is not understood" for name in unknown]
         problems += [f"{name} is missing" for name, value in defaults.items() if value is ... and name not in theirs]
         classes = theirs.get("architectures") or [self.architecture]
-        if classes != [self.architecture]:
+        if classes not in ([self.architecture], [self.former]):
             problems.append(f"architectures is {classes}; what opens here is {self.architecture}")
         tree: Tree = merge({}, self.settings)
         for row in self.rows if not problems else ():
@@ -112,11 +115,17 @@ class Family:
     def write(self, config: ModelConfig, base: Tree | None = None) -> Tree:
         """The fields of a config.json that ``read`` turns back into ``config``; those of ``base`` that already say it
         stay as they are. Raises UserError that names the settings which this family has no field for."""
-        tree: Tree = {"architectures": [self.architecture], "model_type": self.model_type}
-        ours, known, base = Ours(config), self.defaults, base or {}
+        base = dict(base or {})
+        base.setdefault("architectures", [self.architecture])
+        base.setdefault("model_type", self.model_type)
+        tree = base if self._says(base, config) else self._rewritten(config, base)
+        return {name: value for name, value in tree.items() if name != "quantization_config"}  # ours are not quantised
+
+    def _rewritten(self, config: ModelConfig, base: Tree) -> Tree:
+        known, ours = self.defaults, Ours(config)
         try:
             fresh = {name: value for row in self.rows for name, value in row.write(ours).items()}
-            tree |= {name: value for name, value in base.items() if name not in known} | fresh
+            tree = {name: value for name, value in base.items() if name not in known} | fresh
             differing = differences(config, self.read(tree))
         except KeyError as error:
             raise UserError(f"the model is no {self.model_type}: it has no setting {error}") from error
@@ -124,12 +133,11 @@ class Family:
             raise UserError(f"the model is no {self.model_type}: {error}") from error
         if differing:
             raise UserError(f"the model is no {self.model_type}, which has no field for: {'; '.join(differing)}")
-        for row in self.rows if base else ():
+        for row in self.rows if base.keys() & known.keys() else ():
             rest = {name: value for name, value in tree.items() if name not in row.defaults}
             as_before = rest | {name: base[name] for name in row.defaults if name in base}
             if self._says(as_before, config):
                 tree = as_before
-        tree.pop("quantization_config", None)  # what is written is not quantised
         return {name: tree[name] for name in base if name in tree} | tree
 
     def _says(self, theirs: Tree, config: ModelConfig) -> bool:

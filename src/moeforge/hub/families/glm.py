@@ -5,7 +5,7 @@ from moeforge.hub.families.experts import groups, shared
 from moeforge.hub.families.family import Family
 from moeforge.hub.families.layers import dense_first
 from moeforge.hub.families.names import CORRECTION, DENSE, EXPERTS, LAYER, SHARED
-from moeforge.hub.families.rows import At
+from moeforge.hub.families.rows import At, Only
 from moeforge.hub.layout import Layout
 
 GLM4_MOE = Family(
@@ -25,6 +25,8 @@ GLM4_MOE = Family(
         At("norm_topk_prob", True, "moe.router.weigh.normalize_weights"),
         At("routed_scaling_factor", 1.0, "moe.router.weigh.weight_scale"),
         groups(1, 1),
+        Only("topk_method", ("noaux_tc",)),
+        Only("scoring_func", ("sigmoid",)),
         activation("activation moe.experts.activation moe.shared.activation"),
     ),
     names={

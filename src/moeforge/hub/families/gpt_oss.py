@@ -19,7 +19,7 @@ GPT_OSS = Family(
     model_type="gpt_oss",
     architecture="GptOssForCausalLM",
     rows=(
-        *decoder(eps=1e-5, context=131072, theta=150000.0, rope=ROPE, packed="mxfp4"),
+        *decoder(eps=1e-5, context=131072, theta=150000.0, rope=ROPE),
         *heads(head_dim=64, kv_heads=8),
         biases("attention_bias", True),
         windows(lambda layer, theirs: layer % 2 == 0, {"sliding_window": 128}),

@@ -60,7 +60,7 @@ def from_start_to_end() -> Joint:
 
     def read(theirs: Theirs) -> Tree:
         count = theirs["num_hidden_layers"]
-        last = count - 1 if theirs[end] == -1 else theirs[end]
+        last = count - 1 if theirs[end] in (-1, None) else theirs[end]
         return _settings([has(layer, theirs[start], last, theirs[interval]) for layer in range(count)])
 
     def write(ours: Settings) -> Tree:

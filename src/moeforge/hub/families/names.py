@@ -52,7 +52,8 @@ ATTENTION: Names = {
 FRAME: Names = {
     "embedding.weight": (Layout(("model.embed_tokens.weight",)),),
     **both("weight bias", "norm", "model.norm"),
-    **both("weight bias", "output", "lm_head"),
+    "output.weight": (Layout(("lm_head.weight",)),),
+    "output_bias": (Layout(("lm_head.bias",)),),
     **both("weight bias", "blocks.{layer}.attention_norm", f"{LAYER}input_layernorm"),
     **both("weight bias", "blocks.{layer}.mlp_norm", f"{LAYER}post_attention_layernorm"),
 }

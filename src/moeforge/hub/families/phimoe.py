@@ -35,5 +35,6 @@ PHIMOE = Family(
         "norm": "layer",
         "moe": {"router": {"score": "logits", "select": {"type": "draw", "k": 2}, "weigh": "drawn", "losses": []}},
     },
-    inert=frozenset({"input_jitter_noise"}),
+    former="PhiMoEForCausalLM",
+    inert=frozenset({"input_jitter_noise", "hidden_dropout"}),
 )

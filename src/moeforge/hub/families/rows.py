@@ -37,6 +37,10 @@ class At:
         """The value at every path."""
         value = theirs[self.name]
         if self.also and theirs[self.also] is not None:
+            if value not in (self.default, theirs[self.also]):
+                raise ValueError(
+                    f"{self.name} is {value!r} and {self.also} is {theirs[self.also]!r}: they are the same"
+                )
             value = theirs[self.also]
         if isinstance(value, str | int | float | None) and value in self.words:
             value = self.words[value]

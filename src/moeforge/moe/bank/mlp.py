@@ -58,7 +58,7 @@ class MLPBank(Bank):
 class Clamp(Config):
     """Gate at most ``limit``, up within plus and minus ``limit``: (up + 1) * gate * sigmoid(alpha * gate).
 
-    As the experts of gpt-oss have it (arXiv:2508.10925, section 2.2).
+    As the experts of gpt-oss have it (arXiv:2508.10925).
     """
 
     limit: float = Field(7.0, gt=0)
