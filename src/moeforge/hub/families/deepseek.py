@@ -97,7 +97,7 @@ DEEPSEEK = Family(
     ),
     names={**FRAME, **LLAMA_ATTENTION, **mlp("blocks.{layer}.mlp", f"{LAYER}mlp"), **EXPERTS, **SHARED},
     settings={"moe": {"router": {"losses": []}}},
-    inert=INERT,
+    inert=frozenset({"aux_loss_alpha", "seq_aux"}),
     in_transformers=False,
 )
 """DeepSeekMoE (arXiv:2401.06066)."""
