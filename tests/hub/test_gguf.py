@@ -102,6 +102,12 @@ LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
 REFUSED = {
     "clipped": ("olmoe", {"clip_qkv": 8.0}, "llama.cpp's olmoe cannot have clip_qkv = 8.0"),
     "normalised": ("olmoe", {"norm_topk_prob": True}, "llama.cpp's olmoe cannot have norm_topk_prob = True"),
+    "tied": ("olmoe", {"tie_word_embeddings": True}, "llama.cpp's olmoe cannot have tie_word_embeddings = True"),
+    "mixed": (
+        "qwen3_moe",
+        {"norm_topk_prob": True, "mlp_only_layers": [0]},
+        "cannot have layers without experts beside",
+    ),
     "windows": ("mixtral", {"sliding_window": 8}, "llama.cpp's llama cannot have window = 8"),
     "not normalised": (
         "qwen3_moe",

@@ -23,7 +23,7 @@ from moeforge.hub.gguf_tokenizer import add_tokenizer
 from moeforge.hub.pretrained import Pretrained
 from moeforge.hub.rotary import paired
 from moeforge.hub.whole import write_file
-from moeforge.models import Decoder, ModelConfig
+from moeforge.models import Decoder, LayerConfig, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,9 @@ PLAIN = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 ARCHITECTURES = {
     "llama": Architecture("llama", pairs=True, fixed=PLAIN),
     "mixtral": Architecture("llama", pairs=True, fixed=PLAIN),
-    "olmoe": Architecture("olmoe", fixed=PLAIN | {"norm_topk_prob": False, "clip_qkv": None}),
+    "olmoe": Architecture(
+        "olmoe", fixed=PLAIN | {"norm_topk_prob": False, "clip_qkv": None, "tie_word_embeddings": False}
+    ),
     "qwen3": Architecture("qwen3", fixed=PLAIN),
     "qwen3_moe": Architecture("qwen3moe", fixed=PLAIN | {"norm_topk_prob": True}),
 }
@@ -116,7 +118,7 @@ def save(model: Decoder, tokenizer: Tokenizer, path: Path, verify: bool = False)
 
 def _architecture(model: Decoder) -> Architecture:
     """The one that computes what ``model`` does. Raises UserError with what stands against each."""
-    objections = {}
+    objections, layers = {}, model.config.all_layers
     for kind, architecture in ARCHITECTURES.items():
         family = FAMILIES[kind]
         try:
@@ -127,12 +129,17 @@ def _architecture(model: Decoder) -> Architecture:
         fixed = architecture.fixed.items()
         differing = [f"{name} = {theirs[name]!r}" for name, value in fixed if theirs.get(name, value) != value]
         differing += [f"rope = {model.config.rope.type}"] if model.config.rope else []
-        differing += [f"window = {window}" for window in {layer.window for layer in model.config.all_layers} if window]
+        differing += [f"window = {window}" for window in {layer.window for layer in layers} if window]
+        differing += ["layers without experts beside those with some"] if len({*map(_sparse, layers)}) > 1 else []
         if not differing:
             return architecture
         objections[kind] = f"llama.cpp's {architecture.name} cannot have {', '.join(differing)}"
     shortest = min(objections.values(), key=len)
     raise UserError(f"no GGUF for this model: what can be written is {', '.join(ARCHITECTURES)}. {shortest}")
+
+
+def _sparse(layer: LayerConfig) -> bool:
+    return layer.moe is not None
 
 
 def _chat_template(model: Decoder) -> str | None:
