@@ -101,8 +101,13 @@ def test_a_tokenizer_of_another_size_is_refused(folder):
         load(folder)
 
 
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Every file below the folder."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_a_failed_write_leaves_the_old_folder_and_no_rubbish(folder):
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    before = contents(folder)
 
     def fill(fresh: Path) -> None:
         (fresh / "config.json").write_text("half", encoding="utf-8")
@@ -110,5 +115,5 @@ def test_a_failed_write_leaves_the_old_folder_and_no_rubbish(folder):
 
     with pytest.raises(UserError, match=r"No space left.*untouched"):
         write_whole(folder, fill)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert contents(folder) == before
     assert [path.name for path in folder.parent.iterdir()] == ["model"]

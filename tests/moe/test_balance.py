@@ -15,6 +15,7 @@ from moeforge.moe.balance import (
     ClusterLoss,
     ConflictLoss,
     Controller,
+    CoreLoss,
     EmbeddingLoss,
     EntropyLoss,
     ExpertBias,
@@ -118,7 +119,7 @@ def test_the_micro_batch_scope_counts_each_micro_batch_by_itself() -> None:
 
 def test_every_kind_is_tested_here() -> None:
     here = {LoadBalancingLoss, ZLoss, ImportanceLoss, EntropyLoss, SparsityLoss, GateLoss}
-    elsewhere = {LoadLoss, ClusterLoss, LocalityLoss, EmbeddingLoss, BudgetLoss, ConflictLoss}
+    elsewhere = {LoadLoss, ClusterLoss, LocalityLoss, EmbeddingLoss, BudgetLoss, ConflictLoss, CoreLoss}
     assert set(members(BalanceLoss)) == here | elsewhere
     assert set(members(Controller)) == {ExpertBias, Sparsity, Overflow}
 

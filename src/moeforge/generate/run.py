@@ -8,10 +8,10 @@ import torch
 
 from moeforge.data.tokenizers import Tokenizer
 from moeforge.errors import UserError
-from moeforge.generate.domain import known
 from moeforge.generate.sample import Sampling, next_token
-from moeforge.generate.trace import choices
+from moeforge.generate.trace import choices, refuse_blocks
 from moeforge.models import Cache, Decoder
+from moeforge.models.domain import known
 
 Stop = Literal["end of document", "max_tokens", "context full"]
 
@@ -39,7 +39,8 @@ class Writer:
     def __init__(
         self, model: Decoder, tokenizer: Tokenizer, unsafe_batch_dependent: bool = False, domain: str | None = None
     ) -> None:
-        leaking = [name for name, router in model.routers.items() if not router.config.decodes]
+        refuse_blocks(model)
+        leaking = model.cannot_write
         if leaking and not unsafe_batch_dependent:
             raise UserError(
                 f"in {', '.join(leaking)} a token's experts depend on other tokens than itself, "

@@ -11,12 +11,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from moeforge import __version__
-from moeforge.config import Tree, build
+from moeforge.config import Tree
 from moeforge.data.tokenizers import Tokenizer
 from moeforge.errors import UserError
 from moeforge.hub.layout import plan
 from moeforge.hub.pretrained import Pretrained, check, family_of, fill, open_family
+from moeforge.hub.remote import carry
 from moeforge.hub.shards import Shards
+from moeforge.hub.versions import model_config
 from moeforge.hub.whole import write_text as write_text
 from moeforge.hub.whole import write_whole as write_whole
 from moeforge.models import Decoder, ModelConfig
@@ -40,6 +42,7 @@ def save(model: Decoder, tokenizer: Tokenizer, folder: Path) -> None:
             "dtype": str(model.embedding.weight.dtype).removeprefix("torch."),
             "eos_token_id": tokenizer.eos_id,
             "model": json.loads(model.config.model_dump_json()),
+            **carry(model.config, fresh),
         }
         (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         tokenizer.save(fresh)
@@ -100,7 +103,7 @@ def understand(tree: Tree, folder: Path) -> tuple[ModelConfig, int]:
     if not isinstance(dtype, torch.dtype):
         raise UserError(f"{path}: dtype {name!r} is none that torch knows")
     if tree["model_type"] == MODEL_TYPE:
-        return build(ModelConfig, tree.get("model", {}), source=str(path)), dtype.itemsize
+        return model_config(tree, source=str(path)), dtype.itemsize
     return family_of(tree, folder).read(tree, str(path)), dtype.itemsize
 
 

@@ -49,6 +49,11 @@ class LayerConfig(Config):
     window: int | None = Field(None, ge=1)
     """How many tokens a token sees, itself included; null: all before it."""
 
+    @property
+    def mixes_tokens(self) -> bool:
+        """Whether its experts mix tokens, those after a token among them."""
+        return self.moe is not None and self.moe.token_block is not None
+
     @model_validator(mode="after")
     def _shortcut_leads_past_something(self) -> Self:
         if self.moe and self.moe.shortcut and not self.attends:
@@ -152,7 +157,7 @@ class ModelConfig(LayerConfig):
             raise ValueError("domains has names, but no gate looks domains up")
         if self.momentum and not any(layer.moe for layer in self.all_layers):
             raise ValueError("momentum acts on what experts add, and no layer has experts")
-        if not any(layer.attends for layer in self.all_layers):
+        if not any(layer.attends or layer.mixes_tokens for layer in self.all_layers):
             raise ValueError("attends is false in every layer: no token would see another")
         self._check_attention()
         self._check_gates()
@@ -191,7 +196,7 @@ class ModelConfig(LayerConfig):
 
     def _check_lookup(self, index: int, router: RouterConfig) -> None:
         gate = router.gate
-        if gate.type != "lookup":
+        if gate.type != "lookup" or gate.by == "width":
             return
         if gate.by not in ("token", "domain"):
             raise ValueError(f"layer {index}: gate: lookup by {gate.by}: a decoder knows token and domain ids")
@@ -219,7 +224,8 @@ class ModelConfig(LayerConfig):
     @property
     def rotary_width(self) -> int:
         """How much of a query and a key rotates."""
-        return next(layer.attention.rotary_width(self) for layer in self.all_layers if layer.attends)
+        widths = (layer.attention.rotary_width(self) for layer in self.all_layers if layer.attends)
+        return next(widths, self.size_of_head)
 
     @property
     def all_layers(self) -> list[LayerConfig]:

@@ -102,7 +102,7 @@ def _work(module: MoE | Attention | LatentAttention) -> float:
         return _matrices(module) - _idle(module)
     each_row = sum(_matrices(part) for part in (module.router, module.shared) if part is not None)
     once = sum(weight.numel() for weight in (module.split_proj, module.merge_proj) if weight is not None)
-    return _used(module) + module.config.heads * each_row + once
+    return _used(module) + module.d_model / module.row_width * each_row + once
 
 
 def _idle(module: MoE | Attention | LatentAttention) -> float:
@@ -130,7 +130,7 @@ def _used(moe: MoE) -> float:
     chosen = config.router.select.mean_experts(config.num_experts) * sum(costs) / config.num_experts
     gate = config.router.gate
     asked = gate.expert_work(config.experts, moe.row_width) if hasattr(gate, "expert_work") else 0
-    return config.heads * (chosen + fixed + asked)
+    return moe.d_model / moe.row_width * (chosen + fixed + asked)
 
 
 def _matrices(module: nn.Module) -> int:

@@ -136,6 +136,12 @@ class Decoder(nn.Module):
         return named({depth: moe.router for depth, moe in self.moe_layers.items()}, heads)
 
     @property
+    def cannot_write(self) -> list[str]:
+        """Names of the routers by which a token's output depends on more than it and what a cache keeps."""
+        blocks = named({depth: moe for depth, moe in self.moe_layers.items() if not moe.config.decodes}, {})
+        return [name for name, router in self.routers.items() if name in blocks or not router.config.decodes]
+
+    @property
     def attentions(self) -> dict[int, Attention | LatentAttention]:
         """By depth, of the layers that attend."""
         return {depth: block.attention for depth, block in enumerate(self.stack) if block.attention is not None}  # type: ignore[misc]

@@ -53,7 +53,8 @@ class RoutedHeads(Config):
 
     With shared keys, an expert has one query head for each of the ``num_kv_heads`` key heads, and keys and values are
     computed once for all experts (Mixture of Attention Heads, arXiv:2210.05144, section 3, has one of them).
-    With keys of its own, an expert is one whole head of multi-head attention.
+    With keys of its own, an expert is ``num_kv_heads`` / ``num_experts`` whole heads of multi-head attention: one head
+    each, or attentions side by side.
     """
 
     type: Literal["routed"] = "routed"
@@ -65,7 +66,11 @@ class RoutedHeads(Config):
     num_experts: int = Field(8, ge=1)
     """How many; ``num_heads`` then only says how wide a head is, where ``head_dim`` does not."""
     keys: Literal["shared", "own"] = "shared"
-    """Whether experts see the same keys and values, or expert i those of key head i. Own ones are computed for all."""
+    """Whether experts see the same keys and values, or expert i those of the i-th part of the key heads. Own ones are
+    computed for all."""
+    frozen_experts: int = Field(0, ge=0)
+    """The first so many stay as they start (``prior`` in the names of their weights), with ``keys: own``: a trained
+    attention that others are mixed with (arXiv:2404.11565)."""
     router: RouterConfig = RouterConfig()
     """Who goes where."""
 
@@ -83,12 +88,16 @@ class RoutedHeads(Config):
             raise ValueError("attention: routed with keys: own computes every head: product_keys is for many experts")
         if hasattr(self.router.gate, "state_width") and self.router.gate.state_width(self.num_experts):
             raise ValueError(f"attention: routed hands on no state, and gate: {self.router.gate.type} needs one")
+        if self.frozen_experts and self.keys == "shared":
+            raise ValueError("frozen_experts are to stay as they are, and with keys: shared others change their keys")
+        if self.frozen_experts >= self.num_experts:
+            raise ValueError(f"frozen_experts = {self.frozen_experts} of num_experts = {self.num_experts}: none learns")
         self.router.check(self.num_experts, [1] * self.num_experts)
         return self
 
     def per_expert(self, config: "ModelConfig") -> int:
         """Query heads of one expert."""
-        return 1 if self.keys == "own" else config.num_key_heads
+        return config.num_key_heads // (self.num_experts if self.keys == "own" else 1)
 
     def per_token(self, config: "ModelConfig") -> float:
         """Query heads that a token is computed with."""
@@ -112,9 +121,11 @@ class RoutedHeads(Config):
         _check_sizes(config)
         if config.qk_norm == "whole":
             raise ValueError("qk_norm: whole is over all heads, and attention: routed gives a token some of them")
-        if self.keys == "own" and config.num_key_heads != self.num_experts:
+        if self.frozen_experts and config.qk_norm:
+            raise ValueError("frozen_experts would share the learned norm of qk_norm with others: set it to false")
+        if self.keys == "own" and config.num_key_heads % self.num_experts:
             raise ValueError(
-                f"attention: routed with keys: own needs a key head for each expert: num_kv_heads is "
+                f"attention: routed with keys: own needs as many key heads for each expert: num_kv_heads is "
                 f"{config.num_key_heads}, num_experts {self.num_experts}"
             )
 

@@ -25,13 +25,15 @@ class Attention(nn.Module):
         qkv_bias, o_bias = self.heads.qkv_bias, self.heads.o_bias
         if isinstance(self.heads, RoutedHeads):
             experts, width = self.heads.num_experts, self.heads.per_expert(config) * self.head_dim
-            self.router = Router(self.heads.router, d_model, experts)
+            self.router, frozen = Router(self.heads.router, d_model, experts), self.heads.frozen_experts
         else:
-            self.router, experts, width = None, 0, config.num_heads * self.head_dim
-        self.q_proj = PerExpert(experts, d_model, width) if routed else nn.Linear(d_model, width, bias=qkv_bias)
-        self.k_proj = nn.Linear(d_model, keys, bias=qkv_bias)
-        self.v_proj = nn.Linear(d_model, keys, bias=qkv_bias)
-        self.o_proj = PerExpert(experts, width, d_model) if routed else nn.Linear(width, d_model, bias=o_bias)
+            self.router, experts, width, frozen = None, 0, config.num_heads * self.head_dim, 0
+        self.q_proj = PerExpert(experts, d_model, width, frozen) if routed else nn.Linear(d_model, width, bias=qkv_bias)
+        self.k_proj, self.v_proj = (
+            PerExpert(experts, d_model, width, frozen) if frozen else nn.Linear(d_model, keys, bias=qkv_bias)
+            for _ in range(2)
+        )
+        self.o_proj = PerExpert(experts, width, d_model, frozen) if routed else nn.Linear(width, d_model, bias=o_bias)
         sizes = (width, keys) if self.qk_norm == "whole" else (self.head_dim, self.head_dim)
         self.q_norm, self.k_norm = (
             nn.RMSNorm(size, eps=config.norm_eps) if self.qk_norm else nn.Identity() for size in sizes
@@ -50,25 +52,34 @@ class Attention(nn.Module):
         return self._output(mixed.transpose(1, 2).flatten(2), x, route)
 
     def _queries(self, x: Tensor, route: Route | None) -> Tensor:
-        """[B, L, heads * head_dim]; heads that share a key head stand side by side."""
+        """[B, L, heads * head_dim]; heads that share a key head stand side by side; own keys have their order."""
         if route is None:
             return self.q_proj(x)
         rows_NQ = self.q_proj(route.gather(x.flatten(0, 1)), route.ends)
         place_N, width = self._places(route)
         spread = rows_NQ.new_zeros(route.num_tokens * width, rows_NQ.shape[1]).index_copy(0, place_N, rows_NQ)
-        return spread.view(*x.shape[:2], width, -1, self.head_dim).transpose(2, 3).flatten(2)
+        by_place = spread.view(*x.shape[:2], width, -1, self.head_dim)
+        return (by_place if self._own_keys else by_place.transpose(2, 3)).flatten(2)
 
     def _output(self, mixed: Tensor, x: Tensor, route: Route | None) -> Tensor:
         """[B, L, heads * head_dim] -> [B, L, D]."""
         if route is None:
             return self.o_proj(mixed)
         place_N, width = self._places(route)
-        by_place = mixed.unflatten(2, (-1, width, self.head_dim)).transpose(2, 3).flatten(3).flatten(0, 2)
-        return route.combine(self.o_proj(by_place[place_N], route.ends), x.flatten(0, 1)).view_as(x)
+        if self._own_keys:
+            by_place = mixed.unflatten(2, (width, -1))
+        else:
+            by_place = mixed.unflatten(2, (-1, width, self.head_dim)).transpose(2, 3).flatten(3)
+        rows_NV = self.o_proj(by_place.flatten(0, 2)[place_N], route.ends)
+        return route.combine(rows_NV, x.flatten(0, 1)).view_as(x)
+
+    @property
+    def _own_keys(self) -> bool:
+        return isinstance(self.heads, RoutedHeads) and self.heads.keys == "own"
 
     def _places(self, route: Route) -> tuple[Tensor, int]:
         """(place [N], W): where among T * W an edge's query stands. With own keys that is its expert's place."""
-        if isinstance(self.heads, RoutedHeads) and self.heads.keys == "own":
+        if self._own_keys:
             return route.token * route.num_experts + route.expert, route.num_experts
         return places(route)
 

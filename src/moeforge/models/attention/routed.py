@@ -8,15 +8,23 @@ from moeforge.moe.bank import by_expert, matrix
 
 
 class PerExpert(nn.Module):
-    """A matrix for each expert, over rows that are sorted by expert."""
+    """A matrix for each expert, those of the first ones frozen."""
 
-    def __init__(self, num_experts: int, d_in: int, d_out: int) -> None:
+    def __init__(self, num_experts: int, d_in: int, d_out: int, frozen: int = 0) -> None:
         super().__init__()
-        self.weight = matrix(num_experts, d_out, d_in)
+        self.prior = matrix(frozen, d_out, d_in).requires_grad_(False) if frozen else None
+        self.weight = matrix(num_experts - frozen, d_out, d_in)
 
-    def forward(self, rows_ND: Tensor, ends_E: Tensor) -> Tensor:
-        """[N, d_in] -> [N, d_out]."""
-        return by_expert(rows_ND, ends_E, self.weight)
+    @property
+    def stack(self) -> Tensor:
+        """[E, d_out, d_in]."""
+        return self.weight if self.prior is None else torch.cat([self.prior, self.weight])
+
+    def forward(self, rows_ND: Tensor, ends_E: Tensor | None = None) -> Tensor:
+        """[N, d_in] rows sorted by expert -> [N, d_out]; without ``ends``, any rows -> [..., E * d_out] of all."""
+        if ends_E is None:
+            return nn.functional.linear(rows_ND, self.stack.flatten(0, 1))
+        return by_expert(rows_ND, ends_E, self.stack)
 
 
 def places(route: Route) -> tuple[Tensor, int]:

@@ -39,10 +39,18 @@ class MLPBank(Bank):
     def forward(self, x_TD: Tensor, route: Route | SoftRoute | MergedRoute) -> Tensor:
         """[T, D] -> [T, D]; a Route runs in one call without gathered copies, merged experts are a new stack."""
         if isinstance(route, MergedRoute):
-            return self._run(x_TD, route.to_groups, route.merge)
+            return self._run(x_TD, route.to_groups, lambda stacked: route.merge(self._cut(stacked, route.width)))
         if isinstance(route, SoftRoute):
             return super().forward(x_TD, route)
         return route.add_carry(self._run(x_TD, route), x_TD)
+
+    def _cut(self, stacked: Tensor, width: int | None) -> Tensor:
+        """The first hidden units of ``gate_up_proj`` or ``down_proj``."""
+        if width is None:
+            return stacked
+        if stacked is self.down_proj:
+            return stacked[:, :, :width]
+        return stacked.unflatten(1, (-1, self.config.d_expert))[:, :, :width].flatten(1, 2)
 
     def _run(self, x_TD: Tensor, route: Route, merge: Callable[[Tensor], Tensor] = lambda stacked: stacked) -> Tensor:
         up, down = merge(self.gate_up_proj), merge(self.down_proj)
