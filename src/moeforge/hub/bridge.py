@@ -1,6 +1,7 @@
 """``bridge``: a model of transformers on our engines, or the reason why not. The one file that imports transformers."""
 
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -72,3 +73,17 @@ def names_on_disk(model: Any, name: str) -> tuple[str, ...]:
         return tuple(revert_weight_conversion(model, {name: model.get_parameter(name).to("meta")}))
     except ValueError:  # some tensors hold the experts of two stacks, and only both together give them back
         return ()
+
+
+def open_theirs(folder: Path) -> Any:
+    """The model of transformers in a folder, in float32 and evaluation mode.
+
+    Raises UserError where it has weights that the folder lacks, or leaves some of the folder's.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model, loading = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    amiss = {what: sorted(map(str, names)) for what, names in loading.items() if names}
+    if amiss:
+        raise UserError(f"{type(model).__name__} does not take {folder} as it is: {amiss}")
+    return model.eval()

@@ -71,6 +71,8 @@ class Family:
     """Ours that hold for the whole family, whatever its config.json says."""
     inert: frozenset[str] = frozenset()
     """Fields of this family alone that no logit depends on."""
+    in_transformers: bool = True
+    """Whether transformers has the class; otherwise it lies in the published folder."""
     former: str | None = None
     """What the class was called in older configs."""
     unused: str = r"(?!)"
@@ -128,7 +130,9 @@ class Family:
             fresh = {name: value for row in self.rows for name, value in row.write(ours).items()}
             tree = {name: value for name, value in base.items() if name not in known} | fresh
             differing = differences(config, self.read(tree))
-        except (ValueError, UserError) as error:
+        except KeyError as error:
+            raise UserError(f"the model is no {self.model_type}: it has no setting {error}") from error
+        except (ValueError, TypeError, UserError) as error:
             raise UserError(f"the model is no {self.model_type}: {error}") from error
         if differing:
             raise UserError(f"the model is no {self.model_type}, which has no field for: {'; '.join(differing)}")
