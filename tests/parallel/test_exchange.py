@@ -79,7 +79,7 @@ def test_experts_elsewhere_are_as_experts_here(processes, size, name, case, dtyp
 
 
 def bytes_sent(case: str, size: int, num_experts: int, dtype: torch.dtype) -> list[int]:
-    """By the formula of docs/parallel.md, of each rank: counts, then rows and weights out, back, and both in reverse."""
+    """By the formula of docs/parallel.md, of each rank: counts, rows and weights out, rows back, and all in reverse."""
     away = torch.zeros(size, size, dtype=torch.int64)
     for rank in range(size):
         _, weights_TE, route = inputs(case, rank, num_experts, dtype)

@@ -16,7 +16,7 @@ from moeforge.errors import UserError
 from moeforge.kernels import sum_by_token
 from moeforge.moe.bank import Bank
 from moeforge.moe.route import Route
-from moeforge.parallel.wire import Transfer, Wire
+from moeforge.parallel.wire import Wire, transfer
 
 Run = Callable[[Tensor, Route], Tensor]
 
@@ -38,10 +38,10 @@ def exchanged(run: Run, group: ProcessGroup, wire: Wire, x_TD: Tensor, route: ob
     to, come = torch.stack([send_RE.sum(1), come_RE.sum(1)]).tolist()
     local_RE = torch.arange(send_RE.shape[1], device=x_TD.device).expand_as(send_RE)
     expert_M1 = local_RE.flatten().repeat_interleave(come_RE.flatten())[:, None]
-    rows_MD = Transfer.apply(route.gather(_as_computed(x_TD)), to, come, group, wire)
-    weight_M = Transfer.apply(route.weight, to, come, group, wire)
+    rows_MD = transfer(route.gather(_as_computed(x_TD)), to, come, group, wire)
+    weight_M = transfer(route.weight, to, come, group, wire)
     weighted_MD = run(rows_MD, Route.from_top_k(expert_M1, weight_M[:, None], send_RE.shape[1]))
-    y_TD = sum_by_token(Transfer.apply(weighted_MD, come, to, group, wire), route)
+    y_TD = sum_by_token(transfer(weighted_MD, come, to, group, wire), route)
     return route.add_carry(y_TD.to(weighted_MD.dtype), x_TD)
 
 

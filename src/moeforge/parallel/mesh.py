@@ -16,7 +16,7 @@ from moeforge.errors import UserError
 
 @dataclass(frozen=True)
 class Mesh:
-    """One process' view of the grid. ``size = expert_size * data_size``; rank = data index * expert_size + expert index.
+    """One process' view of the grid: ``size`` is ``expert_size`` times the data axis.
 
     As a ``DeviceMesh`` the expert axis comes first: a tensor cut along both is cut by experts, then by data.
     """

@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+KINDS = ("all_to_all", "all_reduce", "all_gather", "reduce_scatter")
+
 
 @dataclass
 class Wire:
@@ -44,9 +46,7 @@ class Wire:
         self.sent["reduce_scatter"] += (group.size() - 1) * shard.numel() * shard.element_size()
 
 
-class Transfer(torch.autograd.Function):
-    """``Wire.all_to_all``; gradients take the way back."""
-
+class _Transfer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, to: list[int], come: list[int], group: ProcessGroup, wire: Wire) -> Tensor:
         ctx.way_back = come, to, group, wire
@@ -57,3 +57,8 @@ class Transfer(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         to, come, group, wire = ctx.way_back
         return wire.all_to_all(grad_outputs[0], to, come, group), None, None, None, None
+
+
+def transfer(rows: Tensor, to: list[int], come: list[int], group: ProcessGroup, wire: Wire) -> Tensor:
+    """``Wire.all_to_all``; gradients take the way back."""
+    return _Transfer.apply(rows, to, come, group, wire)
