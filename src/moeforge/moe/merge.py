@@ -19,6 +19,8 @@ class MergedRoute:
     """[G, E] float32: how much of each expert's parameters a group's expert has. The differentiable field."""
     group: Tensor
     """[T] int64."""
+    width: int | None = None
+    """Hidden units of the merged experts that run, the first ones; None: all."""
 
     @property
     def num_tokens(self) -> int:

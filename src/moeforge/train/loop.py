@@ -23,21 +23,27 @@ from moeforge.train.checkpoint import Progress, checkpoints, load_checkpoint, sa
 from moeforge.train.config import RunConfig
 from moeforge.train.metrics import Line, Metrics, step_line
 from moeforge.train.optimizer import build_optimizer, learning_rate
+from moeforge.train.phases import check_phases, hold, phase_at
 from moeforge.train.progress import Display
+from moeforge.train.start import start_from
 from moeforge.train.step import accumulate_gradients, apply_gradients
 
 
 class Run:
     """One training run in its folder. Equal config and software give equal weights, also across a resume."""
 
-    def __init__(self, config: RunConfig, out: Path, data: TextData, ranks: Ranks = ALONE) -> None:
+    def __init__(self, config: RunConfig, out: Path, data: TextData, ranks: Ranks = ALONE, fresh: bool = False) -> None:
+        """``fresh``: takes the weights of ``config.start_from``, where there is one."""
         torch.manual_seed(config.seed)
         self.out, self.data, self.ranks = out, data, ranks
         self.device = choose_device(config.device)
         self.dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
         self.config = _with_data(config, data)
         self.model = Decoder(self.config.model).to(self.device)
+        check_phases(config.phases, self.model)
         self.model.recompute_activations = config.recompute_activations
+        if fresh and config.start_from:
+            start_from(Path(config.start_from), self.model, data.tokenizer)
         ranks.place(self.model)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.loader = Loader(data.train, config.batch_size, config.seq_len, config.seed)
@@ -62,6 +68,7 @@ class Run:
             group["lr"] = lr
         batches = [next(self.loader).to(self.device) for _ in range(config.accumulate)]
         result = accumulate_gradients(self.model, batches, self.dtype, done, ranks)
+        hold(self.model, phase_at(config.phases, done))
         apply_gradients(self.model, self.optimizer, result, config.optimizer.clip, done, ranks)
         seconds = time.perf_counter() - start
         self.progress.step += 1
@@ -111,10 +118,12 @@ def train(
     keep_freed_memory()
     with Display(config.name, config.steps, 0, quiet or not ranks.first) as display:
         display.say(f"reading {config.data.type} ...")
-        run = Run(config, out, data or _prepared(config, ranks), ranks)
+        run = Run(config, out, data or _prepared(config, ranks), ranks, fresh=not resume)
         if resume:
             run.resume()
             display.say(f"resumed at step {run.progress.step}")
+        elif config.start_from:
+            display.say(f"starting with the weights of {config.start_from}")
         _announce(run, display)
         if ranks.first:
             write_text(out / "config.yaml", to_yaml(run.config))

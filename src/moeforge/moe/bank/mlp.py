@@ -1,21 +1,25 @@
 """Banks of MLPs: with matrices of their own, with shared factors, or slices of one."""
 
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Callable
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from moeforge.config import Activation, Config
-from moeforge.kernels import expert_mlp
+from moeforge.kernels import expert_mlp, sum_by_token
 from moeforge.kernels.activation import activate, is_gated
-from moeforge.moe.bank.base import Bank, matrix
+from moeforge.moe.bank.base import Bank, by_expert, matrix
 from moeforge.moe.merge import MergedRoute
 from moeforge.moe.route import Route, SoftRoute, expert_of
 
 
 class MLPBank(Bank):
-    """Gated or plain MLPs. Laid out as in transformers 5: gate_up_proj [E, 2H, D] (gate first), down_proj [E, D, H]."""
+    """Gated or plain MLPs. Laid out as in transformers 5: gate_up_proj [E, 2H, D] (gate first), down_proj [E, D, H].
+
+    The kernels know matrices and plain activations; with biases or a clamp the same runs expert by expert in autograd.
+    """
 
     def __init__(self, config: "MLPExperts", d_model: int) -> None:
         super().__init__()
@@ -23,6 +27,8 @@ class MLPBank(Bank):
         width = config.d_expert * (1 + is_gated(config.activation))
         self.gate_up_proj = matrix(config.num_experts, width, d_model)
         self.down_proj = matrix(config.num_experts, d_model, config.d_expert)
+        self.gate_up_bias = nn.Parameter(torch.zeros(config.num_experts, width)) if config.bias else None
+        self.down_bias = nn.Parameter(torch.zeros(config.num_experts, d_model)) if config.bias else None
 
     def rows(self, rows_ND: Tensor, ends_E: Tensor) -> Tensor:
         """[N, D] -> [N, D], every row an edge of weight one to itself."""
@@ -33,14 +39,46 @@ class MLPBank(Bank):
     def forward(self, x_TD: Tensor, route: Route | SoftRoute | MergedRoute) -> Tensor:
         """[T, D] -> [T, D]; a Route runs in one call without gathered copies, merged experts are a new stack."""
         if isinstance(route, MergedRoute):
-            up, down = route.merge(self.gate_up_proj), route.merge(self.down_proj)
-            return expert_mlp(x_TD, route.to_groups, up, down, self.config.activation, self.config.engine)
+            return self._run(x_TD, route.to_groups, lambda stacked: route.merge(self._cut(stacked, route.width)))
         if isinstance(route, SoftRoute):
             return super().forward(x_TD, route)
         return route.add_carry(self._run(x_TD, route), x_TD)
 
-    def _run(self, x_TD: Tensor, route: Route) -> Tensor:
-        return expert_mlp(x_TD, route, self.gate_up_proj, self.down_proj, self.config.activation, self.config.engine)
+    def _cut(self, stacked: Tensor, width: int | None) -> Tensor:
+        """The first hidden units of ``gate_up_proj`` or ``down_proj``."""
+        if width is None:
+            return stacked
+        if stacked is self.down_proj:
+            return stacked[:, :, :width]
+        return stacked.unflatten(1, (-1, self.config.d_expert))[:, :, :width].flatten(1, 2)
+
+    def _run(self, x_TD: Tensor, route: Route, merge: Callable[[Tensor], Tensor] = lambda stacked: stacked) -> Tensor:
+        up, down = merge(self.gate_up_proj), merge(self.down_proj)
+        if not (self.config.bias or self.config.clamp):
+            return expert_mlp(x_TD, route, up, down, self.config.activation, self.config.engine)
+        up_bias, down_bias = (bias if bias is None else merge(bias) for bias in (self.gate_up_bias, self.down_bias))
+        z_NH = by_expert(route.gather(x_TD), route.ends, up, up_bias)
+        hidden_NH = self.config.clamp(z_NH) if self.config.clamp else activate(z_NH, self.config.activation)
+        rows_ND = by_expert(hidden_NH, route.ends, down, down_bias)
+        return sum_by_token(rows_ND * route.weight[:, None], route).to(x_TD.dtype)
+
+
+class Clamp(Config):
+    """Gate at most ``limit``, up within plus and minus ``limit``: (up + 1) * gate * sigmoid(alpha * gate).
+
+    As the experts of gpt-oss have it (arXiv:2508.10925).
+    """
+
+    limit: float = Field(7.0, gt=0)
+    """Of the pre-activations."""
+    alpha: float = 1.702
+    """Steepness of the sigmoid."""
+
+    def __call__(self, z_NH: Tensor) -> Tensor:
+        """[N, 2H] pre-activation, gate first -> [N, H]."""
+        gate_NH, up_NH = z_NH.chunk(2, dim=-1)
+        gate_NH, up_NH = gate_NH.clamp(max=self.limit), up_NH.clamp(-self.limit, self.limit)
+        return (up_NH + 1) * (gate_NH * torch.sigmoid(self.alpha * gate_NH))
 
 
 class MLPExperts(Config):
@@ -54,8 +92,20 @@ class MLPExperts(Config):
     """Width of each."""
     activation: Activation = "swiglu"
     """Names ending in ``glu`` are gated."""
+    bias: bool = False
+    """Whether both projections of every expert have one."""
+    clamp: Clamp | None = None
+    """In place of ``activation: swiglu``, one that limits what it reads; null: none."""
     engine: Literal["auto", "reference", "streaming", "grouped"] = "auto"
     """Which kernel computes them; ``moeforge doctor`` says what auto picks."""
+
+    @model_validator(mode="after")
+    def _engines_can(self) -> Self:
+        if self.clamp and self.activation != "swiglu":
+            raise ValueError(f"clamp limits the gate of activation: swiglu, not {self.activation}")
+        if (self.bias or self.clamp) and self.engine != "auto":
+            raise ValueError(f"engine: {self.engine} knows neither bias nor clamp: leave it at auto")
+        return self
 
     def build(self, d_model: int) -> Bank:
         """The module."""
