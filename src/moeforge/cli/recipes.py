@@ -39,7 +39,7 @@ def show_all(
 ) -> None:
     """List recipes with their claims."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from moeforge.recipes import RECIPES, load
 
@@ -50,7 +50,7 @@ def show_all(
     if as_json:
         print(json.dumps([{"name": name, **(note.model_dump() if note else {})} for name, note in notes.items()]))
         return
-    table = Table("name", "title", "arXiv", "claim")
+    table = Table(Column("name", no_wrap=True), "title", "arXiv", "claim")
     for name, note in notes.items():
         table.add_row(name, *((note.title, note.arxiv or "", note.claim) if note else ("", "", "")))
     Console().print(table, highlight=False)
