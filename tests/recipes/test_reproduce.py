@@ -1,6 +1,7 @@
 """Reproducing a claim: both arms trained for real on a little text, numbers read from disk, and the verdict."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -160,3 +161,14 @@ def test_less_work_counts_only_at_the_quality_that_the_claim_names() -> None:
     assert verdict(cheap_but_worse, base, note("experts_per_token", within=0.01)) == "does not show here"
     assert verdict([run(1.003, experts=1.0)], base, note("experts_per_token", within=0.01)) == "shows"
     assert verdict([run(1.0, experts=2.5)], base, note("experts_per_token", within=0.01)) == "does not show here"
+
+
+def test_an_estimate_needs_two_seeds_and_two_that_agree_by_chance_are_not_believed() -> None:
+    def agreeing(share: float) -> Measured:
+        return replace(run(1.0), agreement=share)
+
+    claim = note("agreement")
+    assert verdict([agreeing(0.5)], [agreeing(0.4)], claim) == "does not show here"
+    assert verdict([agreeing(0.5), agreeing(0.6)], [agreeing(0.4), agreeing(0.49)], claim) == "shows"
+    assert verdict([run(1.0), run(1.0)], [run(1.003), run(1.003)], note()) == "does not show here"
+    assert verdict([run(1.0), run(1.0)], [run(1.005), run(1.005)], note()) == "shows"

@@ -23,8 +23,9 @@ is made from `src/moeforge/recipes/*.yaml` and `benchmarks/reproduce/*.json` by 
 `slot: member` live in `src/moeforge/moe/` in the file or folder of their slot (`gate` in `gates/`, `losses` and
 `controller` in `balance/`, `experts` in `bank/`, `mix` in `shared.py`); `moeforge recipes show NAME` has every setting.
 
-The verdict is *shows* when the mean gain over seeds is above twice its standard error; for one seed, above twice the
-deviation that seeds alone made in the demo's runs (0.003 bits per byte). *within* is how far behind still counts, where
+The verdict is *shows* when the mean gain over seeds is above twice its standard error, with at least the deviation that
+seeds alone made in the demo's runs (0.003 bits per byte); a claim about agreement, flips, locality, a gap or the worst
+domain needs two seeds. *within* is how far behind still counts, where
 the claim is to be as good or to cost less at no loss. *not run* is what it says.
 
 """
