@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from moeforge.errors import UserError
-from moeforge.kernels import grouped, streaming
+from moeforge.kernels import grouped, native, streaming
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ ENGINES: dict[str, Engine | None] = {
     "reference": None,  # ordinary autograd: nothing to pair
     "streaming": Engine(streaming.forward, streaming.backward),
     "grouped": Engine(grouped.forward, grouped.backward, grouped.why_not),
+    "native": Engine(native.forward, native.backward, native.why_not),
 }
 
 

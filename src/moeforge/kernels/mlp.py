@@ -39,7 +39,7 @@ def expert_mlp(
     name, _ = choose(x_TD, up_EHD, down_EDH, engine)
     if ENGINES[name] is None:
         return reference(x_TD, edges, up_EHD, down_EDH, activation)
-    if _pads(x_TD):
+    if name != "native" and _pads(x_TD):
         edges = pad_segments(edges)
     where = edges.token, edges.ends, edges.slot, edges.num_tokens, edges.top_k
     inputs = x_TD, edges.weight, up_EHD, down_EDH, *where, activation, name

@@ -1,0 +1,5 @@
+"""Engine ``native``: C++ over the processor's vector units, built on first use (``build.py``)."""
+
+from moeforge.kernels.native.engine import backward as backward
+from moeforge.kernels.native.engine import forward as forward
+from moeforge.kernels.native.engine import why_not as why_not
