@@ -26,8 +26,10 @@ namespace {
 constexpr size_t CACHE = 640 << 10;  // bytes of panels that one task may hold: most of a core's own cache
 
 struct Block {  // up to LANES tokens of one expert
-    int expert, from, count, vectors;
-    size_t lane;  // lanes before this block
+    int expert, from, count, lanes;
+    size_t before;  // lanes of the blocks before it
+
+    int vectors() const { return (lanes + VECTOR - 1) / VECTOR; }
 };
 
 struct Task {
@@ -52,9 +54,9 @@ struct Plan {
         for (int e = 0; e < l.experts; e++) {
             start.push_back(blocks.size());
             for (; from < l.ends[e]; from += blocks.back().count) {
-                int count = std::min(LANES, l.ends[e] - from), vectors = (count + VECTOR - 1) / VECTOR;
-                blocks.push_back({e, from, count, vectors, lanes});
-                lanes += vectors * VECTOR;
+                int count = std::min(LANES, l.ends[e] - from);
+                blocks.push_back({e, from, count, lanes_for(count), lanes});
+                lanes += blocks.back().lanes;
             }
         }
         start.push_back(blocks.size());
@@ -100,18 +102,18 @@ struct Pass {
 
     Pointwise kind() const { return Pointwise(l.pointwise); }
     const Value* matrix(const Value* all, int e) const { return all + size_t(e) * (all == up ? width : H) * D; }
-    float* panel(float* all, const Block& b, int k) const { return all + b.lane * words_of(k, N::pair); }
+    float* panel(float* all, const Block& b, int k) const { return all + b.before * words_of(k, N::pair); }
 
     // Panels of the rows of `source` that the blocks' edges name.
     float* gather(const Task& t, const Value* source) const {
-        size_t per_lane = words_of(D, N::pair), base = plan.blocks[t.block].lane;
+        size_t per_lane = words_of(D, N::pair), base = plan.blocks[t.block].before;
         const Block& last = plan.blocks[t.end - 1];
-        float* panels = scratch<0>((last.lane + last.vectors * VECTOR - base) * per_lane);
+        float* panels = scratch<0>((last.before + last.lanes - base) * per_lane);
         for (int i = t.block; i < t.end; i++) {
             const Block& b = plan.blocks[i];
             const int64_t* token = l.token + b.from;
-            pack_rows<N>([&](int lane) { return source + token[lane] * D; }, b.count, b.vectors, D,
-                         panels + (b.lane - base) * per_lane);
+            pack_rows<N>([&](int lane) { return source + token[lane] * D; }, b.count, b.lanes, D,
+                         panels + (b.before - base) * per_lane);
         }
         return panels;
     }
@@ -134,9 +136,9 @@ struct Pass {
                 int many = std::min(GROUP, t.last - u);
                 for (int i = t.block; i < t.end; i++) {
                     const Block& b = plan.blocks[i];
-                    const float* in = panels + (b.lane - plan.blocks[t.block].lane) * words_of(D, N::pair);
-                    product<N>(rows + size_t(u) * D, D, many, in, b.vectors, D, gate);
-                    if (l.gated) product<N>(rows + size_t(H + u) * D, D, many, in, b.vectors, D, linear);
+                    const float* in = panels + (b.before - plan.blocks[t.block].before) * words_of(D, N::pair);
+                    product<N>(rows + size_t(u) * D, D, many, in, b.lanes, D, gate);
+                    if (l.gated) product<N>(rows + size_t(H + u) * D, D, many, in, b.lanes, D, linear);
                     if (z) keep(z, b, u, many, gate, linear);
                     activate_block(b, u, many, gate, linear, hidden);
                 }
@@ -146,7 +148,7 @@ struct Pass {
 
     void keep(Value* z, const Block& b, int u, int many, const float* gate, const float* linear) const {
         for (int r = 0; r < many; r++)
-            for (int v = 0; v < b.vectors; v++) {
+            for (int v = 0; v < b.vectors(); v++) {
                 __mmask16 mask = first(b.count - v * VECTOR);
                 N::store(kept(z, b, width, u + r, v), mask, _mm512_load_ps(gate + r * LANES + v * VECTOR));
                 if (l.gated)
@@ -166,10 +168,12 @@ struct Pass {
     // Rows u.. of a block's panel of k rows, from their values in float32.
     template <class F>
     void put(const Block& b, int u, int many, int k, float* all, F value) const {
-        float* out = panel(all, b, k) + size_t(u / N::pair) * b.vectors * VECTOR;
-        for (int r = 0; r < many; r += N::pair)
-            for (int v = 0; v < b.vectors; v++, out += VECTOR)
-                _mm512_storeu_si512(out, N::join(value(r, v), N::pair == 2 ? value(r + 1, v) : _mm512_setzero_ps()));
+        float* out = panel(all, b, k) + size_t(u / N::pair) * b.lanes;
+        for (int r = 0; r < many; r += N::pair, out += b.lanes)
+            for (int v = 0; v < b.vectors(); v++) {
+                __m512i words = N::join(value(r, v), N::pair == 2 ? value(r + 1, v) : _mm512_setzero_ps());
+                _mm512_mask_storeu_epi32(out + v * VECTOR, first(b.lanes - v * VECTOR), words);
+            }
     }
 
     // y[t] = sum over t's edges, by ascending expert, of matrix * panel lane, times `weight` where given. Without
@@ -198,7 +202,7 @@ struct Pass {
                     if (turned) turn<N>(row, k, from + d, rows, turned_rows, stride);
                     for (int i = plan.start[e]; i < plan.start[e + 1]; i++) {
                         const Block& b = plan.blocks[i];
-                        product<N>(a, stride, rows, panel(panels, b, k), b.vectors, k, c);
+                        product<N>(a, stride, rows, panel(panels, b, k), b.lanes, k, c);
                         scatter(b, rows, c, weight, sums + d, columns);
                     }
                 }
@@ -210,7 +214,7 @@ struct Pass {
     }
 
     void scatter(const Block& b, int rows, const float* c, const float* weight, float* sums, int stride) const {
-        for (int v = 0; v < b.vectors; v++) {
+        for (int v = 0; v < b.vectors(); v++) {
             __m512i block[16];
             for (int r = 0; r < 16; r++) block[r] = _mm512_load_si512(c + std::min(r, rows - 1) * LANES + v * VECTOR);
             transpose(block);
@@ -242,8 +246,8 @@ struct Pass {
                 turn<N>([&](int d) { return own + size_t(d) * H; }, D, u, many, rows, stride);
                 for (int i = t.block; i < t.end; i++) {
                     const Block& b = plan.blocks[i];
-                    size_t lanes = b.lane - plan.blocks[t.block].lane;
-                    product<N>(rows, stride, many, in + lanes * words_of(D, N::pair), b.vectors, D, da);
+                    size_t lanes = b.before - plan.blocks[t.block].before;
+                    product<N>(rows, stride, many, in + lanes * words_of(D, N::pair), b.lanes, D, da);
                     activate_back(b, u, many, da, z, dweight, dz, wa, panels);
                 }
             }
@@ -253,7 +257,7 @@ struct Pass {
     void activate_back(const Block& b, int u, int many, const float* da, const Value* z, float* dweight, Value* dz,
                        Value* wa, float* panels) const {
         alignas(64) float dgate[GROUP * LANES], dlinear[GROUP * LANES];
-        for (int v = 0; v < b.vectors; v++) {
+        for (int v = 0; v < b.vectors(); v++) {
             __mmask16 mask = first(b.count - v * VECTOR);
             float* weights = dweight + b.from + v * VECTOR;
             __m512 w = _mm512_maskz_loadu_ps(mask, l.weight + b.from + v * VECTOR), dw = _mm512_maskz_loadu_ps(mask, weights);
@@ -312,7 +316,7 @@ struct Pass {
         alignas(64) float c[GROUP * LANES];
         for (int u = 0; u < height; u += GROUP) {
             int group = std::min(GROUP, height - u);
-            product<N>(rows + size_t(u) * tokens, tokens, group, columns, vectors, tokens, c);
+            product<N>(rows + size_t(u) * tokens, tokens, group, columns, vectors * VECTOR, tokens, c);
             for (int v = 0; v < vectors; v++) {
                 int across = std::min(VECTOR, many - v * VECTOR);
                 __m512i block[16];

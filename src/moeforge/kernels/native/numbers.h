@@ -87,6 +87,8 @@ struct Bf16 {
     }
 };
 
+inline int words_of(int k, int pair) { return (k + pair - 1) / pair; }
+
 // C[R][V vectors] = A[R][K] * panel. `a` has a stride of `lda` values, `c` of LANES.
 template <class N, int R, int V>
 inline void tile(const typename N::Value* a, size_t lda, const float* panel, int k, float* c) {
@@ -122,18 +124,6 @@ inline void rows_by(const typename N::Value* a, size_t lda, int rows, const floa
     if (rows & 1) tile<N, 1, V>(a, lda, panel, k, c);
 }
 
-// C[rows][vectors] = A[rows][K] * panel[K / pair][vectors].
-template <class N>
-void product(const typename N::Value* a, size_t lda, int rows, const float* panel, int vectors, int k, float* c) {
-    switch (vectors) {
-        case 1: return rows_by<N, 1>(a, lda, rows, panel, k, c);
-        case 2: return rows_by<N, 2>(a, lda, rows, panel, k, c);
-        default: return rows_by<N, 3>(a, lda, rows, panel, k, c);
-    }
-}
-
-inline int words_of(int k, int pair) { return (k + pair - 1) / pair; }
-
 inline void transpose(__m512i r[16]) {
     __m512i t[16];
     for (int i = 0; i < 16; i += 2) {
@@ -160,10 +150,56 @@ inline void transpose(__m512i r[16]) {
     }
 }
 
+// The same values, bit for bit, where lanes are few and reading A is what takes time: up to GROUP rows are turned over
+// in registers, so that a row is a lane and each token's words are broadcast; the next rows are fetched ahead.
+template <class N, int LANES_USED>
+inline void stream(const typename N::Value* a, size_t lda, int rows, const float* panel, int k, float* c) {
+    __m512 sum[LANES_USED];
+    for (auto& v : sum) v = _mm512_setzero_ps();
+    for (int from = 0; from < k; from += 16 * N::pair) {
+        __m512i block[16];
+        for (int r = 0; r < 16; r++) {
+            const auto* row = a + std::min(r, rows - 1) * lda;
+            block[r] = N::words(row, from, k);
+            _mm_prefetch((const char*)(row + 16 * lda + from), _MM_HINT_T1);
+        }
+        transpose(block);
+        for (int w = 0; w < std::min(16, words_of(k - from, N::pair)); w++, panel += LANES_USED)
+            for (int i = 0; i < LANES_USED; i++)
+                sum[i] = N::step(sum[i], _mm512_castsi512_ps(block[w]), _mm512_set1_ps(panel[i]));
+    }
+    __m512i turned[16];
+    for (int i = 0; i < 16; i++) turned[i] = i < LANES_USED ? _mm512_castps_si512(sum[i]) : _mm512_setzero_si512();
+    transpose(turned);
+    for (int r = 0; r < rows; r++) _mm512_storeu_si512(c + r * LANES, turned[r]);
+}
+
+// Lanes of a panel for so many tokens.
+inline int lanes_for(int count) {
+    for (int few : {1, 2, 4, 8, 12})
+        if (count <= few) return few;
+    return (count + VECTOR - 1) / VECTOR * VECTOR;
+}
+
+// C[rows][lanes] = A[rows][K] * panel[K / pair][lanes], for up to GROUP rows.
+template <class N>
+void product(const typename N::Value* a, size_t lda, int rows, const float* panel, int lanes, int k, float* c) {
+    switch (lanes) {
+        case 1: return stream<N, 1>(a, lda, rows, panel, k, c);
+        case 2: return stream<N, 2>(a, lda, rows, panel, k, c);
+        case 4: return stream<N, 4>(a, lda, rows, panel, k, c);
+        case 8: return stream<N, 8>(a, lda, rows, panel, k, c);
+        case 12: return stream<N, 12>(a, lda, rows, panel, k, c);
+        case VECTOR: return rows_by<N, 1>(a, lda, rows, panel, k, c);
+        case 2 * VECTOR: return rows_by<N, 2>(a, lda, rows, panel, k, c);
+        default: return rows_by<N, 3>(a, lda, rows, panel, k, c);
+    }
+}
+
 // Panel with a lane per row: `row(i)` for i < count; lanes past them are zero.
 template <class N, class Row>
-void pack_rows(Row row, int count, int vectors, int k, float* panel) {
-    for (int v = 0; v < vectors; v++)
+void pack_rows(Row row, int count, int lanes, int k, float* panel) {
+    for (int v = 0; v * VECTOR < lanes; v++)
         for (int w = 0; w < words_of(k, N::pair); w += 16) {
             __m512i block[16];
             for (int i = 0; i < 16; i++) {
@@ -172,7 +208,7 @@ void pack_rows(Row row, int count, int vectors, int k, float* panel) {
             }
             transpose(block);
             for (int i = 0; i < std::min(16, words_of(k, N::pair) - w); i++)
-                _mm512_storeu_si512(panel + ((w + i) * vectors + v) * VECTOR, block[i]);
+                _mm512_mask_storeu_epi32(panel + (w + i) * lanes + v * VECTOR, first(lanes - v * VECTOR), block[i]);
         }
 }
 
