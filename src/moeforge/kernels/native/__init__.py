@@ -2,4 +2,5 @@
 
 from moeforge.kernels.native.engine import backward as backward
 from moeforge.kernels.native.engine import forward as forward
+from moeforge.kernels.native.engine import infer as infer
 from moeforge.kernels.native.engine import why_not as why_not

@@ -54,7 +54,7 @@ class MLPExperts(Config):
     """Width of each."""
     activation: Activation = "swiglu"
     """Names ending in ``glu`` are gated."""
-    engine: Literal["auto", "reference", "streaming", "grouped"] = "auto"
+    engine: Literal["auto", "reference", "streaming", "grouped", "native"] = "auto"
     """Which kernel computes them; ``moeforge doctor`` says what auto picks."""
 
     def build(self, d_model: int) -> Bank:
