@@ -89,7 +89,7 @@ def test_banks_of_all_kinds_are_one_graph(select: Any) -> None:
     assert_one_graph(build(RouterConfig(select=select), MIXED))
 
 
-@pytest.mark.parametrize("engine", ["streaming", "grouped"])
+@pytest.mark.parametrize("engine", ["streaming", "grouped", "native"])
 @pytest.mark.parametrize("select", [TopK(), TopP(p=0.5)], ids=repr)
 def test_engines_are_one_graph_in_bf16(select: Any, engine: Any) -> None:
     """Where segments are padded: see ``pad_segments``."""
@@ -143,7 +143,7 @@ def test_no_selector_has_more_than_it_promises(member: type) -> None:
 
 
 @pytest.mark.parametrize("padding", [0, 3])
-@pytest.mark.parametrize("engine", ["streaming", "grouped"])
+@pytest.mark.parametrize("engine", ["streaming", "grouped", "native"])
 def test_the_operators_are_well_made(engine: str, padding: int) -> None:
     """Schema, shapes for tracing, autograd and dynamic sizes, with edges that belong to nobody and without."""
     ends = torch.tensor([4, 4, 9 - padding], dtype=torch.int32)

@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp")
-NEEDED = ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl")
+NEEDED = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl")
 USED = {"avx512_bf16": ("-mavx512bf16",), "amx_bf16": ("-mamx-tile", "-mamx-bf16")}
 """Flags of the processor, as Linux names them, to what tells the compiler to use them."""
 DIGEST = hashlib.sha256().digest_size
@@ -36,7 +36,7 @@ class CannotBuildError(Exception):
 def library(check: Check) -> ctypes.CDLL | str:
     """The loaded library, or why there is none; that is also logged, once. A new build has passed ``check``."""
     try:
-        return _open_or_build(check)
+        return open_or_build(check)
     except CannotBuildError as error:
         logging.getLogger("moeforge").warning("the native engine is off, torch computes instead: %s", error)
         return str(error)
@@ -48,7 +48,8 @@ def cache_folder() -> Path:
     return Path(root).expanduser() / "native"
 
 
-def _open_or_build(check: Check) -> ctypes.CDLL:
+def open_or_build(check: Check) -> ctypes.CDLL:
+    """The library from the cache, or built into it. Raises CannotBuildError."""
     command = [*_compiler(), *FLAGS, *_processor_flags()]
     path = cache_folder() / f"{_key(command)}.so"
     if whole(path):

@@ -27,7 +27,7 @@ _COUNTS = "experts d_model d_expert pointwise gated threads".split()
 
 
 class _Layer(ctypes.Structure):
-    """``struct Layer`` of ``experts.cpp``."""
+    """``struct Layer`` of ``layer.h``."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in _POINTERS),
@@ -57,22 +57,23 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Returns y [T, D] and the pre-activation z [N, H or 2H], in this engine's order."""
     z_NH = x_TD.new_empty(len(edges.token), up_EHD.shape[1])
-    return _forward(_library(), x_TD, edges, up_EHD, down_EDH, activation, z_NH), z_NH
+    return _forward(open_library(), x_TD, edges, up_EHD, down_EDH, activation, z_NH), z_NH
 
 
 def infer(x_TD: Tensor, edges: Edges, up_EHD: Tensor, down_EDH: Tensor, activation: Activation) -> Tensor:
     """y alone: the same bits as ``forward``'s, with nothing written for a backward pass."""
-    return _forward(_library(), x_TD, edges, up_EHD, down_EDH, activation, None)
+    return _forward(open_library(), x_TD, edges, up_EHD, down_EDH, activation, None)
 
 
 def backward(
     dy_TD: Tensor, x_TD: Tensor, z_NH: Tensor, edges: Edges, up_EHD: Tensor, down_EDH: Tensor, activation: Activation
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, combine weight, up and down."""
-    return _backward(_library(), dy_TD, x_TD, z_NH, edges, up_EHD, down_EDH, activation)
+    return _backward(open_library(), dy_TD, x_TD, z_NH, edges, up_EHD, down_EDH, activation)
 
 
-def _library() -> ctypes.CDLL:
+def open_library() -> ctypes.CDLL:
+    """The library. Raises UserError where there is none."""
     found = library(_wrong)
     if isinstance(found, str):
         raise UserError(f"engine 'native' cannot run here: {found}. Use engine=streaming")
@@ -91,9 +92,9 @@ def _forward(
     layer, held = _layer(x_TD, edges, up_EHD, down_EDH, activation)
     y_TD = x_TD.new_empty(edges.num_tokens, x_TD.shape[1])
     hidden = _panels(lib, layer, x_TD, down_EDH.shape[2])
-    status = lib.moeforge_forward(ctypes.byref(layer), _is_bf16(x_TD), _at(y_TD), _at(z_NH), _at(hidden))
+    status = lib.moeforge_forward(ctypes.byref(layer), _is_bf16(x_TD), address(y_TD), address(z_NH), address(hidden))
     del held  # alive until here, as what the addresses point to
-    _check(status)
+    check(status)
     return y_TD
 
 
@@ -115,29 +116,43 @@ def _backward(
     panels = _panels(lib, layer, x_TD, up_EHD.shape[1] + 2)
     outputs = dx_TD, dweight_N, dup_EHD, ddown_EDH, dz_NH, weighted_NH, panels
     status = lib.moeforge_backward(
-        ctypes.byref(layer), _is_bf16(x_TD), _at(dy_TD), _at(z_NH), *(_at(tensor) for tensor in outputs)
+        ctypes.byref(layer), _is_bf16(x_TD), address(dy_TD), address(z_NH), *(address(tensor) for tensor in outputs)
     )
     del held
-    _check(status)
+    check(status)
     return dx_TD, dweight_N.to(edges.weight.dtype), dup_EHD, ddown_EDH
 
 
 def _layer(
     x_TD: Tensor, edges: Edges, up_EHD: Tensor, down_EDH: Tensor, activation: Activation
 ) -> tuple[_Layer, list[Tensor]]:
-    """The C structure, and the contiguous tensors that must live as long as it."""
-    held = [tensor.contiguous() for tensor in (x_TD, up_EHD, down_EDH, edges.token)]
-    held += [edges.weight.to(torch.float32).contiguous(), edges.ends.to(torch.int32).contiguous()]
-    gated = is_gated(activation)
     num_experts, d_model, d_expert = down_EDH.shape
-    if up_EHD.shape != (num_experts, d_expert * (1 + gated), d_model) or x_TD.shape != (edges.num_tokens, d_model):
+    width = d_expert * (1 + is_gated(activation))
+    if up_EHD.shape != (num_experts, width, d_model) or x_TD.shape != (edges.num_tokens, d_model):
         shapes = f"x {tuple(x_TD.shape)}, up {tuple(up_EHD.shape)} and down {tuple(down_EDH.shape)}"
         raise UserError(f"{shapes} do not fit each other for {activation} over {edges.num_tokens} tokens")
+    layer, held = layer_of(x_TD, edges, tuple(down_EDH.shape), activation)
+    matrices = [up_EHD.contiguous(), down_EDH.contiguous()]
+    layer.up, layer.down = (matrix.data_ptr() for matrix in matrices)
+    return layer, held + matrices
+
+
+def layer_of(
+    x_TD: Tensor, edges: Edges, down_shape: tuple[int, ...], activation: Activation
+) -> tuple[_Layer, list[Tensor]]:
+    """The C structure without its matrices, and the contiguous tensors that must live as long as it.
+
+    Raises UserError where the route is not over so many experts.
+    """
+    num_experts, d_model, d_expert = down_shape
     if len(edges.ends) != num_experts:
         raise UserError(f"the route has {len(edges.ends)} experts, the weights have {num_experts}")
-    layer = _Layer(*(_at(tensor) for tensor in held), edges.num_tokens, len(edges.token))
+    held = [x_TD.detach().contiguous(), edges.token.contiguous()]
+    held += [edges.weight.detach().to(torch.float32).contiguous(), edges.ends.to(torch.int32).contiguous()]
+    layer = _Layer(tokens=edges.num_tokens, edges=len(edges.token), threads=torch.get_num_threads())
+    layer.x, layer.token, layer.weight, layer.ends = (tensor.data_ptr() for tensor in held)
     layer.experts, layer.d_model, layer.d_expert = num_experts, d_model, d_expert
-    layer.pointwise, layer.gated, layer.threads = POINTWISE[activation], gated, torch.get_num_threads()
+    layer.pointwise, layer.gated = POINTWISE[activation], is_gated(activation)
     return layer, held
 
 
@@ -146,7 +161,8 @@ def _panels(lib: ctypes.CDLL, layer: _Layer, x_TD: Tensor, rows: int) -> Tensor:
     return torch.empty(lib.moeforge_panel_words(ctypes.byref(layer), rows, _is_bf16(x_TD)))
 
 
-def _at(tensor: Tensor | None) -> ctypes.c_void_p:
+def address(tensor: Tensor | None) -> ctypes.c_void_p:
+    """Of the first value; null for None."""
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
@@ -154,7 +170,8 @@ def _is_bf16(x_TD: Tensor) -> int:
     return int(x_TD.dtype == torch.bfloat16)
 
 
-def _check(status: int) -> None:
+def check(status: int) -> None:
+    """Raises IndexError where a pass refused its edges."""
     if status:
         raise IndexError("a route names a token or an edge that is not there")
 

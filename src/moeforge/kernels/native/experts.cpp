@@ -6,20 +6,9 @@
 // Backward is the same pair with weights turned over in cache-sized pieces, plus the products over tokens.
 // The pre-activation z is kept per expert as [2H][tokens of the expert], the shape in which all later loops read it.
 #include "activation.h"
+#include "layer.h"
 #include "numbers.h"
-
-#include <omp.h>
-
-#include <vector>
-
-extern "C" struct Layer {
-    const void *x, *up, *down;
-    const int64_t* token;
-    const float* weight;
-    const int32_t* ends;
-    int64_t tokens, edges;
-    int32_t experts, d_model, d_expert, pointwise, gated, threads;
-};
+#include "tiles.h"
 
 namespace {
 
@@ -36,26 +25,18 @@ struct Task {
     int block, end, unit, last;  // blocks of one expert, rows of its first matrix
 };
 
-// Grows only, one per thread and use: nothing is allocated per expert.
-template <int use>
-float* scratch(size_t words) {
-    static thread_local std::vector<float> buffer;
-    if (buffer.size() < words + 16) buffer.resize(words + 16);
-    return buffer.data() + (64 - reinterpret_cast<uintptr_t>(buffer.data()) % 64) % 64 / 4;
-}
-
 struct Plan {
     std::vector<Block> blocks;
     std::vector<int> start;  // [experts + 1] first block
     size_t lanes = 0;
 
-    explicit Plan(const Layer& l) {
+    Plan(const Layer& l, bool bf16) {
         int from = 0;
         for (int e = 0; e < l.experts; e++) {
             start.push_back(blocks.size());
             for (; from < l.ends[e]; from += blocks.back().count) {
                 int count = std::min(LANES, l.ends[e] - from);
-                blocks.push_back({e, from, count, lanes_for(count), lanes});
+                blocks.push_back({e, from, count, lanes_for(count, bf16 && tiles_granted()), lanes});
                 lanes += blocks.back().lanes;
             }
         }
@@ -96,7 +77,7 @@ struct Pass {
     const int half, padded;  // rows of a panel for z: gate and linear each start with a word of their own
 
     explicit Pass(const Layer& layer)
-        : l(layer), plan(layer), x((const Value*)l.x), up((const Value*)l.up), down((const Value*)l.down),
+        : l(layer), plan(layer, N::pair == 2), x((const Value*)l.x), up((const Value*)l.up), down((const Value*)l.down),
           D(l.d_model), H(l.d_expert), width(l.gated ? 2 * H : H),
           half(words_of(H, N::pair) * N::pair), padded(l.gated ? 2 * half : H) {}
 
@@ -354,24 +335,16 @@ void with_type(int bf16, F f) {
 
 extern "C" {
 
-// What the passes below may rely on: ends rise to at most the number of edges, and every edge names a token.
-static bool sound(const Layer& l) {
-    int end = 0;
-    for (int e = 0; e < l.experts; end = l.ends[e++])
-        if (l.ends[e] < end) return false;
-    return end <= l.edges && std::all_of(l.token, l.token + end, [&](int64_t t) { return t >= 0 && t < l.tokens; });
-}
-
 // 32-bit words of the panels of `rows` values per edge.
 int64_t moeforge_panel_words(const Layer* l, int rows, int bf16) {
-    if (!sound(*l)) return 0;
-    return Plan(*l).lanes * words_of(rows, bf16 ? 2 : 1);
+    if (!l->sound()) return 0;
+    return Plan(*l, bf16).lanes * words_of(rows, bf16 ? 2 : 1);
 }
 
 // y [T, D]; z [N * width] (see the top) unless null; hidden: panels of d_expert rows. Both passes return 0, or 1 where
 // the edges are not sound.
 int moeforge_forward(const Layer* l, int bf16, void* y, void* z, float* hidden) {
-    if (!sound(*l)) return 1;
+    if (!l->sound()) return 1;
     with_type(bf16, [&](auto n) { Pass<decltype(n)>(*l).forward(y, z, hidden); });
     return 0;
 }
@@ -379,7 +352,7 @@ int moeforge_forward(const Layer* l, int bf16, void* y, void* z, float* hidden) 
 // Gradients of x, combine weight, up and down. dz [N * width], wa [N * H] and panels (of width + 2 rows) are work space.
 int moeforge_backward(const Layer* l, int bf16, const void* dy, const void* z, void* dx, float* dweight, void* dup,
                        void* ddown, void* dz, void* wa, float* panels) {
-    if (!sound(*l)) return 1;
+    if (!l->sound()) return 1;
     with_type(bf16, [&](auto n) {
         using V = typename decltype(n)::Value;
         Pass<decltype(n)>(*l).backward((const V*)dy, (const V*)z, (V*)dx, dweight, (V*)dup, (V*)ddown, (V*)dz, (V*)wa, panels);

@@ -174,16 +174,16 @@ inline void stream(const typename N::Value* a, size_t lda, int rows, const float
     for (int r = 0; r < rows; r++) _mm512_storeu_si512(c + r * LANES, turned[r]);
 }
 
-// Lanes of a panel for so many tokens.
-inline int lanes_for(int count) {
+// Lanes of a panel for so many tokens; few ones are a shape of their own on the vector unit alone.
+inline int lanes_for(int count, bool tiles) {
     for (int few : {1, 2, 4, 8, 12})
-        if (count <= few) return few;
+        if (count <= few && !tiles) return few;
     return (count + VECTOR - 1) / VECTOR * VECTOR;
 }
 
 // C[rows][lanes] = A[rows][K] * panel[K / pair][lanes], for up to GROUP rows.
 template <class N>
-void product(const typename N::Value* a, size_t lda, int rows, const float* panel, int lanes, int k, float* c) {
+void vector_product(const typename N::Value* a, size_t lda, int rows, const float* panel, int lanes, int k, float* c) {
     switch (lanes) {
         case 1: return stream<N, 1>(a, lda, rows, panel, k, c);
         case 2: return stream<N, 2>(a, lda, rows, panel, k, c);
@@ -194,6 +194,12 @@ void product(const typename N::Value* a, size_t lda, int rows, const float* pane
         case 2 * VECTOR: return rows_by<N, 2>(a, lda, rows, panel, k, c);
         default: return rows_by<N, 3>(a, lda, rows, panel, k, c);
     }
+}
+
+// The same on whatever unit is best: tiles.h has bf16's.
+template <class N>
+void product(const typename N::Value* a, size_t lda, int rows, const float* panel, int lanes, int k, float* c) {
+    vector_product<N>(a, lda, rows, panel, lanes, k, c);
 }
 
 // Panel with a lane per row: `row(i)` for i < count; lanes past them are zero.
