@@ -25,7 +25,13 @@ dtypes = st.sampled_from(list(TOLERANCE))
 
 
 def layer(
-    tokens: int, d_model: int, d_expert: int, experts: int, k: int, dtype: torch.dtype, activation: Activation = "swiglu"
+    tokens: int,
+    d_model: int,
+    d_expert: int,
+    experts: int,
+    k: int,
+    dtype: torch.dtype,
+    activation: Activation = "swiglu",
 ) -> tuple[list[Tensor], Route]:
     """x, up and down, and a route of k experts a token."""
     up = torch.randn(experts, d_expert * (1 + is_gated(activation)), d_model) / d_model**0.5
@@ -117,13 +123,15 @@ def test_strides_do_not_matter() -> None:
     (x_TD, up, down), route = layer(20, 16, 8, 3, 2, torch.float32)
     strided = x_TD.T.contiguous().T, up.transpose(1, 2).contiguous().transpose(1, 2), torch.stack([down, down])[1]
     assert not strided[0].is_contiguous() and not strided[1].is_contiguous()
-    found, exact = (expert_mlp(*each, "swiglu", "native") for each in ((strided[0], route, *strided[1:]), (x_TD, route, up, down)))
+    found, exact = (
+        expert_mlp(*each, "swiglu", "native") for each in ((strided[0], route, *strided[1:]), (x_TD, route, up, down))
+    )
     assert torch.equal(found, exact)
 
 
 def test_types_that_differ_are_refused() -> None:
     (x_TD, up, down), route = layer(5, 8, 4, 2, 1, torch.float32)
-    with pytest.raises(UserError, match=r"rows are torch\.bfloat16, experts torch\.float32 and torch\.float32: give both"):
+    with pytest.raises(UserError, match=r"rows are torch\.bfloat16, experts torch\.float32 and"):
         expert_mlp(x_TD.bfloat16(), route, up, down, "swiglu")
     with pytest.raises(UserError, match=r"engine 'native' cannot run here: it has no torch\.float16"):
         expert_mlp(x_TD.half(), route, up.half(), down.half(), "swiglu", "native")
@@ -174,14 +182,14 @@ def test_other_processors_compute_the_same_layer(tmp_path: Path, flags: tuple[st
     assert engine._wrong(lib) is None
     (x_TD, up, down), route = layer(130, 70, 33, 3, 2, torch.bfloat16)
     dy_TD, z_NH = torch.randn_like(x_TD), x_TD.new_empty(len(route.token), up.shape[1])
-    y_TD = engine._forward(lib, x_TD, route, up, down, "swiglu", z_NH)
-    gradients = engine._backward(lib, dy_TD, x_TD, z_NH, route, up, down, "swiglu")
+    y_TD = engine._forward(lib, (x_TD, route, up, down, "swiglu"), z_NH)
+    gradients = engine._backward(lib, (x_TD, route, up, down, "swiglu"), dy_TD, z_NH)
     leaves = [tensor.float().requires_grad_() for tensor in (x_TD, route.weight, up, down)]
     exact_TD = expert_mlp(leaves[0], route.with_weight(leaves[1]), leaves[2], leaves[3], "swiglu", "reference")
     exact = torch.autograd.grad(exact_TD, leaves, dy_TD.float())
     assert far([y_TD, *gradients], [exact_TD.detach(), *exact]) < TOLERANCE[torch.bfloat16]
     single = Route(route.token[:1] * 0, route.weight[:1], torch.ones_like(route.ends), 1)
-    alone = engine._forward(lib, x_TD[:1], single, up, down, "swiglu", None)
+    alone = engine._forward(lib, (x_TD[:1], single, up, down, "swiglu"))
     crowd = Route(torch.arange(40) // 40, route.weight[:1].repeat(40) * 0, torch.full_like(route.ends, 40), 1)
     crowd.weight[0] = route.weight[0]
-    assert torch.equal(engine._forward(lib, x_TD[:1], crowd, up, down, "swiglu", None), alone)
+    assert torch.equal(engine._forward(lib, (x_TD[:1], crowd, up, down, "swiglu")), alone)

@@ -1,8 +1,8 @@
 """Builds the C++ once per machine, keeps it in the user's cache, and says why where it cannot.
 
 Lies in ``$MOEFORGE_CACHE/native``, by default ``~/.cache/moeforge/native``; the folder can be deleted at any time. A
-file's name is a digest of sources, compiler and processor, its last bytes are a digest of the file: what is stale is not
-found, what is damaged is made again. Processes that come at once wait for one build under a lock.
+file's name is a digest of sources, compiler and processor, its last bytes are a digest of the file: what is stale is
+not found, what is damaged is made again. Processes that come at once wait for one build under a lock.
 """
 
 import ctypes

@@ -21,6 +21,8 @@ POINTWISE = {"swiglu": 0, "silu": 0, "geglu": 1, "gelu": 1, "relu": 2}
 """Activation to its number in ``activation.h``."""
 TYPES = (torch.float32, torch.bfloat16)
 
+_Operands = tuple[Tensor, Edges, Tensor, Tensor, Activation]
+"""x [T, D], edges, up, down and the activation's name."""
 _POINTERS = "x up down token weight ends".split()
 _SIZES = "tokens edges".split()
 _COUNTS = "experts d_model d_expert pointwise gated threads".split()
@@ -57,19 +59,19 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Returns y [T, D] and the pre-activation z [N, H or 2H], in this engine's order."""
     z_NH = x_TD.new_empty(len(edges.token), up_EHD.shape[1])
-    return _forward(open_library(), x_TD, edges, up_EHD, down_EDH, activation, z_NH), z_NH
+    return _forward(open_library(), (x_TD, edges, up_EHD, down_EDH, activation), z_NH), z_NH
 
 
 def infer(x_TD: Tensor, edges: Edges, up_EHD: Tensor, down_EDH: Tensor, activation: Activation) -> Tensor:
     """y alone: the same bits as ``forward``'s, with nothing written for a backward pass."""
-    return _forward(open_library(), x_TD, edges, up_EHD, down_EDH, activation, None)
+    return _forward(open_library(), (x_TD, edges, up_EHD, down_EDH, activation))
 
 
 def backward(
     dy_TD: Tensor, x_TD: Tensor, z_NH: Tensor, edges: Edges, up_EHD: Tensor, down_EDH: Tensor, activation: Activation
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, combine weight, up and down."""
-    return _backward(open_library(), dy_TD, x_TD, z_NH, edges, up_EHD, down_EDH, activation)
+    return _backward(open_library(), (x_TD, edges, up_EHD, down_EDH, activation), dy_TD, z_NH)
 
 
 def open_library() -> ctypes.CDLL:
@@ -80,16 +82,9 @@ def open_library() -> ctypes.CDLL:
     return found
 
 
-def _forward(
-    lib: ctypes.CDLL,
-    x_TD: Tensor,
-    edges: Edges,
-    up_EHD: Tensor,
-    down_EDH: Tensor,
-    activation: Activation,
-    z_NH: Tensor | None,
-) -> Tensor:
-    layer, held = _layer(x_TD, edges, up_EHD, down_EDH, activation)
+def _forward(lib: ctypes.CDLL, operands: _Operands, z_NH: Tensor | None = None) -> Tensor:
+    x_TD, edges, _, down_EDH, _ = operands
+    layer, held = _layer(*operands)
     y_TD = x_TD.new_empty(edges.num_tokens, x_TD.shape[1])
     hidden = _panels(lib, layer, x_TD, down_EDH.shape[2])
     status = lib.moeforge_forward(ctypes.byref(layer), _is_bf16(x_TD), address(y_TD), address(z_NH), address(hidden))
@@ -99,16 +94,10 @@ def _forward(
 
 
 def _backward(
-    lib: ctypes.CDLL,
-    dy_TD: Tensor,
-    x_TD: Tensor,
-    z_NH: Tensor,
-    edges: Edges,
-    up_EHD: Tensor,
-    down_EDH: Tensor,
-    activation: Activation,
+    lib: ctypes.CDLL, operands: _Operands, dy_TD: Tensor, z_NH: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    layer, held = _layer(x_TD, edges, up_EHD, down_EDH, activation)
+    x_TD, edges, up_EHD, down_EDH, _ = operands
+    layer, held = _layer(*operands)
     dy_TD, z_NH = dy_TD.to(x_TD.dtype).contiguous(), z_NH.contiguous()
     dx_TD, dup_EHD, ddown_EDH = (torch.empty(like.shape, dtype=x_TD.dtype) for like in (x_TD, up_EHD, down_EDH))
     dweight_N = torch.empty(len(edges.weight))
@@ -186,7 +175,7 @@ def _wrong(lib: ctypes.CDLL) -> str | None:
             operands = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
             edges = EdgeTensors(token_N, torch.rand(70, generator=generator), torch.tensor([50, 50, 70]).int(), 23)
             x_TD, up_EHD, down_EDH = operands
-            y_TD = _forward(lib, x_TD, edges, up_EHD, down_EDH, activation, None).float()
+            y_TD = _forward(lib, (x_TD, edges, up_EHD, down_EDH, activation)).float()
             exact_TD = reference(x_TD.float(), edges, up_EHD.float(), down_EDH.float(), activation)
             if not (y_TD - exact_TD).norm() <= tolerance * exact_TD.norm():
                 return f"{activation} in {dtype}"

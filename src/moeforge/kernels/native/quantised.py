@@ -6,9 +6,9 @@ round(w / scale), between -127 and 127 or between -7 and 7.
 
 - ``scales`` [..., out, in / group] float16.
 - 8 bits: ``packed`` [..., out, in] int8, in order.
-- 4 bits: ``packed`` [..., out, in / 2] uint8. Each block of 128 inputs is 32 little-endian words of 16 bits; word i holds
-  inputs i, 32 + i, 64 + i and 96 + i of the block, the first in its lowest four bits, each plus 8. So a shift and one
-  table look-up widen 32 weights, in order.
+- 4 bits: ``packed`` [..., out, in / 2] uint8. Each block of 128 inputs is 32 little-endian words of 16 bits; word i
+  holds inputs i, 32 + i, 64 + i and 96 + i of the block, the first in its lowest four bits, each plus 8. So a shift and
+  one table look-up widen 32 weights, in order.
 """
 
 import ctypes
@@ -86,7 +86,7 @@ def _unpack(packed: Tensor) -> Tensor:
 def expert_mlp_quantised(
     x_TD: Tensor, edges: Edges, up: QuantisedWeight, down: QuantisedWeight, activation: Activation
 ) -> Tensor:
-    """``expert_mlp`` without gradients over quantised weights, up [E, H or 2H, D] and down [E, D, H]; returns bf16 [T, D].
+    """``expert_mlp`` without gradients over quantised weights, up [E, H or 2H, D] and down [E, D, H]: bf16 [T, D].
 
     A row's bits do not depend on the other rows. Made for few tokens per expert; where the native engine does not run,
     torch computes with dequantised weights.
