@@ -276,9 +276,11 @@ struct Pass {
             for (int s = 0; s < slices; s++) {
                 int from = s * LANES, many = std::min(LANES, D - from);
                 Value *up_rows = dup + size_t(e) * width * D, *down_rows = ddown + size_t(e) * D * H;
-                if (plan.start[e] == plan.start[e + 1]) {
-                    for (int u = 0; u < width; u++) std::fill_n(up_rows + size_t(u) * D + from, many, Value(0));
-                    for (int d = from; d < from + many; d++) std::fill_n(down_rows + size_t(d) * H, H, Value(0));
+                if (plan.start[e] == plan.start[e + 1]) {  // nobody came: shares of both matrices, whatever their shape
+                    auto share = [&](Value* all, size_t n) {
+                        clear(all + n * s / slices, (n * (s + 1) / slices - n * s / slices) * sizeof(Value));
+                    };
+                    share(up_rows, size_t(width) * D), share(down_rows, size_t(D) * H);
                     continue;
                 }
                 size_t base = plan.from(e);

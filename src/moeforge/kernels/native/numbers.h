@@ -89,6 +89,16 @@ struct Bf16 {
 
 inline int words_of(int k, int pair) { return (k + pair - 1) / pair; }
 
+// Zeros past the caches: memory is written without being read first.
+inline void clear(void* at, size_t bytes) {
+    char *p = (char*)at, *end = p + bytes;
+    char* aligned = std::min(end, p + (64 - reinterpret_cast<uintptr_t>(p) % 64) % 64);
+    memset(p, 0, aligned - p);
+    for (p = aligned; p + 64 <= end; p += 64) _mm512_stream_si512((__m512i*)p, _mm512_setzero_si512());
+    memset(p, 0, end - p);
+    _mm_sfence();
+}
+
 // C[R][V vectors] = A[R][K] * panel. `a` has a stride of `lda` values, `c` of LANES.
 template <class N, int R, int V>
 inline void tile(const typename N::Value* a, size_t lda, const float* panel, int k, float* c) {

@@ -72,7 +72,8 @@ def quantise(weight: Tensor, bits: int, group: int) -> QuantisedWeight:
 
 def _pack(codes: Tensor) -> Tensor:
     nibbles = (codes.to(torch.int32) + 8).unflatten(-1, (-1, 4, 32))
-    words = sum(nibbles[..., j, :] << (4 * j) for j in range(4))
+    shifts = torch.arange(0, 16, 4, dtype=torch.int32)[:, None]
+    words = (nibbles << shifts).sum(-2)
     low, high = words & 255, words >> 8
     return torch.stack([low, high], -1).to(torch.uint8).flatten(-3)
 
@@ -96,8 +97,8 @@ def expert_mlp_quantised(
         raise UserError(f"up {up.shape} and down {down.shape} do not fit each other for {activation}")
     x_TD = x_TD.detach().to(torch.bfloat16)
     if x_TD.device.type != "cpu" or engine.missing() is not None:
-        matrices = (weight.dequantise().to(torch.bfloat16) for weight in (up, down))
-        return reference(x_TD, edges, *matrices, activation).detach()
+        up_EHD, down_EDH = (weight.dequantise().to(torch.bfloat16) for weight in (up, down))
+        return reference(x_TD, edges, up_EHD, down_EDH, activation).detach()
     lib = engine.open_library()
     matrices = _Matrix.of(up), _Matrix.of(down)
     layer, held = engine.layer_of(_padded(x_TD), edges, down.shape, activation)
