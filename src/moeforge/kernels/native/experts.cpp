@@ -161,7 +161,7 @@ struct Pass {
     // `turned` the matrix is [D][k] (down); with it [width][D] (up), of which columns are turned over first.
     template <bool turned>
     void combine(const Value* matrices, int k, float* panels, const float* weight, Value* y) const {
-        int columns = std::max(GROUP, (D / (4 * l.threads) + GROUP - 1) / GROUP * GROUP);
+        int columns = std::max(TURNED, (D / (4 * l.threads) + TURNED - 1) / TURNED * TURNED);
 #pragma omp parallel for schedule(dynamic) num_threads(l.threads)
         for (int from = 0; from < D; from += columns) {
             int many = std::min(columns, D - from);
@@ -169,18 +169,19 @@ struct Pass {
             memset(sums, 0, l.tokens * columns * 4);
             alignas(64) float c[GROUP * LANES];
             size_t stride = turned ? (k + 1) / 2 * 2 : k;
-            Value* turned_rows = (Value*)scratch<1>(turned ? GROUP * stride : 0);
+            Value* turned_rows = (Value*)scratch<1>(turned ? TURNED * stride : 0);
             for (int e = 0; e < l.experts; e++) {
                 if (plan.start[e] == plan.start[e + 1]) continue;
                 const Value* own = matrix(matrices, e);
                 for (int d = 0; d < many; d += GROUP) {
                     int rows = std::min(GROUP, many - d);
-                    const Value* a = turned ? turned_rows : own + size_t(from + d) * k;
+                    const Value* a = turned ? turned_rows + d % TURNED * stride : own + size_t(from + d) * k;
                     auto row = [&](int i) -> const Value* {
                         int r = i < half ? i : i - half;
                         return r < H ? own + size_t(i < half ? r : H + r) * D : nullptr;
                     };
-                    if (turned) turn<N>(row, k, from + d, rows, turned_rows, stride);
+                    if (turned && d % TURNED == 0)
+                        turn<N>(row, k, from + d, std::min(TURNED, many - d), turned_rows, stride);
                     for (int i = plan.start[e]; i < plan.start[e + 1]; i++) {
                         const Block& b = plan.blocks[i];
                         product<N>(a, stride, rows, panel(panels, b, k), b.lanes, k, c);
@@ -218,17 +219,18 @@ struct Pass {
         for (const Task& t : tasks) {
             const float* in = gather(t, dy);
             const Value* own = matrix(down, plan.blocks[t.block].expert);
-            Value* rows = (Value*)scratch<1>(GROUP * stride);
+            Value* rows = (Value*)scratch<1>(TURNED * stride);
             alignas(64) float da[GROUP * LANES];
             for (int i = t.block; i < t.end; i++)
                 std::fill_n(dweight + plan.blocks[i].from, plan.blocks[i].count, 0.f);
             for (int u = 0; u < H; u += GROUP) {
                 int many = std::min(GROUP, H - u);
-                turn<N>([&](int d) { return own + size_t(d) * H; }, D, u, many, rows, stride);
+                if (u % TURNED == 0)
+                    turn<N>([&](int d) { return own + size_t(d) * H; }, D, u, std::min(TURNED, H - u), rows, stride);
                 for (int i = t.block; i < t.end; i++) {
                     const Block& b = plan.blocks[i];
                     size_t lanes = b.before - plan.blocks[t.block].before;
-                    product<N>(rows, stride, many, in + lanes * words_of(D, N::pair), b.lanes, D, da);
+                    product<N>(rows + u % TURNED * stride, stride, many, in + lanes * words_of(D, N::pair), b.lanes, D, da);
                     activate_back(b, u, many, da, z, dweight, dz, wa, panels);
                 }
             }
@@ -268,49 +270,66 @@ struct Pass {
         if (l.gated) put(b, half + u, many, padded, panels, from(dlinear));
     }
 
-    // dup[e] = dz x, ddown[e] = (wa dy) turned, over the tokens of each expert: a task is an expert and LANES columns.
+    // dup[e] = dz x, ddown[e] = (wa dy) turned, over the tokens of each expert: a task is an expert and a range of
+    // columns, as wide as its panels fit the cache, so that whole rows are written where tokens are few.
     void weights(const Value* dy, const Value* dz, const Value* wa, Value* dup, Value* ddown) const {
-        int slices = (D + LANES - 1) / LANES;
-#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(l.threads)
-        for (int e = 0; e < l.experts; e++)
-            for (int s = 0; s < slices; s++) {
-                int from = s * LANES, many = std::min(LANES, D - from);
-                Value *up_rows = dup + size_t(e) * width * D, *down_rows = ddown + size_t(e) * D * H;
-                if (plan.start[e] == plan.start[e + 1]) {  // nobody came: shares of both matrices, whatever their shape
-                    auto share = [&](Value* all, size_t n) {
-                        clear(all + n * s / slices, (n * (s + 1) / slices - n * s / slices) * sizeof(Value));
-                    };
-                    share(up_rows, size_t(width) * D), share(down_rows, size_t(D) * H);
-                    continue;
-                }
-                size_t base = plan.from(e);
-                over_tokens<false>(e, x, dz + base * width, width, from, many, up_rows);
-                over_tokens<true>(e, dy, wa + base * H, H, from, many, down_rows);
+        struct Range {
+            int expert, from, many;
+        };
+        std::vector<Range> ranges;
+        for (int e = 0; e < l.experts; e++) {
+            size_t panel = size_t(words_of(std::max(1, plan.tokens(e)), N::pair)) * LANES * 4;
+            int wide = std::max<int>(1, CACHE / 2 / panel) * LANES;
+            for (int from = 0; from < D; from += wide) ranges.push_back({e, from, std::min(wide, D - from)});
+        }
+#pragma omp parallel for schedule(dynamic) num_threads(l.threads)
+        for (const Range& r : ranges) {
+            Value *up_rows = dup + size_t(r.expert) * width * D, *down_rows = ddown + size_t(r.expert) * D * H;
+            if (plan.start[r.expert] == plan.start[r.expert + 1]) {  // nobody came: one range, all columns
+                clear(up_rows, size_t(width) * D * sizeof(Value));
+                clear(down_rows, size_t(D) * H * sizeof(Value));
+                continue;
             }
+            size_t base = plan.from(r.expert);
+            over_tokens<false>(r.expert, x, dz + base * width, width, r.from, r.many, up_rows);
+            over_tokens<true>(r.expert, dy, wa + base * H, H, r.from, r.many, down_rows);
+        }
     }
 
     // rows [rows][M] times the gathered rows' columns [M][many] -> out [rows][D], or, turned, [D][rows].
     template <bool turned>
     void over_tokens(int e, const Value* source, const Value* rows, int height, int from, int many, Value* out) const {
-        int tokens = plan.tokens(e), vectors = (many + VECTOR - 1) / VECTOR;
+        int tokens = plan.tokens(e);
         const int64_t* token = l.token + plan.from(e);
-        float* columns = scratch<0>(size_t(words_of(tokens, N::pair)) * vectors * VECTOR);
-        pack_columns<N>([&](int i) { return source + token[i] * D; }, tokens, from, many, vectors, columns);
-        alignas(64) float c[GROUP * LANES];
+        size_t panel_words = size_t(words_of(tokens, N::pair)) * LANES;
+        float* panels = scratch<0>(panel_words * ((many + LANES - 1) / LANES));
+        auto wide = [&](int c) { return std::min(LANES, many - c); };
+        auto vectors = [&](int c) { return (wide(c) + VECTOR - 1) / VECTOR; };
+        for (int c = 0; c < many; c += LANES)
+            pack_columns<N>([&](int i) { return source + token[i] * D; }, tokens, from + c, wide(c), vectors(c),
+                            panels + c / LANES * panel_words);
+        alignas(64) float sums[GROUP * LANES];
         for (int u = 0; u < height; u += GROUP) {
             int group = std::min(GROUP, height - u);
-            product<N>(rows + size_t(u) * tokens, tokens, group, columns, vectors * VECTOR, tokens, c);
-            for (int v = 0; v < vectors; v++) {
-                int across = std::min(VECTOR, many - v * VECTOR);
-                __m512i block[16];
-                for (int r = 0; r < 16; r++) block[r] = _mm512_load_si512(c + std::min(r, group - 1) * LANES + v * VECTOR);
-                if (turned) transpose(block);
-                for (int r = 0; r < (turned ? across : group); r++) {
-                    int d = from + v * VECTOR;
-                    Value* at = turned ? out + size_t(d + r) * height + u : out + size_t(u + r) * D + d;
-                    N::store(at, first(turned ? group : across), _mm512_castsi512_ps(block[r]));
-                }
+            for (int c = 0; c < many; c += LANES) {
+                product<N>(rows + size_t(u) * tokens, tokens, group, panels + c / LANES * panel_words,
+                           vectors(c) * VECTOR, tokens, sums);
+                for (int v = 0; v < vectors(c); v++)
+                    store<turned>(sums + v * VECTOR, group, std::min(VECTOR, wide(c) - v * VECTOR), u,
+                                  from + c + v * VECTOR, height, out);
             }
+        }
+    }
+
+    // A vector's lanes of a group of rows u.. and columns d.. into out [rows][D], or, turned, [D][height].
+    template <bool turned>
+    void store(const float* sums, int group, int across, int u, int d, int height, Value* out) const {
+        __m512i block[16];
+        for (int r = 0; r < 16; r++) block[r] = _mm512_load_si512(sums + std::min(r, group - 1) * LANES);
+        if (turned) transpose(block);
+        for (int r = 0; r < (turned ? across : group); r++) {
+            Value* at = turned ? out + size_t(d + r) * height + u : out + size_t(u + r) * D + d;
+            N::store(at, first(turned ? group : across), _mm512_castsi512_ps(block[r]));
         }
     }
 

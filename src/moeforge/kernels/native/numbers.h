@@ -15,6 +15,7 @@ constexpr int VECTOR = 16;            // lanes of a vector
 constexpr int LANES = 3 * VECTOR;     // lanes of a whole block
 constexpr int ROWS = 8;               // rows of a register tile: 8 x 3 accumulators, 3 loads and 8 broadcasts per step
 constexpr int GROUP = 2 * ROWS;       // rows between two epilogues, as many as a transpose takes
+constexpr int TURNED = 2 * GROUP;     // columns turned over at once: a cache line of bf16
 
 inline __mmask16 first(int n) { return n >= 16 ? 0xFFFF : n <= 0 ? 0 : (1u << n) - 1; }
 
@@ -250,6 +251,10 @@ void turn(Row row, int k, int from, int count, typename N::Value* out, size_t st
                 int at = i + j * N::pair;
                 auto second = N::pair == 2 && at + 1 < k ? row(at + 1) : nullptr;
                 if (second) second += from + c;
+                if (at < k && c == 0) {
+                    _mm_prefetch((const char*)(row(at) + from + count), _MM_HINT_T1);
+                    if (second) _mm_prefetch((const char*)(second + count), _MM_HINT_T1);
+                }
                 block[j] = at < k ? N::column_words(row(at) + from + c, second, first(count - c))
                                   : _mm512_setzero_si512();
             }

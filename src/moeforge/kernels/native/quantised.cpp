@@ -19,6 +19,7 @@ namespace {
 
 constexpr int BATCH = 4;   // tokens that share a widened block
 constexpr int SHARE = 32;  // rows of a task
+constexpr int AHEAD = 4096;  // bytes: the processor's own prefetching ends at each page
 
 inline __m512 both(__m512 low, __m512 high) {
     return _mm512_castsi512_ps(_mm512_inserti64x4(_mm512_castsi256_si512(Bf16::narrow(low)), Bf16::narrow(high), 1));
@@ -53,6 +54,7 @@ inline void dots(const Quantised& q, size_t r, const uint16_t* const* x, float* 
     __m512 sum[M];
     for (auto& s : sum) s = _mm512_setzero_ps();
     for (int b = 0; b < q.blocks; b++, packed += 16 * bits) {
+        for (int line = 0; line < bits / 4; line++) _mm_prefetch((const char*)packed + AHEAD + 64 * line, _MM_HINT_T0);
         __m512 w[4];
         widen<bits>(packed, w);
         for (int j = 0; j < 4; j += parts) {
