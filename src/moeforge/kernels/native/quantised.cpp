@@ -18,10 +18,14 @@ struct Quantised {
 namespace {
 
 constexpr int BATCH = 4;   // tokens that share a widened block
+constexpr int TOGETHER = 2;  // rows that share a token's values
 constexpr int SHARE = 32;  // rows of a task
 constexpr int AHEAD = 4096;  // bytes: the processor's own prefetching ends at each page
 
 inline __m512 both(__m512 low, __m512 high) {
+#ifdef __AVX512BF16__
+    return _mm512_castsi512_ps((__m512i)_mm512_cvtne2ps_pbh(high, low));
+#endif
     return _mm512_castsi512_ps(_mm512_inserti64x4(_mm512_castsi256_si512(Bf16::narrow(low)), Bf16::narrow(high), 1));
 }
 
@@ -46,61 +50,74 @@ inline void widen(const uint8_t* p, __m512 w[4]) {
         w[j] = _mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * j), table));
 }
 
-// out[m] = row . x[m] for M tokens; groups of `parts` vectors share a scale.
-template <int bits, int M, int parts>
+// out[i * BATCH + m] = row r + i . x[m], for R rows and M tokens; groups of `parts` vectors share a scale.
+template <int bits, int R, int M, int parts>
 inline void dots(const Quantised& q, size_t r, const uint16_t* const* x, float* out) {
-    const uint8_t* packed = q.row(r);
-    const uint16_t* scales = q.scale(r);
-    __m512 sum[M];
-    for (auto& s : sum) s = _mm512_setzero_ps();
-    for (int b = 0; b < q.blocks; b++, packed += 16 * bits) {
-        for (int line = 0; line < bits / 4; line++) _mm_prefetch((const char*)packed + AHEAD + 64 * line, _MM_HINT_T0);
-        __m512 w[4];
-        widen<bits>(packed, w);
-        for (int j = 0; j < 4; j += parts) {
-            __m512 scale = _mm512_set1_ps(_cvtsh_ss(*scales++));
-            for (int m = 0; m < M; m++) {
-                __m512 part = _mm512_setzero_ps();
-                for (int i = j; i < j + parts; i++)
-                    part = Bf16::step(part, w[i], _mm512_loadu_ps((const float*)(x[m] + b * 128 + i * 32)));
-                sum[m] = _mm512_fmadd_ps(part, scale, sum[m]);
+    __m512 sum[R][M];
+    for (auto& row : sum)
+        for (auto& s : row) s = _mm512_setzero_ps();
+    for (int b = 0; b < q.blocks; b++)
+        for (int i = 0; i < R; i++) {
+            const uint8_t* packed = q.row(r + i) + b * 16 * bits;
+            const uint16_t* scales = q.scale(r + i) + b * (4 / parts);
+            for (int line = 0; line < bits / 4; line++)
+                _mm_prefetch((const char*)packed + AHEAD + 64 * line, _MM_HINT_T0);
+            __m512 w[4];
+            widen<bits>(packed, w);
+            for (int j = 0; j < 4; j += parts) {
+                __m512 scale = _mm512_cvtph_ps(_mm256_set1_epi16(*scales++));
+                for (int m = 0; m < M; m++) {
+                    __m512 part = _mm512_setzero_ps();
+                    for (int n = j; n < j + parts; n++)
+                        part = Bf16::step(part, w[n], _mm512_loadu_ps((const float*)(x[m] + b * 128 + n * 32)));
+                    sum[i][m] = _mm512_fmadd_ps(part, scale, sum[i][m]);
+                }
             }
         }
-    }
-    for (int m = 0; m < M; m++) out[m] = _mm512_reduce_add_ps(sum[m]);
+    for (int i = 0; i < R; i++)
+        for (int m = 0; m < M; m++) out[i * BATCH + m] = _mm512_reduce_add_ps(sum[i][m]);
 }
 
-template <int bits, int M>
+template <int bits, int R, int M>
 inline void by_group(const Quantised& q, size_t r, const uint16_t* const* x, float* out) {
     switch (q.group) {
-        case 32: return dots<bits, M, 1>(q, r, x, out);
-        case 64: return dots<bits, M, 2>(q, r, x, out);
-        default: return dots<bits, M, 4>(q, r, x, out);
+        case 32: return dots<bits, R, M, 1>(q, r, x, out);
+        case 64: return dots<bits, R, M, 2>(q, r, x, out);
+        default: return dots<bits, R, M, 4>(q, r, x, out);
     }
 }
 
-template <int bits>
+template <int bits, int R>
 inline void by_count(const Quantised& q, size_t r, const uint16_t* const* x, int count, float* out) {
     switch (count) {
-        case 1: return by_group<bits, 1>(q, r, x, out);
-        case 2: return by_group<bits, 2>(q, r, x, out);
-        case 3: return by_group<bits, 3>(q, r, x, out);
-        default: return by_group<bits, 4>(q, r, x, out);
+        case 1: return by_group<bits, R, 1>(q, r, x, out);
+        case 2: return by_group<bits, R, 2>(q, r, x, out);
+        case 3: return by_group<bits, R, 3>(q, r, x, out);
+        default: return by_group<bits, R, 4>(q, r, x, out);
     }
+}
+
+template <int R>
+inline void by_bits(const Quantised& q, size_t r, const uint16_t* const* x, int count, float* out) {
+    q.bits == 8 ? by_count<8, R>(q, r, x, count, out) : by_count<4, R>(q, r, x, count, out);
 }
 
 // Rows from.. of the matrix against `count` tokens; put(row, token, value) takes each.
 template <class Token, class Put>
 void rows_against(const Quantised& q, size_t base, int from, int end, int count, Token token, Put put) {
-    for (int r = from; r < end; r++)
+    for (int r = from; r < end;) {
+        int rows = end - r >= TOGETHER ? TOGETHER : 1;
         for (int m = 0; m < count; m += BATCH) {
             const uint16_t* x[BATCH];
-            float out[BATCH];
+            float out[TOGETHER * BATCH];
             int batch = std::min(BATCH, count - m);
             for (int i = 0; i < batch; i++) x[i] = token(m + i);
-            q.bits == 8 ? by_count<8>(q, base + r, x, batch, out) : by_count<4>(q, base + r, x, batch, out);
-            for (int i = 0; i < batch; i++) put(r, m + i, out[i]);
+            rows == 1 ? by_bits<1>(q, base + r, x, batch, out) : by_bits<TOGETHER>(q, base + r, x, batch, out);
+            for (int j = 0; j < rows; j++)
+                for (int i = 0; i < batch; i++) put(r + j, m + i, out[j * BATCH + i]);
         }
+        r += rows;
+    }
 }
 
 inline uint16_t rounded(float v) { return _mm_extract_epi16(_mm256_castsi256_si128(Bf16::narrow(splat(v))), 0); }
