@@ -230,7 +230,8 @@ struct Pass {
                 for (int i = t.block; i < t.end; i++) {
                     const Block& b = plan.blocks[i];
                     size_t lanes = b.before - plan.blocks[t.block].before;
-                    product<N>(rows + u % TURNED * stride, stride, many, in + lanes * words_of(D, N::pair), b.lanes, D, da);
+                    const float* panel = in + lanes * words_of(D, N::pair);
+                    product<N>(rows + u % TURNED * stride, stride, many, panel, b.lanes, D, da);
                     activate_back(b, u, many, da, z, dweight, dz, wa, panels);
                 }
             }
@@ -243,7 +244,8 @@ struct Pass {
         for (int v = 0; v < b.vectors(); v++) {
             __mmask16 mask = first(b.count - v * VECTOR);
             float* weights = dweight + b.from + v * VECTOR;
-            __m512 w = _mm512_maskz_loadu_ps(mask, l.weight + b.from + v * VECTOR), dw = _mm512_maskz_loadu_ps(mask, weights);
+            __m512 w = _mm512_maskz_loadu_ps(mask, l.weight + b.from + v * VECTOR);
+            __m512 dw = _mm512_maskz_loadu_ps(mask, weights);
             for (int r = 0; r < many; r++) {
                 int at = r * LANES + v * VECTOR;
                 Point p = activate(N::load(kept(z, b, width, u + r, v), mask), kind());
@@ -338,8 +340,8 @@ struct Pass {
         combine<false>(down, H, hidden, l.weight, (Value*)y);
     }
 
-    void backward(const Value* dy, const Value* z, Value* dx, float* dweight, Value* dup, Value* ddown, Value* dz, Value* wa,
-                  float* panels) const {
+    void backward(const Value* dy, const Value* z, Value* dx, float* dweight, Value* dup, Value* ddown, Value* dz,
+                  Value* wa, float* panels) const {
         project_back(dy, z, dweight, dz, wa, panels);
         weights(dy, dz, wa, dup, ddown);
         combine<true>(up, padded, panels, nullptr, dx);
@@ -370,13 +372,14 @@ int moeforge_forward(const Layer* l, int bf16, void* y, void* z, float* hidden) 
     return 0;
 }
 
-// Gradients of x, combine weight, up and down. dz [N * width], wa [N * H] and panels (of width + 2 rows) are work space.
+// Gradients of x, combine weight, up and down; work space: dz [N * width], wa [N * H], panels of width + 2 rows.
 int moeforge_backward(const Layer* l, int bf16, const void* dy, const void* z, void* dx, float* dweight, void* dup,
                        void* ddown, void* dz, void* wa, float* panels) {
     if (!l->sound()) return 1;
     with_type(bf16, [&](auto n) {
         using V = typename decltype(n)::Value;
-        Pass<decltype(n)>(*l).backward((const V*)dy, (const V*)z, (V*)dx, dweight, (V*)dup, (V*)ddown, (V*)dz, (V*)wa, panels);
+        Pass<decltype(n)>(*l).backward((const V*)dy, (const V*)z, (V*)dx, dweight, (V*)dup, (V*)ddown, (V*)dz, (V*)wa,
+                                       panels);
     });
     return 0;
 }

@@ -181,7 +181,8 @@ void moeforge_quantised_linear(const Quantised* q, const uint16_t* x, int64_t to
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (int from = 0; from < q->rows; from += SHARE)
         rows_against(
-            *q, 0, from, std::min(from + SHARE, q->rows), tokens, [&](int m) { return x + size_t(m) * q->blocks * 128; },
+            *q, 0, from, std::min(from + SHARE, q->rows), tokens,
+            [&](int m) { return x + size_t(m) * q->blocks * 128; },
             [&](int r, int m, float v) { y[size_t(m) * q->rows + r] = rounded(v); });
 }
 }

@@ -1,6 +1,6 @@
 // The block product of bf16 on a matrix unit (AMX): sixteen rows by sixteen lanes by thirty-two values in one
 // instruction. Rows are still taken as they lie in memory, and a panel is just what a tile of the other operand wants.
-// Its sums are in another order than the vector unit's, so where it is there all bf16 products use it, few lanes or many.
+// Its sums have another order than the vector unit's: where it is there, all bf16 products use it, few lanes or many.
 #pragma once
 #include "numbers.h"
 
