@@ -1,4 +1,4 @@
-"""Expert kernels against transformers, a sorted loop and a dense MLP, and a training step: docs/kernels.md and its plot.
+"""Expert kernels against transformers, a sorted loop and a dense MLP, and a training step: what docs/kernels.md shows.
 
 ``python benchmarks/kernels.py`` measures all parts and writes ``kernels.json`` and ``docs/kernels.png``; with names of
 parts it measures those anew and keeps the others.

@@ -25,17 +25,6 @@ def _seed() -> Iterator[None]:
     yield
 
 
-@pytest.fixture(autouse=True)
-def _native_where_it_runs(request: pytest.FixtureRequest) -> None:
-    """A test that is parametrised over the engines leaves out the one that needs a compiler and vector units."""
-    parameters = getattr(getattr(request.node, "callspec", None), "params", {})
-    if parameters.get("engine") == "native":
-        from moeforge.kernels.native import engine
-
-        if engine.missing():
-            pytest.skip(f"the native engine does not run here: {engine.missing()}")
-
-
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data sets beside the repository; a test that asks for it is skipped where there is none."""

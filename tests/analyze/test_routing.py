@@ -39,7 +39,7 @@ def test_counts_equal_a_loop_over_tokens(heads: int, packed: Packed) -> None:
     by_kind = {layer: torch.zeros(4, len(KINDS), dtype=torch.int64) for layer in usage}
     by_token = {layer: torch.zeros(4, VOCAB, dtype=torch.int64) for layer in usage}
     for row, batch in enumerate(evaluation_batches(packed, 1, 16)):
-        for layer, routing in model(batch.input_ids, batch.position, batch.document).routings.items():
+        for layer, routing in model(batch.input_ids, position=batch.position, document=batch.document).routings.items():
             for token, expert in zip(routing.route.token.tolist(), routing.route.expert.tolist(), strict=True):
                 place = row * 16 + token // heads
                 if place < 74:  # the last token has no target, and what follows is padding

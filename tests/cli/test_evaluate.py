@@ -41,3 +41,55 @@ def test_bad_input(call, run_folder, what):
     code, out, err = call("evaluate", run_folder, *arguments)
     assert (code, out) == (2, "")
     assert message.removesuffix(" Did you mean") in err
+
+
+TASK = """
+task: tiny
+dataset_path: json
+dataset_kwargs: {data_files: {test: tiny.jsonl}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: "{{text}}"
+doc_to_target: "{{rest}}"
+metric_list: [{metric: perplexity, aggregation: perplexity, higher_is_better: false}]
+"""
+
+
+@pytest.fixture
+def task(tmp_path):
+    (tmp_path / "tiny.jsonl").write_text('{"text": "the quick", "rest": "brown fox"}\n' * 3, encoding="utf-8")
+    (tmp_path / "tiny.yaml").write_text(TASK, encoding="utf-8")
+    return tmp_path / "tiny.yaml"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_tasks_of_the_harness(call, run_folder, task):
+    pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'moeforge[eval]'")
+    code, out, err = call("evaluate", run_folder, "--tasks", task, "--json", "--batch_size=2")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["truncated"] == 0 and found["results"]["tiny"]["perplexity,none"] > 1
+    code, out, _ = call("evaluate", run_folder, "--tasks", task, "--limit", "2")
+    assert code == 0 and out.startswith("tiny  perplexity,none") and len(out.splitlines()) == 1
+    code, out, err = call("evaluate", run_folder, "--tasks", task.with_name("gone.yaml"))
+    assert (code, out) == (2, "") and "gone.yaml is no task" in err and err.count("\n") == 1
+
+
+BAD_WITH_TASKS = {
+    "text": (["--tasks=x", "--tokens=5"], "--tokens belongs to bits per byte"),
+    "a setting of the corpus": (["--tasks=x", "--data=stdlib"], "--data=stdlib changes no task"),
+    "no task": (["--limit=3"], "--limit belongs to --tasks"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_WITH_TASKS)
+def test_what_does_not_belong_to_tasks(call, run_folder, what):
+    arguments, message = BAD_WITH_TASKS[what]
+    code, out, err = call("evaluate", run_folder, *arguments)
+    assert (code, out) == (2, "") and message in err
+
+
+def test_without_the_harness_it_says_how_to_get_it(call, run_folder, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    code, _, err = call("evaluate", run_folder, "--tasks=x")
+    assert code == 2 and "pip install 'moeforge[eval]'" in err

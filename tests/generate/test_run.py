@@ -122,6 +122,23 @@ def test_a_pass_that_is_interrupted_leaves_the_document_as_it_was(model, tokeniz
     assert ids == from_scratch(model, tokenizer, "ab", GREEDY)
 
 
+def test_an_interrupted_pass_leaves_windows_as_they_were(model, tokenizer):
+    near = Decoder(model.config.replace(layers={0: {"window": 3}, 1: {"window": 1}})).eval()
+    near.load_state_dict(model.state_dict())
+    writer, whole = Writer(near, tokenizer), Writer(near, tokenizer)
+    for one in (writer, whole):
+        one.read("ab")
+        next(one.write(GREEDY))
+        one.read("cdefgh")
+    attention, forward = near.blocks[-1].attention, near.blocks[-1].attention.forward
+    attention.forward = lambda *_: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        next(writer.write(GREEDY))
+    attention.forward = forward
+    next(writer.write(GREEDY)), next(whole.write(GREEDY))
+    assert torch.equal(writer._logits, whole._logits)
+
+
 def test_routers_that_compare_tokens_write_only_when_asked(tokenizer: Tokenizer) -> None:
     select = {"type": "merged", "over": "segment_before", "segment": 4}
     before = {"select": select, "score": "logits", "weigh": "softmax", "losses": []}

@@ -130,6 +130,98 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
 }
 """Folder of the family in transformers -> the class built, and what its config needs besides TINY."""
 
+DENSE = {name: (f"{name.title()}ForCausalLM", {}) for name in ("llama", "qwen2", "qwen3")}
+"""Families without experts, as FAMILIES."""
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+MULTIPLIERS = {
+    **{"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.2, "logits_scaling": 2.0},
+}
+
+NATIVE: dict[str, dict[str, dict[str, object]]] = {
+    "llama": {
+        "tied, shared keys": {"tie_word_embeddings": True, "num_key_value_heads": 1},
+        "biases, wide heads": {"attention_bias": True, "mlp_bias": True, "head_dim": 24},
+        "gelu, llama3 positions": {
+            "hidden_act": "gelu",
+            "rope_parameters": {
+                **{"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0},
+                **{"high_freq_factor": 4.0, "original_max_position_embeddings": 16},
+            },
+        },
+        "linear positions": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e3, "factor": 2.0}},
+    },
+    "qwen2": {
+        "plain": {},
+        "window in the upper layer": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    },
+    "qwen3": {"plain": {}, "tied": {"tie_word_embeddings": True, "attention_bias": True}},
+    "mixtral": {"plain": {}, "window": {"sliding_window": 4, "head_dim": 24}, "tied": {"tie_word_embeddings": True}},
+    "olmoe": {"plain": {}, "clipped, normalised": {"clip_qkv": 0.5, "norm_topk_prob": True}},
+    "qwen2_moe": {
+        "plain": {},
+        "step 2, normalised": {"decoder_sparse_step": 2, "norm_topk_prob": True},
+        "dense on top, window": {"mlp_only_layers": [1], "use_sliding_window": True, "sliding_window": 4},
+        "without experts": {"mlp_only_layers": [0, 1], "qkv_bias": False},
+    },
+    "qwen3_moe": {
+        "plain": {},
+        "step 2, tied": {"decoder_sparse_step": 2, "tie_word_embeddings": True, "norm_topk_prob": True},
+        "window": {"use_sliding_window": True, "sliding_window": 4},
+    },
+    "deepseek_v2": {
+        "plain": {},
+        "groups, one query matrix": {
+            **{"topk_method": "group_limited_greedy", "n_group": 3, "topk_group": 2, "q_lora_rank": None},
+            **{"first_k_dense_replace": 0, "routed_scaling_factor": 3.0},
+        },
+        "biases, yarn": {
+            **{"attention_bias": True, "mlp_bias": True, "n_shared_experts": 2},
+            "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.7},
+        },
+    },
+    "deepseek_v3": {
+        "groups": {},
+        "yarn, not normalised": {
+            **{"norm_topk_prob": False, "n_group": 1, "q_lora_rank": None, "rope_interleave": False},
+            "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+        },
+    },
+    "gpt_oss": {
+        "plain": {"sliding_window": 4},
+        "all layers see all": {"layer_types": ["full_attention"] * 2, "swiglu_limit": 0.5, "attention_bias": False},
+    },
+    "granitemoe": {"multipliers": MULTIPLIERS, "biases, tied": {"attention_bias": True, "tie_word_embeddings": True}},
+    "granitemoeshared": {"multipliers": MULTIPLIERS, "nothing shared": {"shared_intermediate_size": 0}},
+    "phimoe": {
+        "wide margin": {"router_jitter_noise": 0.3},
+        "biases, window": {"attention_bias": True, "lm_head_bias": True, "sliding_window": 4},
+        "longrope": {
+            "rope_parameters": {
+                **{"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 8},
+                **{"short_factor": [1.0 + n / 8 for n in range(8)], "long_factor": [2.0 + n / 8 for n in range(8)]},
+                **{"short_mscale": 1.1, "long_mscale": 1.3},
+            }
+        },
+    },
+    "glm4_moe": {
+        "groups, normed queries": {"use_qk_norm": True, "n_group": 3, "topk_group": 2},
+        "biases, not normalised": {
+            "attention_bias": True,
+            "norm_topk_prob": False,
+            "n_shared_experts": 2,
+            "n_group": 1,
+        },
+    },
+    "ernie4_5_moe": {
+        "tied": {},
+        "tied, biases": {"use_bias": True},
+        "biases, every second": {"use_bias": True, "tie_word_embeddings": False, "moe_layer_interval": 2},
+        "nothing shared": {"moe_num_shared_experts": 0, "moe_layer_start_index": 0, "moe_layer_end_index": 0},
+    },
+}
+"""Native family -> what is tried of it."""
+
 LOOPED = {
     "beam",
     "deepseek_v4",
@@ -179,12 +271,15 @@ def make(class_name: str, changes: dict[str, object]) -> nn.Module:
 def build(family: str, **changes: object) -> nn.Module:
     """The model of a family, its config changed, with weights large enough that routes differ and experts matter."""
     torch.manual_seed(0)
-    class_name, settings = FAMILIES[family]
+    class_name, settings = (FAMILIES | DENSE)[family]
     model = make(class_name, settings | changes)
     with torch.no_grad():
         for weight in model.parameters():
             noise = torch.randn_like(weight)
             weight.copy_(noise * weight.shape[-1] ** -0.5 if weight.ndim > 1 else weight + noise / 10)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.randn_like(buffer) / 3)
     return model
 
 

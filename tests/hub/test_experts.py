@@ -18,10 +18,14 @@ def decoder(moe: object) -> Decoder:
     return Decoder(ModelConfig.model_validate(settings))
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("activation", ["swiglu", "relu"])
-def test_our_own_models(activation):
-    bank = {"num_experts": 3, "d_expert": 8, "activation": activation}
+def test_our_own_models(activation, bias):
+    bank = {"num_experts": 3, "d_expert": 8, "activation": activation, "bias": bias}
     model = decoder({"experts": [bank, {"type": "copy"}], "shared": {"d_expert": 8}})
+    for name, weight in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(weight)
     first, second = moeforge.experts(model)
     assert (first.name, first.layer, second.layer, first.num_experts) == ("blocks.1.moe", 1, 2, 4)
     moe = model.blocks[1].moe
@@ -29,13 +33,18 @@ def test_our_own_models(activation):
     stack, copies = first.stacks
     assert (stack.module, copies.module) == tuple(moe.banks)
     assert (stack.kind, copies.kind, copies.up, copies.on_disk) == ("mlp", "copy", None, {})
-    assert (stack.gate is None) == (activation == "relu")
+    assert (stack.gate is None) == (activation == "relu") and (stack.down_bias is None) != bias
     x = torch.randn(1, 16)
     for expert in range(3):
-        up = x @ stack.up[expert].T
-        hidden = activate(up if stack.gate is None else torch.cat([x @ stack.gate[expert].T, up], -1), activation)
+
+        def through(matrix, bias, x=x, expert=expert):
+            return F.linear(x, matrix[expert], None if bias is None else bias[expert])
+
+        up = through(stack.up, stack.up_bias)
+        joined = up if stack.gate is None else torch.cat([through(stack.gate, stack.gate_bias), up], -1)
         route = Route.from_top_k(torch.tensor([[expert]]), torch.ones(1, 1), 3)
-        torch.testing.assert_close(moe.banks[0](x, route), hidden @ stack.down[expert].T)
+        expected = through(stack.down, stack.down_bias, activate(joined, activation))
+        torch.testing.assert_close(moe.banks[0](x, route), expected)
     saved = model.state_dict().keys()
     assert stack.on_disk == {name: (name,) for name in saved if name.startswith("blocks.1.moe.banks.0.")}
 

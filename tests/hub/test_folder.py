@@ -82,8 +82,8 @@ def test_a_file_cut_short_is_named(folder):
 def test_no_folder_no_config_other_type_bad_json(tmp_path, folder):
     with pytest.raises(UserError, match="no model folder"):
         load(tmp_path / "nowhere")
-    (folder / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
-    with pytest.raises(UserError, match="model_type is 'llama'"):
+    (folder / "config.json").write_text('{"model_type": "gpt2"}', encoding="utf-8")
+    with pytest.raises(UserError, match="model_type is 'gpt2'"):
         load(folder)
     (folder / "config.json").write_text('{"model_type": "moeforge", "dtype": "float7"}', encoding="utf-8")
     with pytest.raises(UserError, match="dtype 'float7' is none that torch knows"):
@@ -101,8 +101,13 @@ def test_a_tokenizer_of_another_size_is_refused(folder):
         load(folder)
 
 
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Every file below the folder."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_a_failed_write_leaves_the_old_folder_and_no_rubbish(folder):
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    before = contents(folder)
 
     def fill(fresh: Path) -> None:
         (fresh / "config.json").write_text("half", encoding="utf-8")
@@ -110,5 +115,5 @@ def test_a_failed_write_leaves_the_old_folder_and_no_rubbish(folder):
 
     with pytest.raises(UserError, match=r"No space left.*untouched"):
         write_whole(folder, fill)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert contents(folder) == before
     assert [path.name for path in folder.parent.iterdir()] == ["model"]

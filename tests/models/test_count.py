@@ -47,6 +47,11 @@ def test_by_hand(tied: bool) -> None:
         },
         {"moe": MOE | {"shared": {"d_expert": 3, "mix": "coefficient"}}, "moe_every": 2},
         {"layers": {0: {"moe": None, "d_ff": 5}}},
+        {"moe": {"experts": MOE["experts"] | {"bias": True}, "router": {"gate": {"type": "linear", "bias": True}}}},
+        {"moe": MOE | {"shared": {"d_expert": 3, "bias": True}}, "norm": "layer", "output_bias": True},
+        {"layers": {0: {"moe": None}}, "mlp_bias": True, "qk_norm": "whole"},
+        {"attention": {"qkv_bias": True, "o_bias": True, "sinks": True}, "window": 5},
+        {"attention": {"type": "latent", "q_lora_rank": 3, "bias": True}, "num_kv_heads": None},
     ],
 )
 def test_totals_are_those_of_the_real_model(changes: dict[str, object]) -> None:
@@ -140,3 +145,109 @@ def test_memories_and_their_queries_cost_what_they_multiply() -> None:
     weights = 8 * 3 * D + 4 * 10 * 3 + 4 + 50 * D + 2 * D * D
     assert size.total.all == plain.total.all + 2 * (weights - 3 * D)
     assert size.total.all - size.active.all == 2 * (50 - 8) * D
+
+
+def test_of_biases_a_token_uses_those_of_its_experts() -> None:
+    biased, plain = measure(small(moe={"experts": MOE["experts"] | {"bias": True}})), measure(small())
+    assert biased.total.all - plain.total.all == 2 * E * (2 * H + D)
+    assert biased.active.all - plain.active.all == 2 * K * (2 * H + D)
+    assert biased.flops_per_token == plain.flops_per_token
+
+
+def test_a_window_bounds_what_is_attended_to_and_what_is_kept() -> None:
+    window, length = 8, 32
+    near, plain = measure(small(window=window)), measure(small())
+    seen = sum(min(position + 1, window) for position in range(length)) / length
+    attended, whole = 2 * 2 * D * seen, 2 * 2 * D * (length + 1) / 2
+    assert near.flops_per_token - plain.flops_per_token == pytest.approx(2 * (attended - whole), abs=4 * D)
+    assert near.kv_bytes_per_token == plain.kv_bytes_per_token * window // length
+    half = measure(small(window=window, layers={1: {"window": None}}))
+    assert half.kv_bytes_per_token == (near.kv_bytes_per_token + plain.kv_bytes_per_token) // 2
+    assert measure(small(window=window), seq_len=window) == measure(small(), seq_len=window)
+
+
+def test_latent_rows_are_what_a_cache_keeps() -> None:
+    sizes = {"kv_lora_rank": 7, "qk_nope_head_dim": 3, "qk_rope_head_dim": 4, "v_head_dim": 5}
+    config = small(attention={"type": "latent", "q_lora_rank": 6, **sizes}, num_kv_heads=None)
+    size, plain = measure(config), measure(small())
+    attention = D * 6 + 6 * 2 * 7 + D * (7 + 4) + 7 * 2 * (3 + 5) + 2 * 5 * D
+    grouped = D * D + 2 * (D * D // 2) + D * D
+    assert size.total.all - plain.total.all == 2 * (attention + 6 + 7 - grouped)
+    assert size.kv_bytes_per_token == 2 * 4 * (7 + 4)
+    attended = 2 * (7 + 5) * 32 // 2 - 2 * D * 32 // 2
+    assert size.flops_per_token - plain.flops_per_token == 2 * 2 * (attention - grouped + attended)
+
+
+def test_the_dense_twin_keeps_attention_as_it_is() -> None:
+    config = small(attention={"type": "latent", "kv_lora_rank": 7}, num_kv_heads=None, window=4, residual_scale=0.5)
+    twin = dense_twin(config)
+    assert [layer.attention for layer in twin.all_layers] == [config.attention] * 2
+    assert twin.all_layers[0].window == 4 and twin.residual_scale == 0.5
+    assert 1 <= measure(twin).flops_per_token / measure(config).flops_per_token < 1.1
+
+
+def top(k: int, **more: object) -> dict[str, object]:
+    return {"select": {"type": "top_k", "k": k}, "losses": [], **more}
+
+
+UNTIED = {"tie_embeddings": False}
+PUBLISHED = {
+    "Mixtral-8x7B": (46_702_792_704, 12_879_925_248, 131_072),
+    "OLMoE-1B-7B": (6_919_161_856, 1_282_017_280, 131_072),
+    "DeepSeekMoE-16B": (16_375_728_128, 2_828_650_496, 229_376),
+    "DeepSeek-V3": (671_026_404_352, 37_552_282_624, 70_272),
+    "Qwen1.5-MoE-A2.7B": (14_315_784_192, 2_689_173_504, 196_608),
+    "gpt-oss-20b": (20_914_757_184, 4_187_440_704, 24_600),
+}
+"""Parameters in all, active, and bytes of a cache per token in two-byte numbers."""
+CONFIGS: dict[str, dict[str, object]] = {
+    "Mixtral-8x7B": {
+        **{"vocab_size": 32000, "d_model": 4096, "num_layers": 32, "num_heads": 32, "num_kv_heads": 8},
+        "moe": {"experts": {"num_experts": 8, "d_expert": 14336}, "router": top(2)},
+    },
+    "OLMoE-1B-7B": {
+        **{"vocab_size": 50304, "d_model": 2048, "num_layers": 16, "num_heads": 16, "qk_norm": "whole"},
+        "moe": {"experts": {"num_experts": 64, "d_expert": 1024}, "router": top(8)},
+    },
+    "DeepSeekMoE-16B": {
+        **{"vocab_size": 102400, "d_model": 2048, "num_layers": 28, "num_heads": 16},
+        **{"d_ff": 10944, "first_dense_layers": 1},
+        "moe": {
+            "experts": {"num_experts": 64, "d_expert": 1408},
+            "shared": {"num_shared_experts": 2, "d_expert": 1408},
+            "router": top(6),
+        },
+    },
+    "DeepSeek-V3": {
+        **{"vocab_size": 129280, "d_model": 7168, "num_layers": 61, "num_heads": 128},
+        **{"d_ff": 18432, "first_dense_layers": 3, "attention": {"type": "latent", "q_lora_rank": 1536}},
+        "moe": {
+            "experts": {"num_experts": 256, "d_expert": 2048},
+            "shared": {"d_expert": 2048},
+            "router": top(8, score="sigmoid", controller={"type": "expert_bias", "rate": 0}),
+        },
+    },
+    "Qwen1.5-MoE-A2.7B": {
+        **{"vocab_size": 151936, "d_model": 2048, "num_layers": 24, "num_heads": 16, "attention": {"qkv_bias": True}},
+        "moe": {
+            "experts": {"num_experts": 60, "d_expert": 1408},
+            "shared": {"d_expert": 5632, "mix": "gated"},
+            "router": top(4),
+        },
+    },
+    "gpt-oss-20b": {
+        **{"vocab_size": 201088, "d_model": 2880, "num_layers": 24, "num_heads": 64, "num_kv_heads": 8, "head_dim": 64},
+        "attention": {"qkv_bias": True, "o_bias": True, "sinks": True},
+        **{"window": 128, "layers": {index: {"window": None} for index in range(1, 24, 2)}, "max_seq_len": 131072},
+        "moe": {
+            "experts": {"num_experts": 32, "d_expert": 2880, "bias": True, "clamp": {}},
+            "router": top(4, gate={"type": "linear", "bias": True}, score="logits", weigh="softmax"),
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_totals_come_out(name: str) -> None:
+    size = measure(build(ModelConfig, UNTIED | CONFIGS[name]), 2)
+    assert (size.total.all, size.active.all, size.kv_bytes_per_token) == PUBLISHED[name]

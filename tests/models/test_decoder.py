@@ -129,7 +129,7 @@ def test_a_packed_document_is_as_if_alone() -> None:
     model, input_ids = decoder(), ids()
     position = torch.tensor([[0, 1, 2, 3, 0, 1, 0, 1, 2], [0, 1, 2, 3, 4, 5, 6, 7, 0]])
     document = torch.tensor([[0, 0, 0, 0, 1, 1, 2, 2, 2], [0, 0, 0, 0, 0, 0, 0, 0, 1]])
-    packed = model(input_ids, position, document).logits
+    packed = model(input_ids, position=position, document=document).logits
     for row in range(2):
         for number in document[row].unique():
             inside = document[row] == number
@@ -275,3 +275,92 @@ def test_repeated_layers_decode_with_keys_of_their_own_at_every_depth() -> None:
 def test_a_decoder_needs_a_vocabulary() -> None:
     with pytest.raises(ValueError, match="vocab_size is not set"):
         Decoder(ModelConfig())
+
+
+PADDED: dict[str, dict[str, Any]] = {
+    "moe": {},
+    "window": {"window": 3, "layers": {1: {"window": None}}},
+    "sinks": {"attention": {"sinks": True}, "window": 4},
+    "latent": {
+        "attention": {
+            "type": "latent",
+            "kv_lora_rank": 5,
+            "qk_nope_head_dim": 4,
+            "qk_rope_head_dim": 6,
+            "v_head_dim": 3,
+        }
+    },
+}
+
+
+def padded(shape: str) -> tuple[Decoder, Tensor, Tensor]:
+    """A model, and a batch of rows with 3 tokens missing in front, 2 at the end, and none."""
+    changes = {"num_kv_heads": None} if shape == "latent" else {}
+    mask = torch.ones(3, LENGTH, dtype=torch.int64)
+    mask[0, :3], mask[1, -2:] = 0, 0
+    return decoder("moe", **changes, **PADDED[shape]).eval(), ids(3), mask
+
+
+@pytest.mark.parametrize("shape", PADDED)
+@torch.no_grad()
+def test_a_padded_row_is_as_if_alone(shape: str) -> None:
+    model, input_ids, mask = padded(shape)
+    logits = model(input_ids, mask).logits
+    for row in range(3):
+        kept = mask[row].bool()
+        torch.testing.assert_close(
+            logits[row, kept], model(input_ids[row : row + 1, kept]).logits[0], rtol=0, atol=1e-5
+        )
+    changed = torch.where(mask.bool(), input_ids, (input_ids + 1) % VOCAB)
+    torch.testing.assert_close(model(changed, mask).logits[mask.bool()], logits[mask.bool()], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", PADDED)
+@torch.no_grad()
+def test_padded_prompts_decode_as_if_alone(shape: str) -> None:
+    model, input_ids, mask = padded(shape)
+    mask[1] = 1  # a prompt cannot have padding behind it and go on
+    cache, whole = Cache(model, 3, LENGTH + 4), torch.cat((mask, torch.ones(3, 4, dtype=torch.int64)), 1)
+    following = ids(3, 4)
+    logits = [model(input_ids, mask, cache=cache).logits]
+    for step in range(4):
+        seen = whole[:, : LENGTH + step + 1]
+        logits.append(model(following[:, step : step + 1], seen, cache=cache).logits)
+    for row in range(3):
+        kept = whole[row].bool()
+        alone = model(torch.cat((input_ids, following), 1)[row : row + 1, kept]).logits[0]
+        torch.testing.assert_close(torch.cat(logits, 1)[row, kept], alone, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_mask_without_padding_is_none_bit_for_bit() -> None:
+    model, input_ids = decoder(), ids()
+    assert torch.equal(model(input_ids, torch.ones(2, LENGTH)).logits, model(input_ids).logits)
+
+
+def test_padding_that_sees_nothing_gives_no_gradient_but_numbers() -> None:
+    model, input_ids, mask = padded("window")
+    mask[2] = 0
+    logits = model(input_ids, mask).logits
+    (logits * mask[:, :, None]).sum().backward()
+    assert logits.isfinite().all()
+    assert all(weight.grad.isfinite().all() for weight in model.parameters() if weight.grad is not None)
+
+
+def test_a_mask_that_does_not_fit_is_refused() -> None:
+    model, input_ids = decoder(), ids()
+    with pytest.raises(ValueError, match=r"attention_mask is \[2, 8\], not \[2, 9\]: one column for each token"):
+        model(input_ids, torch.ones(2, 8))
+    cache = Cache(model, 2, LENGTH)
+    model(input_ids[:, :4], cache=cache)
+    with pytest.raises(ValueError, match=r"attention_mask is \[2, 5\], not \[2, 9\]"):
+        model(input_ids[:, 4:], torch.ones(2, 5), cache=cache)
+    mask = torch.ones(2, LENGTH)
+    mask[0, 0] = 0
+    with pytest.raises(ValueError, match="packed documents or padding, not both"):
+        model(input_ids, mask, document=torch.zeros_like(input_ids))
+
+
+def test_neutral_settings_add_no_weights() -> None:
+    names = " ".join(decoder().state_dict()) + " ".join(decoder("dense").state_dict())
+    assert "bias" not in names.replace("shared.gate.bias", "") and "sinks" not in names

@@ -25,6 +25,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
 SHAPES: dict[str, dict[str, Any]] = {
     "plain": {},
     "repeated": {"num_layers": 2, "num_repeats": 2},
+    "biased": {"layers": {1: {"moe": {"experts": {"bias": True, "clamp": {"limit": 0.5}}}}}},
     "mixed": {"layers": {1: {"moe": {"router": {"gate": "linear"}}}}, "first_dense_layers": 1},
 }
 
@@ -37,6 +38,9 @@ def test_the_extracted_model_has_the_same_logits(router: str, shape: str) -> Non
     for moe in model.moe_layers.values():
         if moe.router.expert_bias is not None:
             moe.router.expert_bias.normal_()
+        for name, weight in moe.banks.named_parameters():
+            if name.endswith("bias"):
+                weight.normal_()
     for number, name in enumerate(NAMES):
         whole = model(input_ids, known={"domain": torch.full_like(input_ids, number)}).logits
         small, known = extract(model, name), {"domain": torch.zeros_like(input_ids)}

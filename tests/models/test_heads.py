@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from moeforge.config import build
+from moeforge.errors import UserError
 from moeforge.models import Cache, Decoder, ModelConfig, dense_twin, measure
 from moeforge.models.attention import Attention, locate, places
 from moeforge.models.heads import RoutedHeads
@@ -25,6 +26,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "any number": (TOP_P, {"num_kv_heads": 2}),
     "dropped": (TOP_2 | {"router": {"capacity": [{"type": "capacity", "capacity_factor": 0.6}]}}, {"num_kv_heads": 1}),
     "own keys": (OWN, {"num_heads": E, "head_dim": 4}),
+    "own keys, three heads each": (OWN, {"num_heads": 3 * E, "head_dim": 4}),
+    "frozen": (OWN | {"frozen_experts": 2}, {"num_heads": 2 * E, "head_dim": 4}),
 }
 
 
@@ -40,21 +43,29 @@ def routed(config: ModelConfig) -> Attention:
 
 def by_loop(attention: Attention, config: ModelConfig, x_LD: Tensor, weight_LE: Tensor, allowed_LL: Tensor) -> Tensor:
     """One sequence: every expert of every token by itself; weight zero where it was not chosen."""
-    size, own, theta = config.size_of_head, attention.heads.keys == "own", config.rope_theta
+    size, own = config.size_of_head, attention.heads.keys == "own"
     position_L = torch.arange(len(x_LD))
     y_LD = torch.zeros_like(x_LD)
     for expert in range(E):
         mixed = []
-        for head in range(1 if own else config.num_key_heads):
-            rows = slice(head * size, (head + 1) * size)
-            key_rows = slice(expert * size, (expert + 1) * size) if own else rows
-            query = normed(x_LD @ attention.q_proj.weight[expert, rows].T, attention.q_norm, config.norm_eps)
-            key = normed(x_LD @ attention.k_proj.weight[key_rows].T, attention.k_norm, config.norm_eps)
-            query, key = (turned(part, position_L, theta) for part in (query, key))
+        own_heads = config.num_key_heads // E
+        for head in range(own_heads if own else config.num_key_heads):
+            rows, key_head = slice(head * size, (head + 1) * size), expert * own_heads + head if own else head
+            key_rows = slice(key_head * size, (key_head + 1) * size)
+            query = normed(x_LD @ whole(attention.q_proj)[expert, rows].T, attention.q_norm, config.norm_eps)
+            key = normed(x_LD @ whole(attention.k_proj).reshape(-1, D)[key_rows].T, attention.k_norm, config.norm_eps)
+            query, key = (turned(part, position_L, config) for part in (query, key))
             share = (query @ key.T / size**0.5).masked_fill(~allowed_LL, -torch.inf).softmax(1)
-            mixed.append(share @ (x_LD @ attention.v_proj.weight[key_rows].T))
-        y_LD = y_LD + weight_LE[:, expert, None] * (torch.cat(mixed, 1) @ attention.o_proj.weight[expert].T)
+            mixed.append(share @ (x_LD @ whole(attention.v_proj).reshape(-1, D)[key_rows].T))
+        y_LD = y_LD + weight_LE[:, expert, None] * (torch.cat(mixed, 1) @ whole(attention.o_proj)[expert].T)
     return y_LD
+
+
+def whole(projection: torch.nn.Module) -> Tensor:
+    """The weights of all experts, the frozen ones in front."""
+    return torch.cat(
+        [weight for weight in (getattr(projection, "prior", None), projection.weight) if weight is not None]
+    )
 
 
 def weights_of(route: Route) -> Tensor:
@@ -78,7 +89,8 @@ def test_routed_attention_is_a_loop_over_experts(case: str, packed: bool) -> Non
     weight_BLE = weights_of(route).view(B, L, E)
     expected = torch.stack([by_loop(attention, config, x[b], weight_BLE[b], allowed[b]) for b in range(B)])
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
-    towards, inputs = torch.randn(B, L, D), [x, *attention.parameters()]
+    towards = torch.randn(B, L, D)
+    inputs = [x, *(weight for weight in attention.parameters() if weight.requires_grad)]
     ours, theirs = (torch.autograd.grad((out * towards).sum(), inputs, retain_graph=True) for out in (y, expected))
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
     assert all(gradient.any() for gradient in ours)
@@ -218,9 +230,25 @@ def test_the_dense_twin_has_plain_attention_and_is_just_not_cheaper(moe: dict[st
         ({"router": {"gate": "recurrent"}}, "hands on no state, and gate: recurrent needs one"),
         ({"router": {"select": {"k": 9}}}, "k = 9 is more than num_experts = 8"),
         ({"router": {"gate": {"type": "lookup", "num_ids": 9}}}, "a decoder knows token and domain ids"),
-        ({"keys": "own"}, "a key head for each expert: num_kv_heads is 4, num_experts 8"),
+        ({"frozen_experts": 2}, "with keys: shared others change their keys"),
+        ({"keys": "own", "frozen_experts": 8}, "frozen_experts = 8 of num_experts = 8: none learns"),
+        ({"keys": "own"}, "as many key heads for each expert: num_kv_heads is 4, num_experts 8"),
     ],
 )
 def test_heads_that_cannot_be_routed_are_refused(attention: dict[str, Any], message: str) -> None:
     with pytest.raises((ValidationError, ValueError), match=message):
         ModelConfig.model_validate({"attention": {"type": "routed"} | attention})
+
+
+def test_frozen_experts_and_a_learned_norm_of_keys_are_refused() -> None:
+    with pytest.raises(UserError, match="would share the learned norm of qk_norm"):
+        config_of(OWN | {"frozen_experts": 2}, num_heads=E, head_dim=4, qk_norm=True)
+
+
+def test_frozen_experts_take_no_gradient_and_the_others_do() -> None:
+    config = config_of(OWN | {"frozen_experts": 2}, num_heads=2 * E, head_dim=4)
+    model = Decoder(config)
+    model(ids()).logits.square().mean().backward()
+    for name, weight in model.named_parameters():
+        assert (weight.grad is None) == name.endswith(".prior"), name
+        assert weight.requires_grad or "attention" in name

@@ -66,7 +66,8 @@ def ranked(scores: list[float]) -> list[int]:
 def _top_k(select: Any, scores: list[float]) -> list[int]:
     size = len(scores) // select.num_groups
     groups = [list(range(g * size, (g + 1) * size)) for g in range(select.num_groups)]
-    rank = [sum(sorted((scores[e] for e in group), reverse=True)[:2]) for group in groups]
+    counted = 1 if select.group_rank == "best" else 2
+    rank = [sum(sorted((scores[e] for e in group), reverse=True)[:counted]) for group in groups]
     allowed = {e for g in ranked(rank)[: select.top_groups] for e in groups[g]}
     return [e for e in ranked(scores) if e in allowed][: select.k]
 
@@ -131,6 +132,8 @@ def choices(select: Any, scores_TE: Tensor) -> list[list[int]]:
 
 def _weigh_scores(weigh: Any, chosen: list[Tensor]) -> list[Tensor]:
     total = sum(chosen) if weigh.normalize_weights and any(chosen) else 1.0
+    if weigh.normalize_weights and any(chosen) and total.abs().item() < weigh.min_total:
+        total = weigh.min_total
     return [weigh.weight_scale * score / total for score in chosen]
 
 
@@ -177,7 +180,25 @@ def combine_weights(moe: MoE, x_TD: Tensor) -> Tensor:
 
 def _mlp_bank(bank: Any, x_TD: Tensor) -> list[Tensor]:
     stacks = zip(bank.gate_up_proj, bank.down_proj, strict=True)
-    return [mlp(x_TD, up, down, bank.config.activation) for up, down in stacks]
+    if not (bank.config.bias or bank.config.clamp):
+        return [mlp(x_TD, up, down, bank.config.activation) for up, down in stacks]
+    zeros = torch.zeros(bank.config.num_experts, 1)
+    biases = (bank.gate_up_bias, bank.down_bias) if bank.config.bias else (zeros, zeros)
+    outputs = []
+    for (up, down), up_bias, down_bias in zip(stacks, *biases, strict=True):
+        z, clamp = torch.einsum("td,hd->th", x_TD, up) + up_bias, bank.config.clamp
+        half = z.shape[1] // 2
+        if clamp is not None:
+            gate, value = z[:, :half], z[:, half:]
+            gate = torch.where(gate > clamp.limit, clamp.limit, gate)
+            value = torch.where(value.abs() > clamp.limit, clamp.limit * value.sign(), value)
+            a = (1 + value) * gate / (1 + torch.exp(-clamp.alpha * gate))
+        elif bank.config.activation.endswith("glu"):
+            a = POINTWISE[bank.config.activation](z[:, :half]) * z[:, half:]
+        else:
+            a = POINTWISE[bank.config.activation](z)
+        outputs.append(torch.einsum("th,dh->td", a, down) + down_bias)
+    return outputs
 
 
 def _factorised_bank(bank: Any, x_TD: Tensor) -> list[Tensor]:
@@ -247,7 +268,13 @@ def mix_experts(moe: MoE, x_TD: Tensor, weights_TE: Tensor) -> Tensor:
     if moe.shared is None:
         return y_TD
     shared, gate = moe.shared, moe.shared.gate
-    shared_TD = mlp(x_TD, shared.mlp.gate_up_proj.weight, shared.mlp.down_proj.weight, shared.config.activation)
+    up, down = shared.mlp.gate_up_proj, shared.mlp.down_proj
+    if shared.config.bias:  # a column of ones carries the biases
+        rows_TF = torch.cat((x_TD, torch.ones(len(x_TD), 1)), 1)
+        wide = torch.cat((up.weight, up.bias[:, None]), 1)
+        shared_TD = mlp(rows_TF, wide, down.weight, shared.config.activation) + down.bias
+    else:
+        shared_TD = mlp(x_TD, up.weight, down.weight, shared.config.activation)
     logits = None if gate is None else x_TD @ gate.weight.T + (0 if gate.bias is None else gate.bias)
     return MIXES[shared.config.mix.type](logits, y_TD, shared_TD)
 

@@ -15,6 +15,7 @@ from moeforge.moe.balance import (
     ClusterLoss,
     ConflictLoss,
     Controller,
+    CoreLoss,
     EmbeddingLoss,
     EntropyLoss,
     ExpertBias,
@@ -118,7 +119,7 @@ def test_the_micro_batch_scope_counts_each_micro_batch_by_itself() -> None:
 
 def test_every_kind_is_tested_here() -> None:
     here = {LoadBalancingLoss, ZLoss, ImportanceLoss, EntropyLoss, SparsityLoss, GateLoss}
-    elsewhere = {LoadLoss, ClusterLoss, LocalityLoss, EmbeddingLoss, BudgetLoss, ConflictLoss}
+    elsewhere = {LoadLoss, ClusterLoss, LocalityLoss, EmbeddingLoss, BudgetLoss, ConflictLoss, CoreLoss}
     assert set(members(BalanceLoss)) == here | elsewhere
     assert set(members(Controller)) == {ExpertBias, Sparsity, Overflow}
 
@@ -244,6 +245,18 @@ def test_the_bias_moves_against_the_load() -> None:
     assert router.expert_bias is not None and router.expert_bias.tolist() == [-0.25, 0.25, 0.0, 0.25]
     router.step(torch.tensor([0, 4, 0, 0]), 4)
     assert router.expert_bias.tolist() == [0.0, 0.0, 0.25, 0.5]
+
+
+def test_a_bias_of_rate_zero_stays_as_it_was_loaded_and_chooses() -> None:
+    router, x_TD = (
+        Router(RouterConfig(select=TopK(k=1), controller=ExpertBias(rate=0), losses=()), 4, 4),
+        torch.randn(9, 4),
+    )
+    router.load_state_dict(router.state_dict() | {"expert_bias": torch.tensor([0.0, 9.0, 0.5, -1.0])})
+    for _ in range(2):
+        assert router(x_TD, Context()).route.counts.tolist() == [0, 9, 0, 0]
+        router.step(torch.tensor([10, 2, 5, 3]), 20)
+    assert router.expert_bias is not None and router.expert_bias.tolist() == [0.0, 9.0, 0.5, -1.0]
 
 
 def test_the_bias_sees_loads_that_bf16_cannot_tell_apart() -> None:

@@ -58,6 +58,33 @@ def test_an_expert_keeps_what_a_loop_keeps(keep: Any, tokens: int, factor: float
     assert limited.counts.tolist() == [sum(e == expert for e, _ in expected) for expert in range(4)]
 
 
+@pytest.mark.parametrize("factor", [0.5, 1.1])
+@pytest.mark.parametrize("keep", KEYS)
+def test_kinds_of_experts_have_room_by_their_shares(keep: Any, factor: float) -> None:
+    route, shares = random_route(40, seed=5), (0.5, 0.5, 1.0, 3.0)
+    limited = limited_by(Capacity(capacity_factor=factor, keep=keep, shares=shares), route)
+    expected = set()
+    for expert, share in enumerate(shares):
+        room = math.ceil(factor * 80 * share / 5)
+        expected |= {edge for edge in kept_by_loop(route, room, KEYS[keep]) if edge[0] == expert}
+    assert {edge[:2] for edge in edges(limited)} == expected
+    even = Capacity(capacity_factor=factor, keep=keep)
+    assert edges(limited_by(even.replace(shares=(2.0,) * 4), route)) == edges(limited_by(even, route))
+
+
+def test_overflow_goes_where_the_shares_leave_room() -> None:
+    router = RouterConfig(select=TopK(k=1), capacity=(Capacity(capacity_factor=1.0, overflow="next", shares=(1, 3)),))
+    counts = Router(router, 8, 2)(torch.randn(40, 8), Context()).route.counts
+    assert counts.tolist() == [10, 30]
+
+
+@pytest.mark.parametrize("shares", [(1.0, 1.0), (1.0, 1.0, 0.0)])
+def test_shares_are_one_for_each_expert_above_zero(shares: tuple[float, ...]) -> None:
+    router = {"capacity": [{"type": "capacity", "shares": shares}]}
+    with pytest.raises(ValidationError, match=r"capacity\.shares wants 3 numbers above zero"):
+        MoEConfig.model_validate({"experts": {"num_experts": 3, "d_expert": 4}, "router": router})
+
+
 def test_by_lot_keeps_as_many_and_others_each_time() -> None:
     route = random_route(200, seed=1)
     first, second = (limited_by(Capacity(capacity_factor=0.5, keep="random"), route) for _ in range(2))

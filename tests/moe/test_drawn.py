@@ -42,6 +42,28 @@ def test_choices_are_draws_without_repetition(margin: float | None) -> None:
     assert (selection.ids[:, 0] != selection.ids[:, 1]).all()
 
 
+@pytest.mark.parametrize("margin", [None, 0.4])
+def test_weights_and_gradients_are_those_of_transformers_for_the_same_draws(margin: float | None) -> None:
+    phimoe = pytest.importorskip("transformers.models.phimoe.modeling_phimoe")
+    logits_TE, towards_T = (2 * torch.randn(200, 6)).requires_grad_(), torch.randn(200)
+    selection = Draw(k=2, margin=margin)(logits_TE.detach(), TRAINING)
+    weights_TK = Drawn()(logits_TE, selection, TRAINING)
+    for choice in range(2):
+        left_TE = logits_TE.detach() if choice == 0 else logits_TE.detach().scatter(1, selection.ids[:, :1], -torch.inf)
+        probs_TE = left_TE.masked_fill(~selection.among[:, choice], -torch.inf).softmax(1)
+        ids_T1 = selection.ids[:, choice, None]
+        prob_T1, weight_T = probs_TE.gather(1, ids_T1), weights_TK[:, choice]
+        whole_T1 = (weight_T.detach()[:, None] / prob_T1).round(decimals=4)
+        assert {round(float(share), 3) for share in whole_T1.unique()} == {0.333, 1.0}
+        expected_T1 = phimoe.PhimoeMultiplier.apply(logits_TE, prob_T1, ids_T1, probs_TE, whole_T1)
+        torch.testing.assert_close(weight_T, expected_T1[:, 0], rtol=1e-3, atol=1e-5)
+        ours, theirs = (
+            torch.autograd.grad((weight * towards_T).sum(), logits_TE, retain_graph=True)[0]
+            for weight in (weight_T, expected_T1[:, 0])
+        )
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
 def test_outside_training_the_best_are_chosen_and_weighed_one_after_the_other() -> None:
     router = Router(RouterConfig(select=Draw(k=3, margin=0.6), score=Logits(), weigh=Drawn()), 8, 6).eval()
     x_TD = torch.randn(40, 8)

@@ -82,7 +82,8 @@ def lookup(gate: Any, x: Tensor, e: int, t: int) -> Tensor:
 
 def linear(gate: Any, x: Tensor, e: int, t: int) -> Tensor:
     token = EMBEDDED_TD[t]
-    return dot(token / (dot(token, token) / D).sqrt() if gate.of_token else x, gate.weight[e])
+    logit = dot(token / (dot(token, token) / D).sqrt() if gate.of_token else x, gate.weight[e])
+    return logit if gate.bias is None else logit + gate.bias[e]
 
 
 def bump(u: Tensor, degree: int) -> Tensor:
@@ -148,7 +149,10 @@ LOGITS: dict[str, Any] = {
     "query": query,
 }
 EXAMPLES: dict[type, list[Any]] = {
-    Linear: [Linear(), Linear(orthogonal=True), Linear(frozen=True), Linear(previous=True), Linear(reads="token")],
+    Linear: [
+        *(Linear(), Linear(bias=True), Linear(orthogonal=True)),
+        *(Linear(frozen=True), Linear(previous=True), Linear(reads="token")),
+    ],
     Cosine: [Cosine(), Cosine(d_route=3, thresholds=True)],
     MLP: [MLP(width=7)],
     TwoLevel: [TwoLevel(num_groups=2), TwoLevel(num_groups=3)],
@@ -169,6 +173,8 @@ EXAMPLES: dict[type, list[Any]] = {
 def test_every_gate_is_its_loop(config: Any) -> None:
     torch.manual_seed(1)
     gate = config.build(D, E)
+    if getattr(gate, "bias", None) is not None:
+        torch.nn.init.normal_(gate.bias)
     logits_TE = gate(X_TD, CONTEXT).logits
     logits = LOGITS[config.type]
     expected = torch.stack([logits(gate, x, e, t) for t, x in enumerate(X_TD) for e in range(E)]).view(T, E)

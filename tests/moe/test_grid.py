@@ -146,3 +146,47 @@ def test_a_core_needs_its_queries(queries: int, select: dict[str, Any], message:
 def test_keys_that_cannot_work_are_refused(num_experts: int, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         layer({"type": "neurons"}, num_experts, select="product_keys", **changes)
+
+
+BY_CORE: dict[str, Any] = {
+    "gate": {"type": "query", "queries": 6, "d_query": 4, "rank": 3},
+    "select": {"type": "product_keys", "k": 4, "rank": 3},
+    "weigh": "scores",
+    "losses": [{"type": "core_loss", "margin": 0.5}],
+}
+
+
+def test_the_cores_loss_is_how_far_it_is_from_rank_one_and_takes_it_there() -> None:
+    moe = layer({"type": "values"}, **BY_CORE)
+    core, x_TD = moe.router.gate.core, torch.randn(5, D)
+    left, right = (torch.linalg.qr(torch.randn(3, 3))[0] for _ in range(2))
+    core.data = left @ torch.diag(torch.tensor([3.0, 1.5, 0.4])) @ right
+    loss = moe.router.balance_losses(moe(x_TD)[1], 1)["core_loss"]
+    torch.testing.assert_close(loss, torch.tensor((1.5 - 0.5) ** 2 / 2))
+    optimizer = torch.optim.SGD([core], lr=0.2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        moe.router.balance_losses(moe(x_TD)[1], 1)["core_loss"].backward()
+        optimizer.step()
+    torch.testing.assert_close(torch.linalg.svdvals(core.detach()), torch.tensor([3.0, 0.5, 0.4]), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"losses": ["core_loss", "z_loss"]}, "no scores of all experts to balance"),
+        (
+            {
+                "gate": {"type": "query", "queries": 2, "rank": 1},
+                "select": {"type": "product_keys", "k": 4, "rank": 1},
+            },
+            "core_loss needs gate: query with rank of 2",
+        ),
+    ],
+    ids=["beside others", "rank one"],
+)
+def test_a_loss_of_the_core_that_could_not_act_is_refused(parts: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        layer({"type": "values"}, **{**BY_CORE, **parts})
+    with pytest.raises(ValidationError, match="core_loss needs gate: query"):
+        MoEConfig.model_validate({"experts": {"d_expert": 4}, "router": {"losses": ["core_loss"]}})

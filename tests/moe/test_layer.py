@@ -11,9 +11,9 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from moeforge.config import Activation, Config
-from moeforge.kernels import ENGINES
-from moeforge.moe import Context, MLPExperts, MoE, MoEConfig, Route, RouterConfig
+from moeforge.moe import Context, MergedRoute, MLPExperts, MoE, MoEConfig, Route, RouterConfig
 from moeforge.moe.bank import (
+    Clamp,
     ConstantExperts,
     CopyExperts,
     Experts,
@@ -44,12 +44,18 @@ from moeforge.moe.select import (
 )
 from moeforge.moe.shared import Coefficient, Gated, Interpolated, Mix, SharedConfig, Sum
 from moeforge.moe.weigh import Complement, Drawn, Ones, Scores, SoftmaxChosen, Weigh
+from tests.kernels.engines import ON_CPU
 from tests.moe import brute_force
 from tests.moe.brute_force import BANKS
 
 D = 8
+WEIGHTS = ((1.0, 1e-20), (2.5, 1e-20), (1.0, 0.6))
 EXAMPLES: dict[type, list[Any]] = {
-    TopK: [TopK(k=1), TopK(k=2), TopK(k=3), TopK(k=2, num_groups=3, top_groups=2), TopK(k=1, num_groups=6)],
+    TopK: [
+        *(TopK(k=k) for k in (1, 2, 3)),
+        TopK(k=1, num_groups=6),
+        *(TopK(k=2, num_groups=3, top_groups=2, group_rank=rank) for rank in ("two_best", "best")),
+    ],
     TopPerGroup: [TopPerGroup(num_groups=3), TopPerGroup(num_groups=2, k=2)],
     Confident: [Confident(k=3, max_gap=0.1), Confident(k=2, min_ratio=0.6)],
     TopP: [TopP(p=0.4), TopP(p=1.0), TopP(p=0.7, max_k=2)],
@@ -65,10 +71,15 @@ EXAMPLES: dict[type, list[Any]] = {
     Relu: [Relu()],
     Logits: [Logits()],
     Ones: [Ones(), Ones(average=True)],
-    Scores: [Scores(), Scores(normalize_weights=True), Scores(normalize_weights=True, weight_scale=2.5)],
+    Scores: [
+        Scores(),
+        *(Scores(normalize_weights=True, weight_scale=scale, min_total=least) for scale, least in WEIGHTS),
+    ],
     Complement: [Complement()],
     SoftmaxChosen: [SoftmaxChosen(), SoftmaxChosen(weight_scale=0.5)],
-    MLPExperts: [MLPExperts(num_experts=6, d_expert=4, activation=name) for name in get_args(Activation)],
+    MLPExperts: [MLPExperts(num_experts=6, d_expert=4, activation=name) for name in get_args(Activation)]
+    + [MLPExperts(num_experts=6, d_expert=4, bias=True, activation=name) for name in ("swiglu", "relu")]
+    + [MLPExperts(num_experts=6, d_expert=4, bias=bias, clamp=Clamp(limit=0.7, alpha=1.3)) for bias in (True, False)],
     FactorisedExperts: [
         FactorisedExperts(num_experts=6, d_expert=4, rank=3),
         FactorisedExperts(d_expert=5, activation="relu"),
@@ -120,7 +131,11 @@ def names(banks: list[Any]) -> str:
 def build(seed: int = 0, **parts: Any) -> MoE:
     torch.manual_seed(seed)
     parts = {"experts": [EXAMPLES[MLPExperts][0]]} | parts
-    return MoE(MoEConfig(**parts), D)
+    moe = MoE(MoEConfig(**parts), D)
+    for name, parameter in moe.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    return moe
 
 
 def assert_same(y: Tensor, expected: Tensor, inputs: list[Tensor], rtol: float = 1e-4, atol: float = 2e-5) -> None:
@@ -166,14 +181,13 @@ ROUTERS = [RouterConfig(select=TopK(k=1)), RouterConfig(select=TopK(k=3), score=
 @pytest.mark.parametrize(
     "experts", banks(), ids=lambda banks: "+".join(getattr(bank, "activation", bank.type) for bank in banks)
 )
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ON_CPU)
 def test_every_bank_on_every_engine_is_brute_force(engine: str, experts: list[Any], mix: Any, router: Any) -> None:
-    shared = SharedConfig(num_shared_experts=2, d_expert=3, activation="geglu", mix=mix) if mix else None
-    experts = [bank.replace(engine=engine) if isinstance(bank, MLPExperts) else bank for bank in experts]
-    moe = build(experts=experts, router=router, shared=shared)
-    if moe.shared and moe.shared.gate is not None and moe.shared.gate.bias is not None:
-        torch.nn.init.normal_(moe.shared.gate.bias)
-    assert_is_brute_force(moe)
+    biased = engine == "streaming"
+    shared = SharedConfig(num_shared_experts=2, d_expert=3, activation="geglu", mix=mix, bias=biased) if mix else None
+    plain = [isinstance(bank, MLPExperts) and not (bank.bias or bank.clamp) for bank in experts]
+    experts = [bank.replace(engine=engine) if is_plain else bank for bank, is_plain in zip(experts, plain, strict=True)]
+    assert_is_brute_force(build(experts=experts, router=router, shared=shared))
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -190,7 +204,7 @@ def test_any_shape_is_brute_force(tokens: int, width: int, experts: int, k: int,
 
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(mask=st.integers(1, 12).flatmap(lambda t: st.lists(st.integers(0, 63), min_size=t, max_size=t)))
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ON_CPU)
 def test_tokens_without_experts_and_experts_without_tokens(engine: str, mask: list[int]) -> None:
     mask_TE = torch.tensor([[bool(row >> e & 1) for e in range(6)] for row in mask])
     moe = build(experts=[MLPExperts(num_experts=size, d_expert=4, engine=engine) for size in (4, 2)])
@@ -317,3 +331,33 @@ def test_one_bank_is_written_without_a_list() -> None:
 def test_impossible_layers_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         MoEConfig.model_validate({"experts": {"num_experts": 6, "d_expert": 4}} | changes)
+
+
+def test_merged_biases_are_those_of_the_merged_expert() -> None:
+    bank = build(experts=[MLPExperts(num_experts=3, d_expert=4, bias=True, clamp=Clamp())]).banks[0]
+    x_TD, group_T = torch.randn(8, D), torch.tensor([0, 1, 0, 1, 1, 0, 0, 1])
+    merged = bank(x_TD, MergedRoute(torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]), group_T))
+    routed = bank(x_TD, Route.from_top_k(torch.tensor([2, 0])[group_T][:, None], torch.ones(8, 1), 3))
+    torch.testing.assert_close(merged, routed)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"clamp": {}, "activation": "gelu"}, "clamp limits the gate of activation: swiglu, not gelu"),
+        ({"clamp": {"limit": 0.0}}, "greater than 0"),
+        ({"bias": True, "engine": "grouped"}, "engine: grouped knows neither bias nor clamp"),
+        ({"clamp": {}, "engine": "streaming"}, "engine: streaming knows neither bias nor clamp"),
+    ],
+    ids=str,
+)
+def test_experts_that_no_engine_computes_are_refused(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValidationError, match=reason):
+        MLPExperts.model_validate({"d_expert": 4, **changes})
+
+
+def test_settings_of_choice_and_weight_that_do_nothing_are_refused() -> None:
+    with pytest.raises(ValidationError, match="group_rank does nothing where a token may use all groups"):
+        TopK(k=2, group_rank="best")
+    with pytest.raises(ValidationError, match="min_total does nothing without normalize_weights"):
+        Scores(min_total=0.1)

@@ -7,10 +7,10 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from moeforge.kernels import ENGINES
 from moeforge.moe import Context, MergedRoute, MLPExperts, MoE, MoEConfig
 from moeforge.moe.bank import CopyExperts
 from moeforge.moe.merge import runs
+from tests.kernels.engines import ON_CPU
 from tests.models.test_decoder import MERGED, decoder
 from tests.moe import brute_force
 from tests.moe.test_layer import D, assert_same, build
@@ -59,7 +59,7 @@ def groups_of(over: str, segment: int | None) -> list[tuple[list[int], list[int]
     return found
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ON_CPU)
 @pytest.mark.parametrize("k", [None, 1, 2])
 @pytest.mark.parametrize(("over", "segment"), [("document", None), ("segment_before", 2), ("segment_before", 3)])
 def test_merged_experts_are_a_loop_over_groups(over: str, segment: int | None, k: int | None, engine: Any) -> None:
@@ -121,7 +121,7 @@ def test_a_packed_document_is_merged_for_as_if_alone() -> None:
     model = decoder(moe={"experts": {"num_experts": 4, "d_expert": 8}, "router": router})
     ids = torch.randint(19, (2, 10))
     document = torch.tensor([[0] * 5 + [1] * 2 + [2] * 3, [0] * 10])
-    packed = model(ids, POSITIONS, document).logits
+    packed = model(ids, position=POSITIONS, document=document).logits
     for row, number in ((0, 0), (0, 1), (0, 2), (1, 0)):
         inside = document[row] == number
         torch.testing.assert_close(
@@ -174,3 +174,62 @@ def test_banks_without_such_parameters_say_so() -> None:
         CopyExperts(num_experts=2).build(D)(torch.randn(3, D), route)
     with pytest.raises(ValueError, match="several banks"):
         route.split([1, 1])
+
+
+WIDTHS: dict[str, Any] = {"over": "equal_scores", "widths": [2, 3, 5]}
+BY_WIDTH = {"type": "lookup", "by": "width", "num_ids": 3}
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "relu"])
+def test_a_drawn_width_is_the_explicit_sum_of_experts_cut_to_it(activation: Any) -> None:
+    moe, x_TD = sub_networks(activation), torch.randn(4, D, requires_grad=True)
+    bank, seen = moe.banks[0], set()
+    for seed in range(12):
+        torch.manual_seed(seed)
+        y_TD, routing = moe.train()(x_TD)
+        width = routing.route.width
+        weight_E, gates = moe.router.gate.table[WIDTHS["widths"].index(width)].softmax(0), 1 + (activation == "swiglu")
+        up = sum(weight_E[e] * bank.gate_up_proj[e] for e in range(E)).view(gates, 5, D)[:, :width].flatten(0, 1)
+        down = sum(weight_E[e] * bank.down_proj[e] for e in range(E))[:, :width]
+        expected = brute_force.mlp(x_TD, up, down, activation)
+        assert_same(y_TD, expected, [x_TD, *moe.parameters()], rtol=1e-3, atol=1e-3)
+        seen.add(width)
+    assert seen == {2, 3, 5}
+    assert moe.eval()(x_TD)[1].route.width == 5
+
+
+def sub_networks(activation: Any = "swiglu", widths: Any = None, **bank: Any) -> MoE:
+    select = {"type": "merged"} | WIDTHS | ({} if widths is None else {"widths": widths})
+    experts = {"num_experts": E, "d_expert": 5, "activation": activation} | bank
+    router = MERGED | {"select": select, "gate": BY_WIDTH}
+    torch.manual_seed(0)
+    return MoE(MoEConfig.model_validate({"experts": experts, "router": router}), D)
+
+
+@pytest.mark.parametrize("widths", [[2, 3, 4], [3, 2, 5], [2, 2, 5], [0, 2, 5]], ids=str)
+def test_widths_that_do_not_rise_to_the_whole_are_refused(widths: list[int]) -> None:
+    with pytest.raises(ValidationError, match="to d_expert = 5"):
+        sub_networks(widths=widths)
+    with pytest.raises(ValidationError, match="without bias"):
+        sub_networks(bias=True)
+
+
+@pytest.mark.parametrize(
+    "router",
+    [
+        {"select": {"type": "merged", "over": "equal_scores"}, "gate": BY_WIDTH},
+        {"select": {"k": 2}, "gate": BY_WIDTH},
+        {"select": {"type": "merged"} | WIDTHS, "gate": BY_WIDTH | {"by": "domain"}},
+        {"select": {"type": "merged"} | WIDTHS, "gate": BY_WIDTH | {"num_ids": 4}},
+    ],
+    ids=str,
+)
+def test_a_gate_by_width_and_widths_need_each_other(router: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="need each other"):
+        MoEConfig.model_validate({"experts": {"num_experts": E, "d_expert": 5}, "router": MERGED | router})
+
+
+def test_a_decoder_trains_sub_networks_and_decodes_with_the_widest() -> None:
+    model = decoder(moe=sub_networks().config)
+    model(torch.randint(0, 19, (2, 6))).logits.square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters()) and not model.cannot_write

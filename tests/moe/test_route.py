@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moeforge.kernels import ENGINES
 from moeforge.moe import MLPExperts, Route, SoftRoute
+from tests.kernels.engines import ON_CPU
 from tests.moe import brute_force
 
 
@@ -150,7 +150,7 @@ def soft_route(tokens: int, slots_per_expert: list[int]) -> SoftRoute:
     return SoftRoute(logits_TS.softmax(0), logits_TS.softmax(1), ends_E)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ON_CPU)
 @pytest.mark.parametrize("slots", [[2, 2, 2], [1, 0, 4]])
 def test_a_soft_route_through_a_bank_is_einsum(slots: list[int], engine: str) -> None:
     bank, route = MLPExperts(num_experts=3, d_expert=4, engine=engine).build(8), soft_route(5, slots)

@@ -71,13 +71,30 @@ def test_the_python_of_the_readme_works(tmp_path):
     assert "torch.Size([4, 10, 32])" in run_python(tmp_path / "readme.py", tmp_path)
 
 
-def test_the_python_of_the_bridge_works(tmp_path):
-    pytest.importorskip("transformers", reason="the bridge needs transformers: pip install 'moeforge[hf]'")
-    code = re.findall(
-        r"```python\n(.*?)```", (ROOT / "docs" / "bridge.md").read_text(encoding="utf-8"), flags=re.DOTALL
-    )
-    (tmp_path / "bridge.py").write_text("\n".join(code), encoding="utf-8")
-    assert "model.layers.1.mlp 8 experts, 16 tensors" in run_python(tmp_path / "bridge.py", tmp_path)
+@pytest.mark.parametrize(
+    ("page", "printed"), [("bridge", "model.layers.1.mlp 8 experts, 16 tensors"), ("transformers", "")]
+)
+def test_the_python_of_the_pages_on_transformers_works(page, printed, tmp_path):
+    pytest.importorskip("transformers", reason="the page needs transformers: pip install 'moeforge[hf]'")
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    code = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    (tmp_path / f"{page}.py").write_text("\n".join(code), encoding="utf-8")
+    assert printed in run_python(tmp_path / f"{page}.py", tmp_path)
+
+
+def test_the_python_of_the_families_works(tmp_path):
+    pytest.importorskip("transformers", reason="the page compares with transformers: pip install 'moeforge[hf]'")
+    page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    (tmp_path / "families.py").write_text(code, encoding="utf-8")
+    assert "[10, 8]) router logits" in run_python(tmp_path / "families.py", tmp_path)
+
+
+def test_the_table_that_the_families_show_is_the_one_that_is_used():
+    page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"``` { \.python \.table }\n(.*?)```", page, flags=re.DOTALL)
+    source = ROOT / "src" / "moeforge" / "hub" / "families" / "mixtral.py"
+    assert source.read_text(encoding="utf-8").endswith(f"\n\n{table}")
 
 
 @pytest.mark.parametrize("example", sorted(path.name for path in (ROOT / "examples").glob("*.py")))

@@ -17,7 +17,20 @@ from moeforge.train.step import accumulate_gradients, apply_gradients
 VOCAB = 101
 
 
-def batch(rows: int = 2, length: int = 24) -> Batch:
+CATALOGUE = """
+    P006 P011 P019 P020 P022 P023 P024 P025 P026 P027 P031 P034 P036 P037 P038 P039 P040 P042 P043 P046 P047 P048
+    P049 P050 P051 P052 P053 P054 P055 P056 P057 P058 P059 P060 P061 P062 P063 P064 P066 P067 P068 P069 P070 P071
+    P072 P073 P074 P075 P076 P077 P078 P079 P080 P082 P083 P085 P088 P090 P156 P193 P202
+""".split()
+"""The papers whose mechanism the catalogue must have."""
+
+
+def test_every_paper_of_the_catalogue_has_a_recipe() -> None:
+    notes = [load(name).recipe for name in RECIPES]
+    assert not set(CATALOGUE) - {note.paper for note in notes if note}
+
+
+def batch(rows: int = 2, length: int = 32) -> Batch:
     ids, position = torch.randint(VOCAB, (rows, length + 1)), torch.arange(length).expand(rows, length)
     document = torch.zeros(rows, length, dtype=torch.int32)
     return Batch(ids[:, :-1], ids[:, 1:], document, position, torch.zeros_like(position), num_bytes=rows * length)

@@ -56,7 +56,9 @@ def tables(model) -> list[torch.Tensor]:
 def test_all_tokens_of_a_domain_go_to_the_same_experts(finished: Path, config) -> None:
     model, tokenizer = load(finished)
     (batch, *_) = evaluation_batches(prepare(config.data, tokenizer).validation, 40, 32)
-    for routing in model(batch.input_ids, batch.position, batch.document, known=batch.known).routings.values():
+    for routing in model(
+        batch.input_ids, position=batch.position, document=batch.document, known=batch.known
+    ).routings.values():
         taken = routing.route.expert[routing.route.slot.argsort()].view(-1, 2)
         for domain in (0, 1):
             assert len(taken[batch.domain.flatten() == domain].unique(dim=0)) == 1
@@ -69,8 +71,10 @@ def test_the_wrong_domain_is_another_model(finished: Path, config) -> None:
         for moe in model.moe_layers.values():
             moe.router.gate.table.copy_(torch.tensor([[9.0, 5.0, 0, 0], [0, 0, 9.0, 5.0]]))
     (batch, *_) = evaluation_batches(text, 8, 32)
-    right = model(batch.input_ids, batch.position, batch.document, known=batch.known).logits
-    wrong = model(batch.input_ids, batch.position, batch.document, known={"domain": 1 - batch.domain}).logits
+    right = model(batch.input_ids, position=batch.position, document=batch.document, known=batch.known).logits
+    wrong = model(
+        batch.input_ids, position=batch.position, document=batch.document, known={"domain": 1 - batch.domain}
+    ).logits
     assert not torch.allclose(right, wrong, atol=1e-3)
     assert bits_per_byte(model, evaluation_batches(text, 8, 32)).num_bytes > 0
 

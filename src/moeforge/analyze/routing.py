@@ -50,7 +50,7 @@ def tally(
 ) -> dict[int, Usage]:
     """Usage of every MoE layer over ``packed`` (or ``max_tokens`` spread over it); ``kinds_N`` as ``kinds_of`` gives.
 
-    Layers that mix all tokens into slots (soft routes) have no such counts and are left out.
+    Layers that mix tokens, into slots (soft routes) or by their experts, have no such counts and are left out.
     """
     usage: dict[int, Usage] = {}
     texts = evaluation_batches(packed, batch_size, seq_len, max_tokens)
@@ -59,9 +59,9 @@ def tally(
         text, device = text.to(model.embedding.weight.device), model.embedding.weight.device
         counted_T = (text.labels != IGNORED).flatten()
         tokens_T, kinds_T = text.input_ids.flatten(), mark.input_ids.flatten().to(device)
-        output = model(text.input_ids, text.position, text.document, known=text.known)
+        output = model(text.input_ids, position=text.position, document=text.document, known=text.known)
         for layer, routing in output.routings.items():
-            if isinstance(routing.route, Route):
+            if isinstance(routing.route, Route) and not model.config.applied_layers[layer].mixes_tokens:
                 by_kind = _count(routing.route, kinds_T, counted_T, len(KINDS))
                 by_token = _count(routing.route, tokens_T, counted_T, model.embedding.num_embeddings)
                 before = usage.get(layer, Usage(torch.zeros_like(by_kind), torch.zeros_like(by_token)))

@@ -65,7 +65,7 @@ def read_run(folder: Path, data: "TextData | None" = None) -> "Record":
     batches = evaluation_batches(text, config.batch_size, config.seq_len, EVALUATED_TOKENS)
     score = bits_per_byte(model, batches)
     kinds = kinds_of(text, tokenizer) if model.moe_layers else None
-    writes = all(router.config.decodes for router in model.routers.values())  # others write only when asked
+    writes = not model.cannot_write  # others write only when asked
     return Record(
         name=config.name,
         folder=str(folder),

@@ -57,7 +57,8 @@ def _steps(name: str, changes: list[str], seeds: int, seconds: float, folder: Pa
 
 def table(found: dict[str, Any]) -> str:
     """Claim, both arms with their spread over seeds, and the verdict."""
-    columns = ("bits_per_byte", "experts_per_token", "load_entropy", "flops_per_token", "seconds")
+    common = ("bits_per_byte", "experts_per_token", "load_entropy", "flops_per_token", "seconds")
+    columns = tuple(dict.fromkeys((*common, found["by"])))
     lines = [found["claim"], f"arXiv:{found['arxiv']}", "", f"{'':32}" + "".join(f"{c:>24}" for c in columns)]
     for label, runs in found["runs"].items():
         cells = [_spread([run[column] for run in runs]) for column in columns]

@@ -46,7 +46,7 @@ def bits_per_byte(model: Decoder, batches: Iterable[Batch], dtype: torch.dtype =
     model.eval()
     for batch in (batch.to(device) for batch in batches):
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            output = model(batch.input_ids, batch.position, batch.document, known=batch.known)
+            output = model(batch.input_ids, position=batch.position, document=batch.document, known=batch.known)
         nats += summed_loss(output, batch.labels).item()
         num_bytes, num_targets = num_bytes + batch.num_bytes, num_targets + batch.num_targets
     model.train(was_training)

@@ -8,10 +8,10 @@ import torch
 
 from moeforge.data.tokenizers import Tokenizer
 from moeforge.errors import UserError
-from moeforge.generate.domain import known
 from moeforge.generate.sample import Sampling, next_token
-from moeforge.generate.trace import choices
+from moeforge.generate.trace import choices, refuse_blocks
 from moeforge.models import Cache, Decoder
+from moeforge.models.domain import known
 
 Stop = Literal["end of document", "max_tokens", "context full"]
 
@@ -39,7 +39,8 @@ class Writer:
     def __init__(
         self, model: Decoder, tokenizer: Tokenizer, unsafe_batch_dependent: bool = False, domain: str | None = None
     ) -> None:
-        leaking = [name for name, router in model.routers.items() if not router.config.decodes]
+        refuse_blocks(model)
+        leaking = model.cannot_write
         if leaking and not unsafe_batch_dependent:
             raise UserError(
                 f"in {', '.join(leaking)} a token's experts depend on other tokens than itself, "
@@ -97,13 +98,13 @@ class Writer:
     @torch.no_grad()
     def _feed(self, ids: list[int]) -> dict[int, list[int]]:
         """Runs ``ids``; keeps the logits after the last of them and returns its experts."""
-        held = self._cache.length
+        held = [(layer, layer.length, layer.tensors) for layer in self._cache.layers.values()]
         try:
             input_ids = torch.tensor([ids], device=self.model.embedding.weight.device)
             output = self.model(input_ids, cache=self._cache, known=known(self.model, self.domain, input_ids))
         except BaseException:  # Ctrl-C too: some layers have stored these tokens, others have not
-            for layer in self._cache.layers.values():
-                layer.length = held
+            for layer, length, tensors in held:
+                layer.length, layer.tensors = length, tensors
             raise
         self._logits = output.logits[0, -1]
         return {layer: choice.experts for layer, choice in choices(output)[-1].items()}

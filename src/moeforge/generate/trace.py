@@ -6,8 +6,8 @@ import torch
 
 from moeforge.data.tokenizers import Tokenizer
 from moeforge.errors import UserError
-from moeforge.generate.domain import known
 from moeforge.models import Decoder, Output
+from moeforge.models.domain import known
 from moeforge.moe import MergedRoute, SoftRoute
 
 
@@ -29,12 +29,19 @@ class Traced(NamedTuple):
     """By number of the layer: the routing at this token's own position, where it is the input."""
 
 
+def refuse_blocks(model: Decoder) -> None:
+    """Raises UserError for a model that can only read whole blocks of tokens."""
+    if any(layer.mixes_tokens for layer in model.config.all_layers):
+        raise UserError("a layer of this model mixes whole blocks of tokens (token_block): no token can stand alone")
+
+
 @torch.no_grad()
 def trace(model: Decoder, tokenizer: Tokenizer, text: str, domain: str | None = None) -> list[Traced]:
     """Every token of ``text`` with its own experts. The start-of-document token is run, but not listed.
 
     Raises UserError when the text is longer than the model's context, and as ``known`` does for its ``domain``.
     """
+    refuse_blocks(model)
     ids = tokenizer.encode(text)
     room = model.config.max_seq_len - 1
     if len(ids) > room:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from moeforge.config import Activation
 from moeforge.errors import UserError
 from moeforge.hub.bridge import names_on_disk, why_not
 from moeforge.hub.interface import is_experts
@@ -87,10 +88,18 @@ def _banks(moe: MoE, name: str) -> Iterator[Stack]:
         on_disk: dict[str, tuple[str, ...]] = {parameter: (parameter,) for parameter in names}
         matrices: dict[str, Tensor | None] = {}
         if isinstance(bank, MLPBank):
-            up = bank.gate_up_proj.detach()
-            gate, up = up.chunk(2, dim=1) if is_gated(bank.config.activation) else (None, up)
+            gate, up = _halves(bank.gate_up_proj.detach(), bank.config.activation)
             matrices = {"gate": gate, "up": up, "down": bank.down_proj.detach()}
+            if bank.gate_up_bias is not None and bank.down_bias is not None:
+                gate_bias, up_bias = _halves(bank.gate_up_bias.detach(), bank.config.activation)
+                matrices |= {"gate_bias": gate_bias, "up_bias": up_bias, "down_bias": bank.down_bias.detach()}
         yield Stack(config.type, bank, config.num_experts, on_disk=on_disk, **matrices)
+
+
+def _halves(joined: Tensor, activation: Activation) -> tuple[Tensor | None, Tensor]:
+    """(gate, up) of one of our tensors [E, 2H, ...] or, where nothing is gated, (None, up) of [E, H, ...]."""
+    gate, up = joined.chunk(2, dim=1) if is_gated(activation) else (None, joined)
+    return gate, up
 
 
 def _theirs(model: nn.Module) -> Iterator[LayerExperts]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moeforge.errors import UserError
-from moeforge.kernels import grouped, native, streaming
+from moeforge.kernels import grouped, native, streaming, triton
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ ENGINES: dict[str, Engine | None] = {
     "streaming": Engine(streaming.forward, streaming.backward),
     "grouped": Engine(grouped.forward, grouped.backward, grouped.why_not),
     "native": Engine(native.forward, native.backward, native.why_not, native.infer, uses_onednn=False),
+    "triton": Engine(triton.forward, triton.backward, triton.why_not),  # only when asked for: not yet run on a GPU
 }
 
 

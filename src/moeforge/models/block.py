@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moeforge.models.attention import Attention, LayerCache, Positions
+from moeforge.models.attention import Attention, LayerCache, Positions, build
 from moeforge.models.config import LayerConfig, ModelConfig
 from moeforge.moe import Context, MoE, Routing
 from moeforge.moe.shared import MLP
@@ -31,11 +31,12 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps) if layer.attends else None
-        self.attention = Attention(config, layer.attention) if layer.attends else None
-        self.mlp_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.residual_scale = config.residual_scale
+        self.attention_norm = norm(config) if layer.attends else None
+        self.attention = build(config, layer) if layer.attends else None
+        self.mlp_norm = norm(config)
         self.moe = MoE(layer.moe, config.d_model) if layer.moe else None
-        self.mlp = None if layer.moe else MLP(config.d_model, layer.d_ff, layer.activation)
+        self.mlp = None if layer.moe else MLP(config.d_model, layer.d_ff, layer.activation, layer.mlp_bias)
 
     def forward(
         self, x: Tensor, positions: Positions, context: Context, cache: LayerCache | None, recompute: bool
@@ -46,9 +47,10 @@ class Block(nn.Module):
             heads = self._route_heads(x, context)
             route: Any = heads.route if heads else None
             if self.moe is not None and self.moe.config.router.select.reads_importance:
+                assert isinstance(self.attention, Attention)
                 importance = self.attention.received(self._normed(x), positions, route)
                 context = replace(context, importance=importance.flatten())
-            x = x + run(lambda x: self._attend(x, positions, cache, route), x)
+            x = x + scaled(run(lambda x: self._attend(x, positions, cache, route), x), self.residual_scale)
         if self.moe is None:
             return Passed(x, run(lambda x: self._dense(self.mlp_norm(x)), x), None, heads)
         moe = self.moe
@@ -74,6 +76,16 @@ class Block(nn.Module):
     def _dense(self, x: Tensor) -> Tensor:
         assert self.mlp is not None
         return self.mlp(x)
+
+
+def norm(config: ModelConfig) -> nn.Module:
+    """The norm in front of a part, over the residual stream."""
+    return (nn.LayerNorm if config.norm == "layer" else nn.RMSNorm)(config.d_model, eps=config.norm_eps)
+
+
+def scaled(x: Tensor, factor: float) -> Tensor:
+    """``factor * x``, which 1 leaves untouched."""
+    return x if factor == 1.0 else x * factor
 
 
 def _called(function: Callable[..., Tensor], *arguments: Any) -> Tensor:

@@ -8,6 +8,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, field_serializer, mod
 from moeforge.config import Activation, Config, difference, merge, slot
 from moeforge.models.heads import AllHeads, Heads
 from moeforge.models.momentum import Momentum
+from moeforge.models.rope import Rope
 from moeforge.moe import MoEConfig, RouterConfig
 
 
@@ -37,12 +38,21 @@ class LayerConfig(Config):
     """Width of the MLP of a layer without experts."""
     activation: Activation = "swiglu"
     """Of that MLP."""
+    mlp_bias: bool = False
+    """Whether its two projections have one."""
     moe: MoEConfig | None = None
     """The experts; null makes the layer dense."""
     attention: Heads = AllHeads()
     """Which heads a token has."""
     attends: bool = True
     """Whether attention comes first; without it two layers of experts can follow one another."""
+    window: int | None = Field(None, ge=1)
+    """How many tokens a token sees, itself included; null: all before it."""
+
+    @property
+    def mixes_tokens(self) -> bool:
+        """Whether its experts mix tokens, those after a token among them."""
+        return self.moe is not None and self.moe.token_block is not None
 
     @model_validator(mode="after")
     def _shortcut_leads_past_something(self) -> Self:
@@ -55,6 +65,8 @@ class LayerConfig(Config):
         if self.moe and self.moe.router.select.reads_importance and self.attention.router:
             select = self.moe.router.select.type
             raise ValueError(f"select: {select} reads the attention of all heads, and attention: routed has others")
+        if self.moe and self.moe.router.select.reads_importance and self.attention.type == "latent":
+            raise ValueError(f"select: {self.moe.router.select.type} reads keys, and attention: latent keeps none")
         if self.attention.router and not self.attends:
             raise ValueError("attention: routed chooses heads, and attends: false leaves attention out")
         return self
@@ -83,14 +95,28 @@ class ModelConfig(LayerConfig):
     """Longest context the model is meant for."""
     rope_theta: float = Field(10000.0, gt=0)
     """Base of the rotary position embedding."""
+    rope: Rope | None = None
+    """How rotation was stretched to a longer context; null: not at all."""
+    rope_fraction: float = Field(1.0, gt=0, le=1)
+    """How much of each head rotates, from its start."""
+    rope_interleaved: bool = False
+    """Whether neighbours rotate as pairs, (2 i, 2 i + 1), or halves: (i, i + head_dim / 2)."""
+    norm: Literal["rms", "layer"] = "rms"
+    """Before every part of a layer and the output: RMSNorm, or LayerNorm with a bias."""
     norm_eps: float = Field(1e-5, gt=0)
-    """Inside every RMSNorm."""
-    qk_norm: bool = False
-    """RMSNorm on queries and keys of each head, before rotation."""
+    """Inside every norm."""
+    qk_norm: bool | Literal["whole"] = False
+    """RMSNorm on queries and keys before rotation: true: of each head; whole: over all heads together."""
     tie_embeddings: bool = True
     """The output matrix is the input embedding."""
+    output_bias: bool = False
+    """Whether logits have one."""
     embedding_scale: float = Field(1.0, gt=0)
     """Multiplies what the embedding gives to the first layer; sqrt(d_model) in arXiv:1706.03762, section 3.4."""
+    residual_scale: float = Field(1.0, gt=0)
+    """Multiplies what every part of a layer adds to the residual stream."""
+    logits_divisor: float = Field(1.0, gt=0)
+    """Divides the logits."""
     init: Init = Normal()
     """How weights start."""
     first_dense_layers: int = Field(0, ge=0)
@@ -122,12 +148,6 @@ class ModelConfig(LayerConfig):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.head_dim is None and self.d_model % self.num_heads:
-            raise ValueError(f"d_model = {self.d_model} is not divisible by num_heads = {self.num_heads}")
-        if self.size_of_head % 2:
-            raise ValueError(f"head_dim = {self.size_of_head} is odd; rotary positions need pairs")
-        if self.num_heads % self.num_key_heads:
-            raise ValueError(f"num_heads = {self.num_heads} is not divisible by num_kv_heads = {self.num_kv_heads}")
         beyond = [index for index in self.layers if not 0 <= index < self.num_layers]
         if beyond:
             raise ValueError(f"layers names layer {beyond[0]}, but num_layers = {self.num_layers} (numbered from 0)")
@@ -137,17 +157,27 @@ class ModelConfig(LayerConfig):
             raise ValueError("domains has names, but no gate looks domains up")
         if self.momentum and not any(layer.moe for layer in self.all_layers):
             raise ValueError("momentum acts on what experts add, and no layer has experts")
-        if not any(layer.attends for layer in self.all_layers):
+        if not any(layer.attends or layer.mixes_tokens for layer in self.all_layers):
             raise ValueError("attends is false in every layer: no token would see another")
+        self._check_attention()
         self._check_gates()
         return self
+
+    def _check_attention(self) -> None:
+        """Raises ValueError for heads that cannot be made of the decoder's sizes, or do not rotate alike."""
+        for layer in self.all_layers:
+            layer.attention.check(self)
+        widths = {layer.attention.rotary_width(self) for layer in self.all_layers if layer.attends}
+        if len(widths) > 1:
+            raise ValueError(f"layers rotate {' and '.join(map(str, sorted(widths)))} values: all must rotate as many")
+        if self.rope is not None and hasattr(self.rope, "check"):
+            self.rope.check(*widths)
 
     def _check_gates(self) -> None:
         """Raises ValueError for gates that get nothing they can use from this decoder, or from the layer below."""
         below = None
         for depth, layer in enumerate(self.applied_layers):
             index = depth % self.num_layers
-            layer.attention.check(self)
             if layer.attention.router:
                 self._check_lookup(index, layer.attention.router)
             if layer.moe:
@@ -166,7 +196,7 @@ class ModelConfig(LayerConfig):
 
     def _check_lookup(self, index: int, router: RouterConfig) -> None:
         gate = router.gate
-        if gate.type != "lookup":
+        if gate.type != "lookup" or gate.by == "width":
             return
         if gate.by not in ("token", "domain"):
             raise ValueError(f"layer {index}: gate: lookup by {gate.by}: a decoder knows token and domain ids")
@@ -192,6 +222,12 @@ class ModelConfig(LayerConfig):
         return self.num_kv_heads or self.num_heads
 
     @property
+    def rotary_width(self) -> int:
+        """How much of a query and a key rotates."""
+        widths = (layer.attention.rotary_width(self) for layer in self.all_layers if layer.attends)
+        return next(widths, self.size_of_head)
+
+    @property
     def all_layers(self) -> list[LayerConfig]:
         """Every layer's own config, from the bottom."""
         return [self.layers.get(index) or self._default(index) for index in range(self.num_layers)]
@@ -204,9 +240,7 @@ class ModelConfig(LayerConfig):
     def _default(self, index: int) -> LayerConfig:
         """The layer as it is where ``layers`` says nothing."""
         moe = self.moe if _has_experts(index, self.first_dense_layers, self.moe_every) else None
-        return LayerConfig(
-            d_ff=self.d_ff, activation=self.activation, moe=moe, attends=self.attends, attention=self.attention
-        )
+        return LayerConfig(**{name: getattr(self, name) for name in LayerConfig.model_fields} | {"moe": moe})
 
 
 def _has_experts(index: Any, first_dense_layers: Any, moe_every: Any) -> bool:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from moeforge.models.attention import Attention
-from moeforge.models.config import ModelConfig
+from moeforge.models.attention import Attention, LatentAttention
+from moeforge.models.config import LayerConfig, ModelConfig
 from moeforge.models.decoder import Decoder
 from moeforge.models.heads import AllHeads, RoutedHeads
 from moeforge.moe import MoE
@@ -42,6 +42,7 @@ class Size:
     optimizer_bytes: int
     """Training with AdamW: float32 weights, gradients and two moments."""
     kv_bytes_per_token: int
+    """Of a full context; layers with a window keep their last tokens alone."""
 
 
 def measure(config: ModelConfig, bytes_per_weight: int = 4, seq_len: int | None = None) -> Size:
@@ -54,16 +55,31 @@ def measure(config: ModelConfig, bytes_per_weight: int = 4, seq_len: int | None 
     # The input embedding is a look-up; a tied one is still multiplied with, once, at the output.
     layers = _matrices(model.blocks) + sum(_work(module) - _matrices(module) for module in routed)
     attending = [layer for layer in config.applied_layers if layer.attends]
-    attended = sum(layer.attention.per_token(config) for layer in attending) * config.size_of_head
+    attended = sum(_attended(layer, config, context) for layer in attending)
+    kept = sum(_kept(layer, config, context) for layer in attending)
     multiplied = table + config.num_repeats * layers
     return Size(
         total=_count(total, table, config),
         active=_count(total - round(idle) - _looked_up(model, but_rows=1), table, config),
-        flops_per_token=round(2 * multiplied + 2 * attended * context + _looks_again(model, context)),
+        flops_per_token=round(2 * multiplied + 2 * attended + _looks_again(model, context)),
         weight_bytes=bytes_per_weight * total,
         optimizer_bytes=16 * total,
-        kv_bytes_per_token=2 * bytes_per_weight * len(attending) * config.num_key_heads * config.size_of_head,
+        kv_bytes_per_token=round(bytes_per_weight * kept),
     )
+
+
+def _attended(layer: LayerConfig, config: ModelConfig, seq_len: int) -> float:
+    """Multiplications per token with keys and values: of half the context, or of what a window leaves of it."""
+    seen = seq_len / 2
+    if layer.window is not None and layer.window < seq_len:
+        seen = layer.window - layer.window**2 / (2 * seq_len)
+    return layer.attention.per_token(config) * sum(layer.attention.widths(config)) * seen
+
+
+def _kept(layer: LayerConfig, config: ModelConfig, seq_len: int) -> float:
+    """Numbers that a cache holds per token of a full context; a window holds no more than its own."""
+    share = 1.0 if layer.window is None else min(1.0, layer.window / seq_len)
+    return share * sum(heads * width for heads, width in layer.attention.cached(config))
 
 
 def _looks_again(model: Decoder, seq_len: int) -> int:
@@ -80,22 +96,26 @@ def _count(parameters: int, table: int, config: ModelConfig) -> Count:
     return Count(parameters, parameters - table, parameters - table - output)
 
 
-def _work(module: MoE | Attention) -> float:
+def _work(module: MoE | Attention | LatentAttention) -> float:
     """Multiplications with weights per token, were every expert equally likely."""
-    if isinstance(module, Attention):
+    if not isinstance(module, MoE):
         return _matrices(module) - _idle(module)
     each_row = sum(_matrices(part) for part in (module.router, module.shared) if part is not None)
     once = sum(weight.numel() for weight in (module.split_proj, module.merge_proj) if weight is not None)
-    return _used(module) + module.config.heads * each_row + once
+    return _used(module) + module.d_model / module.row_width * each_row + once
 
 
-def _idle(module: MoE | Attention) -> float:
+def _idle(module: MoE | Attention | LatentAttention) -> float:
     """Weights of experts that a token does not use, were every expert equally likely.
 
     None where experts share weights and a token's experts multiply with as many as there are.
     """
     if isinstance(module, MoE):
-        return max(0.0, sum(p.numel() for p in module.banks.parameters()) - _used(module))
+        named = list(module.banks.named_parameters())
+        biases = sum(p.numel() for name, p in named if name.endswith("bias"))
+        share = module.config.router.select.mean_experts(module.config.num_experts) / module.config.num_experts
+        matrices = sum(p.numel() for _, p in named) - biases
+        return max(0.0, matrices - _used(module)) + (1 - share) * biases
     heads = module.heads
     if not isinstance(heads, RoutedHeads):
         return 0.0
@@ -110,7 +130,7 @@ def _used(moe: MoE) -> float:
     chosen = config.router.select.mean_experts(config.num_experts) * sum(costs) / config.num_experts
     gate = config.router.gate
     asked = gate.expert_work(config.experts, moe.row_width) if hasattr(gate, "expert_work") else 0
-    return config.heads * (chosen + fixed + asked)
+    return moe.d_model / moe.row_width * (chosen + fixed + asked)
 
 
 def _matrices(module: nn.Module) -> int:
@@ -141,10 +161,10 @@ def dense_twin(config: ModelConfig) -> ModelConfig:
     the experts.
     """
     of_experts = ("moe", "attention", "layers", "momentum", "domains")
-    plain = {name: getattr(config, name) for name in ModelConfig.model_fields if name not in of_experts}
+    kept = {name: getattr(config, name) for name in ModelConfig.model_fields if name not in of_experts}
     with torch.device("meta"):
         model = Decoder(config.replace(vocab_size=config.vocab_size or 1))
-        heads = _work(Attention(config)) + config.num_heads * config.size_of_head * config.max_seq_len
+        heads = _work(Attention(config)) + _attended(LayerConfig(), config, config.max_seq_len)
     layers = {}
     for index, layer in enumerate(config.all_layers):
         if layer.moe is None and not layer.attention.router:
@@ -155,6 +175,7 @@ def dense_twin(config: ModelConfig) -> ModelConfig:
         work = per_unit * layer.d_ff if layer.moe is None else _work(model.moe_layers[index])
         if layer.attention.router:
             work += _work(model.attentions[index]) - heads
-            work += layer.attention.per_token(config) * config.size_of_head * config.max_seq_len
-        layers[index] = layer.replace(d_ff=max(1, math.ceil(work / per_unit)), moe=None, attention=AllHeads())
-    return ModelConfig.model_validate({**plain, "first_dense_layers": 0, "moe_every": 1, "layers": layers})
+            work += _attended(layer.replace(window=None), config, config.max_seq_len)
+        attention = AllHeads() if layer.attention.router else layer.attention
+        layers[index] = layer.replace(d_ff=max(1, math.ceil(work / per_unit)), moe=None, attention=attention)
+    return ModelConfig.model_validate({**kept, "first_dense_layers": 0, "moe_every": 1, "layers": layers})

@@ -7,8 +7,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from moeforge.models.attention import Attention, LayerCache, locate
-from moeforge.models.block import Block
+from moeforge.models.attention import Attention, LatentAttention, LayerCache, locate
+from moeforge.models.block import Block, norm, scaled
 from moeforge.models.config import ModelConfig
 from moeforge.models.init import initialise
 from moeforge.models.momentum import Moments
@@ -39,8 +39,11 @@ class Cache:
 
     def __init__(self, model: "Decoder", batch_size: int, max_len: int) -> None:
         like = model.embedding.weight
-        attending = [depth for depth, layer in enumerate(model.config.applied_layers) if layer.attends]
-        self.layers = {depth: LayerCache(batch_size, model.config, max_len, like) for depth in attending}
+        self.layers = {
+            depth: LayerCache(batch_size, max_len, layer.attention.cached(model.config), like, layer.window)
+            for depth, layer in enumerate(model.config.applied_layers)
+            if layer.attends
+        }
 
     @property
     def length(self) -> int:
@@ -58,14 +61,17 @@ class Decoder(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in config.all_layers)
-        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.norm = norm(config)
         self.output = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.output_bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.output_bias else None
         self.recompute_activations = False
         initialise(self, config)
 
     def forward(
         self,
         input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
         position: Tensor | None = None,
         document: Tensor | None = None,
         cache: Cache | None = None,
@@ -74,17 +80,19 @@ class Decoder(nn.Module):
     ) -> Output:
         """[B, L] ids -> logits [B, L, V].
 
+        ``attention_mask`` [B, past + L] is 0 for padding, left or right, which no token sees and no position counts.
         ``position`` and ``document`` [B, L] describe packed sequences: positions restart with each document, and no
         token sees another document. With a ``cache`` the ids follow what it holds. ``known`` [B, L] by kind is what the
         tokens are known to be (``domain``), for gates that look it up.
         """
         past = cache.length if cache else 0
+        visible = _visible(attention_mask, input_ids, past)
         if position is None:
             position = torch.arange(past, past + input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        positions = locate(self.config, position, document, past)
-        x, routings, heads = self.embedding(input_ids), {}, {}
-        if self.config.embedding_scale != 1.0:
-            x = x * self.config.embedding_scale
+            if visible is not None:
+                position = (visible.cumsum(1) - 1).clamp_min(0)[:, past:]
+        positions = locate(self.config, position, document, past, visible)
+        x, routings, heads = scaled(self.embedding(input_ids), self.config.embedding_scale), {}, {}
         facts = {kind: ids.flatten() for kind, ids in (known or {}).items()}
         tokens, embedded = input_ids.flatten(), x.flatten(0, 1)
         context = Context(len(input_ids), tokens, embedded, positions=position.flatten(), step=step, ids=facts)
@@ -100,10 +108,16 @@ class Decoder(nn.Module):
                 context = replace(context, router_state=routing.state)
                 if momentum is not None:
                     added, moments = momentum(added, moments)
-            x = x + added
-        x = self.norm(x)
+            x = x + scaled(added, self.config.residual_scale)
+        return Output(self._logits(self.norm(x)), routings, heads)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """[B, L, D] -> [B, L, V]."""
         logits = self.output(x) if self.output is not None else nn.functional.linear(x, self.embedding.weight)
-        return Output(logits, routings, heads)
+        if self.output_bias is not None:
+            logits = logits + self.output_bias
+        divisor = self.config.logits_divisor
+        return logits if divisor == 1.0 else logits / divisor
 
     @property
     def stack(self) -> list[nn.Module]:
@@ -122,9 +136,25 @@ class Decoder(nn.Module):
         return named({depth: moe.router for depth, moe in self.moe_layers.items()}, heads)
 
     @property
-    def attentions(self) -> dict[int, Attention]:
+    def cannot_write(self) -> list[str]:
+        """Names of the routers by which a token's output depends on more than it and what a cache keeps."""
+        blocks = named({depth: moe for depth, moe in self.moe_layers.items() if not moe.config.decodes}, {})
+        return [name for name, router in self.routers.items() if name in blocks or not router.config.decodes]
+
+    @property
+    def attentions(self) -> dict[int, Attention | LatentAttention]:
         """By depth, of the layers that attend."""
         return {depth: block.attention for depth, block in enumerate(self.stack) if block.attention is not None}  # type: ignore[misc]
+
+
+def _visible(attention_mask: Tensor | None, input_ids: Tensor, past: int) -> Tensor | None:
+    """The mask as bool. Raises ValueError unless it has a column for each token, those in the cache included."""
+    if attention_mask is None:
+        return None
+    wanted = [len(input_ids), past + input_ids.shape[1]]
+    if list(attention_mask.shape) != wanted:
+        raise ValueError(f"attention_mask is {list(attention_mask.shape)}, not {wanted}: one column for each token")
+    return attention_mask.bool()
 
 
 def named(experts: dict[int, T], heads: dict[int, T]) -> dict[str, T]:

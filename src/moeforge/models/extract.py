@@ -34,7 +34,7 @@ def extract(model: Decoder, domain: str) -> Decoder:
         route = _route(model.moe_layers[index], config.domains.index(domain))
         layers[index] = _small(layer, layer.moe, len(route.expert))
         prefix = f"blocks.{index}.moe."
-        for name in ("gate_up_proj", "down_proj"):
+        for name, _ in model.moe_layers[index].banks[0].named_parameters():
             tensors[f"{prefix}banks.0.{name}"] = tensors[f"{prefix}banks.0.{name}"][route.expert]
         tensors[f"{prefix}router.gate.table"] = route.weight[None]
         for name in ("expert_bias", "loss_scale"):

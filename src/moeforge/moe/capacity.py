@@ -4,7 +4,7 @@ A limit is called with (route, probs [T, E], weigh, context): what it sends else
 gets its weights from ``weigh(selection)``, the router's own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import ClassVar, Literal, Self
 
@@ -30,7 +30,9 @@ class Capacity(Config):
     type: Literal["capacity"] = "capacity"
     leaks: ClassVar[bool] = True
     capacity_factor: float = Field(1.25, gt=0)
-    """Room of an expert, in units of its even share."""
+    """Room of an expert, in units of its share."""
+    shares: tuple[float, ...] | None = None
+    """Room of each expert in proportion: kinds of experts may have less (arXiv:2410.07348). Null: even."""
     eval_capacity_factor: float | None = Field(None, gt=0)
     """Outside training; null: the same."""
     keep: Literal["first", "heaviest", "random"] = "first"
@@ -44,16 +46,29 @@ class Capacity(Config):
             raise ValueError(f"overflow: next admits tokens by position; keep: {self.keep} would not be heard")
         return self
 
+    def check_costs(self, costs: Sequence[int]) -> None:
+        """Raises ValueError when the shares are not one for each expert, above zero."""
+        if self.shares is not None and (len(self.shares) != len(costs) or min(self.shares) <= 0):
+            raise ValueError(
+                f"capacity.shares wants {len(costs)} numbers above zero, one for each expert, not {list(self.shares)}"
+            )
+
     def __call__(self, route: Route, probs_TE: Tensor, weigh: Weighing, context: Context) -> Route:
         """The route without, or with another place for, what does not fit."""
         factor = self.capacity_factor
         if not context.training and self.eval_capacity_factor is not None:
             factor = self.eval_capacity_factor
-        room = (factor * route.ends[-1].double() / route.num_experts).ceil()
+        asked = factor * route.ends[-1].double()
+        if self.shares is None:
+            room = (asked / route.num_experts).ceil().expand(route.num_experts)
+        else:
+            share_E = torch.tensor(self.shares, dtype=torch.double, device=asked.device)
+            room = (asked * share_E / share_E.sum()).ceil()
         if self.overflow == "next":
             taken_TE = next_with_room(route, probs_TE, room)
             return Route.from_mask(taken_TE, weigh(Selection(mask=taken_TE)), route.carry)
-        return keep_edges(route, place_in_expert(route, self._rank(route)) < room)
+        room_N = F.pad(room, (0, 1))[route.expert]  # padding is nobody's, and has no room
+        return keep_edges(route, place_in_expert(route, self._rank(route)) < room_N)
 
     def _rank(self, route: Route) -> Tensor:
         """[N]: the edges with the smallest are kept."""

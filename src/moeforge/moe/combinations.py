@@ -37,6 +37,10 @@ def _to_gate(router: "RouterConfig") -> Iterator[str]:
     if gate.type == "hash" and router.noise:
         yield "gate: hash decides by the token id alone, so noise does nothing; set noise: []"
     blind = gate.type == "hash" or getattr(gate, "reads", "row") == "token" or not getattr(gate, "rows", True)
+    widths = getattr(select, "widths", ())
+    by_width = gate.type == "lookup" and gate.by == "width"
+    if by_width != bool(widths) or (by_width and gate.num_ids != len(widths)):
+        yield "gate: lookup by: width and select: merged with widths need each other, num_ids being how many there are"
     if router.input_jitter and blind:
         yield f"input_jitter does nothing: gate: {gate.type} does not look at the rows; set input_jitter: 0"
     if gate.type in NEVER_POSITIVE and score.type == "relu":
@@ -116,7 +120,7 @@ def _to_many(router: "RouterConfig") -> Iterator[str]:
         yield f"capacity: overflow: next asks for the next best expert, and select: {select.type} has no score of each"
     if select.type != "product_keys":
         return
-    if router.losses or router.controller:
+    if router.controller or any(loss.type != "core_loss" for loss in router.losses):
         yield "select: product_keys has no scores of all experts to balance; set losses: [], no controller"
     if router.score.type != "logits":
         yield f"select: product_keys adds logits of two halves, not {router.score.type} scores"

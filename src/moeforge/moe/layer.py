@@ -1,5 +1,6 @@
 """The layer: y = mix(sum over edges of w * expert(x), shared(x)). It reads in one screen and names no paper."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Self
 
@@ -30,6 +31,9 @@ class MoEConfig(Config):
     heads: int = Field(1, ge=1)
     """Rows are cut into so many of width d_model / heads, routed one by one, between two square matrices (MH-MoE,
     arXiv:2404.15045)."""
+    token_block: int | None = Field(None, ge=2)
+    """Null: rows are tokens. Else a row is what one channel has at so many neighbouring tokens, and experts mix tokens,
+    also with those after them (arXiv:2109.02008). Sequences must be cut into such blocks evenly."""
 
     @field_validator("experts", mode="before")
     @classmethod
@@ -47,6 +51,10 @@ class MoEConfig(Config):
             raise ValueError("experts is empty: name at least one bank")
         if self.router.select.type == "merged" and not (len(self.experts) == 1 and hasattr(self.experts[0], "merges")):
             raise ValueError("select: merged sums parameters: it needs one bank, of type mlp")
+        widths = getattr(self.router.select, "widths", ())
+        bank = self.experts[0]
+        if widths and (list(widths) != sorted({*widths}) or widths[0] < 1 or widths[-1] != bank.d_expert or bank.bias):
+            raise ValueError(f"select.widths must rise from 1 or more to d_expert = {bank.d_expert}, without bias")
         self.router.check(self.num_experts, self.costs(d_model=64))  # which cost more does not depend on the width
         if hasattr(self.router.gate, "check_banks"):
             self.router.gate.check_banks(self.experts)
@@ -67,7 +75,30 @@ class MoEConfig(Config):
     def _rows_are_tokens(self) -> Self:
         if self.heads > 1 and getattr(self.router.select, "segment", None):
             raise ValueError("select: merged counts a segment's tokens, and with heads a token is several rows")
+        if self.token_block is not None:
+            found = next(self._token_facts(), None)
+            if found:
+                raise ValueError(f"token_block: rows are channels over several tokens, and {found}")
         return self
+
+    def _token_facts(self) -> Iterator[str]:
+        """Parts that need rows to be tokens."""
+        gate, select = self.router.gate, self.router.select
+        if self.heads > 1:
+            yield "heads cuts tokens"
+        if gate.type in ("hash", "lookup") or getattr(gate, "reads", "row") == "token":
+            yield f"gate: {gate.type} asks what a token is"
+        if hasattr(gate, "state_width") and gate.state_width(self.num_experts):
+            yield f"gate: {gate.type} follows a token through the layers"
+        if any(noise.type == "visible" for noise in self.router.noise):
+            yield "noise: visible goes by a token's id"
+        if select.reads_importance or select.type in ("merged", "soft"):
+            yield f"select: {select.type} looks at a sequence's tokens"
+
+    @property
+    def decodes(self) -> bool:
+        """Whether what a token gets follows from it and those before it, so that a model writes as it reads."""
+        return self.router.decodes and self.token_block is None
 
     @property
     def num_experts(self) -> int:
@@ -82,7 +113,7 @@ class MoEConfig(Config):
         """Width of what is routed. Raises ValueError when rows cannot be cut into ``heads``."""
         if d_model % self.heads:
             raise ValueError(f"d_model = {d_model} is not divisible by moe.heads = {self.heads}")
-        return d_model // self.heads
+        return self.token_block or d_model // self.heads
 
 
 class MoE(nn.Module):
@@ -92,7 +123,7 @@ class MoE(nn.Module):
 
     def __init__(self, config: MoEConfig, d_model: int) -> None:
         super().__init__()
-        self.config, self.row_width = config, config.row_width(d_model)
+        self.config, self.d_model, self.row_width = config, d_model, config.row_width(d_model)
         self.router = Router(config.router, self.row_width, config.num_experts, config.costs(self.row_width))
         self.banks = nn.ModuleList(bank.build(self.row_width) for bank in config.experts)
         self.shared = Shared(config.shared, self.row_width) if config.shared else None
@@ -111,17 +142,28 @@ class MoE(nn.Module):
         return self.experts(rows_TD, routing.route).view_as(x), routing
 
     def split(self, x_TD: Tensor) -> Tensor:
-        """[T, D] -> [T * heads, D / heads]: the rows that are routed."""
+        """[T, D] -> [T * heads, D / heads], or [T * D / block, block]: the rows that are routed."""
+        if self.config.token_block:
+            return self._transposed(x_TD, self.config.token_block)
         if self.split_proj is None:
             return x_TD
         return nn.functional.linear(x_TD, self.split_proj).reshape(-1, self.row_width)
+
+    def _transposed(self, x_TD: Tensor, block: int) -> Tensor:
+        if len(x_TD) % block:
+            raise ValueError(f"{len(x_TD)} tokens cannot be cut into blocks of token_block = {block}")
+        return x_TD.unflatten(0, (-1, block)).transpose(1, 2).flatten(0, 1)
 
     def decide(self, rows_TD: Tensor, context: Context) -> Routing:
         """What the router decides, which may ask the experts, and what a loss wants to know about the layer besides.
 
         Takes what ``split`` gave, and the context of the rows before it.
         """
-        context = replace(context.split(self.config.heads), banks=tuple(self.banks))  # type: ignore[arg-type]
+        block = self.config.token_block
+        if block and len(rows_TD) // context.batch_size % self.d_model:
+            raise ValueError(f"sequences of a batch cannot be cut into blocks of token_block = {block}")
+        known = Context(context.batch_size, step=context.step) if block else context.split(self.config.heads)
+        context = replace(known, banks=tuple(self.banks))  # type: ignore[arg-type]
         routing = self.router(rows_TD, context)
         for loss in self.watching:
             routing = loss.watch(routing, rows_TD, self.shared)
@@ -143,4 +185,6 @@ class MoE(nn.Module):
             y_TD = self.shared(x_TD if shared_TD is None else shared_TD, y_TD)
         if self.merge_proj is not None:
             y_TD = nn.functional.linear(y_TD.reshape(-1, len(self.merge_proj)), self.merge_proj)
+        if self.config.token_block:
+            return y_TD.unflatten(0, (-1, self.d_model)).transpose(1, 2).flatten(0, 1)
         return y_TD

@@ -19,6 +19,8 @@ class MergedRoute:
     """[G, E] float32: how much of each expert's parameters a group's expert has. The differentiable field."""
     group: Tensor
     """[T] int64."""
+    width: int | None = None
+    """Hidden units of the merged experts that run, the first ones; None: all."""
 
     @property
     def num_tokens(self) -> int:
@@ -42,8 +44,15 @@ class MergedRoute:
         """[E] int64: tokens that each expert has a part for."""
         return self.edges.counts
 
-    def merge(self, stacked: Tensor) -> Tensor:
-        """[E, ...] parameters -> [G, ...]: each group's weighted sum."""
+    def merge(self, stacked: Tensor, hidden: int | None = None, parts: int = 1) -> Tensor:
+        """[E, ...] parameters -> [G, ...]: each group's weighted sum.
+
+        ``hidden`` is the dimension of hidden units, of which the first ``width`` are taken, from each of ``parts``
+        equal parts side by side.
+        """
+        if self.width is not None and hidden is not None:
+            apart = stacked.unflatten(hidden, (parts, -1))
+            stacked = apart.narrow(hidden + 1, 0, self.width).flatten(hidden, hidden + 1)
         return torch.einsum("ge,e...->g...", self.weight.to(stacked.dtype), stacked)
 
     def split(self, sizes: Sequence[int]) -> list["MergedRoute"]:

@@ -75,6 +75,13 @@ class Route:
         return cls(token_EC.flatten(), weights_EC.gather(1, order_EC).flatten(), ends_E.to(torch.int32), num_tokens)
 
     @classmethod
+    def from_sorted(cls, ends_E: Tensor, num_rows: int) -> "Route":
+        """Rows that are sorted by expert already, each an edge of weight one to itself."""
+        order_N = torch.arange(num_rows, device=ends_E.device)
+        ones_N = torch.ones(num_rows, device=ends_E.device)
+        return cls(order_N, ones_N, ends_E, num_rows, top_k=1, slot=order_N)
+
+    @classmethod
     def from_edges(
         cls, token_N: Tensor, expert_N: Tensor, weight_N: Tensor, num_tokens: int, num_experts: int
     ) -> "Route":

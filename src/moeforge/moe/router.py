@@ -64,7 +64,7 @@ class RouterConfig(Config):
         for part in (self.gate, self.score):
             if hasattr(part, "check"):
                 part.check(self.select.columns(num_experts))
-        for part in (self.gate, *self.noise, self.weigh, *self.losses):
+        for part in (self.gate, *self.noise, self.weigh, *self.capacity, *self.losses):
             if hasattr(part, "check_costs"):
                 part.check_costs(costs)
             if hasattr(part, "check_router"):
@@ -106,6 +106,8 @@ class Routing:
     """[T, E] or scalar: deviation of Gaussian noise, where a loss asks for it."""
     embeddings: Tensor | None = None
     """[E, ...]: the gate's row of each expert, where it has one."""
+    core: Tensor | None = None
+    """[R, R]: how vectors of rows and columns multiply, where the gate has such a core."""
     routed_share: Tensor | None = None
     """[T, 1] float32: how much of a token's output comes from experts, where a loss asks for it."""
     conflict: Tensor | None = None
@@ -164,6 +166,7 @@ class Router(nn.Module):
     def forward(self, x_TD: Tensor, context: Context) -> Routing:
         """[T, D] rows -> where they go."""
         config, context = self.config, replace(context, training=self.training, cost=self.cost)
+        context = config.select.facts(context, len(x_TD))
         with torch.autocast(x_TD.device.type, enabled=False):
             signal, clean_TE = self._signal(x_TD, context)
             logits_TE = signal.logits
@@ -175,7 +178,7 @@ class Router(nn.Module):
                 kept = limit(kept, probs_TE, lambda selection: config.weigh(scores_TE, selection, context), context)
             before = None if kept is route else route
             seen = {"clean": clean_TE, "noise_std": self._noise_std(x_TD, logits_TE)}
-            seen["embeddings"] = getattr(self.gate, "weight", None)
+            seen |= {"embeddings": getattr(self.gate, "weight", None), "core": getattr(self.gate, "core", None)}
             return Routing(kept, probs_TE, logits_TE, scores_TE, signal.state, signal.loss, self.cost, before, **seen)
 
     def _signal(self, x_TD: Tensor, context: Context) -> tuple[Signal, Tensor]:

@@ -13,11 +13,11 @@ from moeforge.kernels.activation import activate, is_gated
 class MLP(nn.Module):
     """down(act(up(x))), gate and up fused in one matrix as in the banks. A decoder layer without experts is one too."""
 
-    def __init__(self, d_model: int, d_ff: int, activation: Activation) -> None:
+    def __init__(self, d_model: int, d_ff: int, activation: Activation, bias: bool = False) -> None:
         super().__init__()
         self.activation: Activation = activation
-        self.gate_up_proj = nn.Linear(d_model, d_ff * (1 + is_gated(activation)), bias=False)
-        self.down_proj = nn.Linear(d_ff, d_model, bias=False)
+        self.gate_up_proj = nn.Linear(d_model, d_ff * (1 + is_gated(activation)), bias=bias)
+        self.down_proj = nn.Linear(d_ff, d_model, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
@@ -100,6 +100,8 @@ class SharedConfig(Config):
     """Width of one."""
     activation: Activation = "swiglu"
     """Of every shared expert."""
+    bias: bool = False
+    """Whether their two projections have one."""
     mix: Mix = Sum()
     """How it joins the routed experts."""
 
@@ -115,7 +117,7 @@ class Shared(nn.Module):
     def __init__(self, config: SharedConfig, d_model: int) -> None:
         super().__init__()
         self.config = config
-        self.mlp = MLP(d_model, config.d_ff, config.activation)
+        self.mlp = MLP(d_model, config.d_ff, config.activation, config.bias)
         outputs = config.mix.num_outputs
         self.gate = nn.Linear(d_model, outputs, bias=config.mix.has_bias) if outputs else None
 

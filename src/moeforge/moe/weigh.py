@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, Self
 
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from moeforge.config import Config, slot
@@ -21,6 +21,8 @@ class Scores(Config):
     type: Literal["scores"] = "scores"
     normalize_weights: bool = False
     """Divide by the sum over the chosen experts. After softmax scores this equals a softmax over the chosen ones."""
+    min_total: float = Field(1e-20, gt=0)
+    """Smallest sum that is divided by."""
     weight_scale: float = 1.0
     """Multiplies every weight."""
     over: Literal["chosen", "computed"] = "chosen"
@@ -30,6 +32,8 @@ class Scores(Config):
     def _does_something(self) -> Self:
         if self.over == "computed" and not self.normalize_weights:
             raise ValueError("over: computed does nothing without normalize_weights: true")
+        if self.min_total != 1e-20 and not self.normalize_weights:
+            raise ValueError("min_total does nothing without normalize_weights: true")
         return self
 
     def check_costs(self, costs: Sequence[int]) -> None:
@@ -45,7 +49,7 @@ class Scores(Config):
         if self.normalize_weights:
             # A sum of scores is zero only where every chosen score underflowed; the guard keeps that row at zero.
             total = weights.sum(-1, keepdim=True)
-            weights = weights / torch.where(total.abs() < 1e-20, 1e-20, total)
+            weights = weights / torch.where(total.abs() < self.min_total, self.min_total, total)
         return weights if self.weight_scale == 1.0 else weights * self.weight_scale
 
 

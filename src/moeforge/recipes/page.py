@@ -33,7 +33,18 @@ TABLE = """| recipe | paper | parts it names | claim | compared with | measured 
 """
 SLOTS = ("attention", "gate", "noise", "score", "select", "weigh", "capacity", "losses", "controller", "experts", "mix")
 
-FIELDS = ("momentum", "num_repeats", "shortcut", "attends", "heads", "shared", "input_jitter", "train_k")
+FIELDS = (
+    "momentum",
+    "num_repeats",
+    "shortcut",
+    "attends",
+    "heads",
+    "token_block",
+    "frozen_experts",
+    "shared",
+    "input_jitter",
+    "train_k",
+)
 """Settings that are a mechanism by themselves."""
 
 

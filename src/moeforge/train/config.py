@@ -8,6 +8,7 @@ from moeforge.config import Config, Count, slot
 from moeforge.data.corpora import Corpus, Stdlib
 from moeforge.data.tokenizers import Bytes, TokenizerConfig
 from moeforge.models import ModelConfig
+from moeforge.train.phases import Phase
 
 
 class AdamW(Config):
@@ -66,8 +67,17 @@ class Against(Config):
     """Its name; null: the recipe itself."""
     settings: tuple[str, ...] = ()
     """``--dotted.name=value``, laid on top."""
-    by: Literal["bits_per_byte", "experts_per_token", "load_entropy"] = "bits_per_byte"
-    """What the claim is about. Bits per byte and experts per token should be lower, load entropy higher."""
+    by: Literal[
+        "bits_per_byte",
+        "experts_per_token",
+        "load_entropy",
+        "agreement",
+        "flips",
+        "local_share",
+        "generalisation_gap",
+        "worst_domain_loss",
+    ] = "bits_per_byte"
+    """What the claim is about. Load entropy, agreement and local share should be higher, all others lower."""
     within: float | None = Field(None, ge=0)
     """Bits per byte that it may be behind and the claim still holds: for claims of being as good, or of costing less at
     no loss. Null: it must be ahead in bits per byte, or they play no part in a claim about something else."""
@@ -139,11 +149,19 @@ class RunConfig(Config):
     """Update rule."""
     schedule: Schedule = Cosine()
     """Learning rate over time."""
+    start_from: str | None = None
+    """Folder of a run or a model whose weights this run starts with; null: as ``model.init`` says."""
+    phases: tuple[Phase, ...] = ()
+    """Taken in turn, again and again, each training a part of the weights; empty: all weights, at every step."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.seq_len > self.model.max_seq_len:
             raise ValueError(f"seq_len = {self.seq_len} is more than model.max_seq_len = {self.model.max_seq_len}")
+        blocks = {layer.moe.token_block or 1 for layer in self.model.all_layers if layer.moe}
+        uneven = [block for block in blocks if self.seq_len % block]
+        if uneven:
+            raise ValueError(f"seq_len = {self.seq_len} cannot be cut into blocks of moe.token_block = {uneven[0]}")
         return self
 
     @property

@@ -22,7 +22,9 @@ from moeforge.train.checkpoint import Progress, checkpoints, load_checkpoint, sa
 from moeforge.train.config import RunConfig
 from moeforge.train.metrics import Line, Metrics, step_line
 from moeforge.train.optimizer import build_optimizer, learning_rate
+from moeforge.train.phases import check_phases, hold, phase_at
 from moeforge.train.progress import Display
+from moeforge.train.start import start_from
 from moeforge.train.step import accumulate_gradients, apply_gradients
 
 
@@ -36,6 +38,7 @@ class Run:
         self.dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
         self.config = _with_data(config, data)
         self.model = Decoder(self.config.model).to(self.device)
+        check_phases(config.phases, self.model)
         self.model.recompute_activations = config.recompute_activations
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.loader = Loader(data.train, config.batch_size, config.seq_len, config.seed)
@@ -59,6 +62,7 @@ class Run:
             group["lr"] = lr
         batches = [next(self.loader).to(self.device) for _ in range(config.accumulate)]
         result = accumulate_gradients(self.model, batches, self.dtype, done)
+        hold(self.model, phase_at(config.phases, done))
         apply_gradients(self.model, self.optimizer, result, config.optimizer.clip, done)
         seconds = time.perf_counter() - start
         self.progress.step += 1
@@ -107,6 +111,9 @@ def train(
         if resume:
             run.resume()
             display.say(f"resumed at step {run.progress.step}")
+        elif config.start_from:
+            start_from(Path(config.start_from), run.model, run.data.tokenizer)
+            display.say(f"starting with the weights of {config.start_from}")
         _announce(run, display)
         write_text(out / "config.yaml", to_yaml(run.config))
         with Metrics(out, run.progress.step, config.tensorboard) as metrics:

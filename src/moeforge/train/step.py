@@ -83,7 +83,8 @@ def apply_gradients(
 def _run(model: Decoder, batch: Batch, dtype: torch.dtype, step: int) -> Output:
     device = batch.input_ids.device.type
     with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        return model(batch.input_ids, batch.position, batch.document, step=step, known=batch.known)
+        where = {"position": batch.position, "document": batch.document}
+        return model(batch.input_ids, **where, step=step, known=batch.known)
 
 
 def _counts_of_step(

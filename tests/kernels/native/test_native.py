@@ -177,11 +177,8 @@ VARIANTS = {"without bf16 instructions": (), "on emulated tiles": ("-mavx512bf16
 def test_other_processors_compute_the_same_layer(tmp_path: Path, flags: tuple[str, ...]) -> None:
     path = tmp_path / "variant.so"
     base = [*build._compiler(), *build.FLAGS, "-O1", *(f"-m{flag}" for flag in build.NEEDED), *flags]
-    subprocess.run(
-        [*base, *(str(source) for source in build.SOURCES if source.name == "experts.cpp"), "-o", str(path)],
-        check=True,
-        capture_output=True,
-    )
+    source = next(str(source) for source in build.SOURCES if source.name == "experts.cpp")
+    subprocess.run([*base, source, "-o", str(path)], check=True, capture_output=True)
     lib = ctypes.CDLL(str(path))
     assert engine._wrong(lib) is None
     (x_TD, up, down), route = layer(130, 70, 33, 3, 2, torch.bfloat16)

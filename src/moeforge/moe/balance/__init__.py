@@ -10,6 +10,7 @@ from moeforge.moe.balance.controllers import ExpertBias as ExpertBias
 from moeforge.moe.balance.controllers import Overflow as Overflow
 from moeforge.moe.balance.controllers import Sparsity as Sparsity
 from moeforge.moe.balance.groups import ClusterLoss as ClusterLoss
+from moeforge.moe.balance.groups import CoreLoss as CoreLoss
 from moeforge.moe.balance.groups import EmbeddingLoss as EmbeddingLoss
 from moeforge.moe.balance.groups import LocalityLoss as LocalityLoss
 from moeforge.moe.balance.load import BudgetLoss as BudgetLoss
@@ -31,6 +32,7 @@ BalanceLoss = slot(
     ClusterLoss,
     LocalityLoss,
     EmbeddingLoss,
+    CoreLoss,
     BudgetLoss,
     ConflictLoss,
     GateLoss,

@@ -14,8 +14,8 @@ class ExpertBias(Config):
 
     type: Literal["expert_bias"] = "expert_bias"
     moves: ClassVar[str] = "expert_bias"
-    rate: float = Field(0.001, gt=0)
-    """How far a bias moves per optimizer step."""
+    rate: float = Field(0.001, ge=0)
+    """How far a bias moves per optimizer step; 0 keeps it as it was loaded."""
     by: Literal["sign", "share"] = "sign"
     """All biases by ``rate``, or each by ``rate`` times how far its load is from even, in units of the even load."""
 

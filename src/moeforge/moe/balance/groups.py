@@ -93,3 +93,26 @@ class EmbeddingLoss(Config):
         cosines_EE = nn.functional.normalize(rows_ED, dim=1) @ nn.functional.normalize(rows_ED, dim=1).T
         alike = (cosines_EE - torch.eye(len(rows_ED), device=rows_ED.device)).norm()
         return self.diversity * alike + self.simplicity * rows_ED.norm(dim=1).mean()
+
+
+class CoreLoss(Config):
+    """Mean square by which singular values of the gate's core, but the first, are above ``margin``.
+
+    Near rank one, the halves name the right candidates (arXiv:2411.12364, equation 12).
+    """
+
+    type: Literal["core_loss"] = "core_loss"
+    weight: float = Field(0.001, gt=0)
+    """Factor in the total loss."""
+    margin: float = Field(0.15, ge=0)
+    """How large they may be."""
+
+    def check_router(self, router: "RouterConfig", num_experts: int) -> None:
+        """Raises ValueError where there is no core, or no second singular value."""
+        if getattr(router.gate, "rank", 0) < 2:
+            raise ValueError("losses: core_loss needs gate: query with rank of 2 or more")
+
+    def __call__(self, routing: "Routing", batch_size: int, step_counts: Tensor | None = None) -> Tensor:
+        """Scalar, of the gate alone."""
+        assert routing.core is not None
+        return (torch.linalg.svdvals(routing.core.float())[1:] - self.margin).clamp_min(0).square().mean()

@@ -2,7 +2,9 @@
 
 from moeforge.config import slot
 from moeforge.moe.bank.base import Bank as Bank
+from moeforge.moe.bank.base import by_expert as by_expert
 from moeforge.moe.bank.base import matrix as matrix
+from moeforge.moe.bank.biased import Clamp as Clamp
 from moeforge.moe.bank.constant import ConstantExperts as ConstantExperts
 from moeforge.moe.bank.constant import CopyExperts as CopyExperts
 from moeforge.moe.bank.constant import ZeroExperts as ZeroExperts

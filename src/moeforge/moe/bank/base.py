@@ -38,3 +38,11 @@ class Bank(nn.Module):
 def matrix(*shape: int) -> nn.Parameter:
     """A weight whose last dimension is summed over."""
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(*shape), std=shape[-1] ** -0.5))
+
+
+def by_expert(rows_NI: Tensor, ends_E: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None = None) -> Tensor:
+    """[N, I] rows sorted by expert -> [N, O], each through its expert's matrix; padding goes through the last one's."""
+    # Unbound once: an index per expert would make a gradient as large as all experts for each.
+    biases = bias_EO.unbind() if bias_EO is not None else [None] * len(weight_EOI)
+    parts = zip(rows_NI.tensor_split(ends_E[:-1].cpu().long()), weight_EOI.unbind(), biases, strict=True)
+    return torch.cat([nn.functional.linear(*part) for part in parts])

@@ -1,46 +1,56 @@
 """Banks of MLPs: with matrices of their own, with shared factors, or slices of one."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from moeforge.config import Activation, Config
 from moeforge.kernels import expert_mlp
 from moeforge.kernels.activation import activate, is_gated
 from moeforge.moe.bank.base import Bank, matrix
+from moeforge.moe.bank.biased import Clamp, biased_mlp
 from moeforge.moe.merge import MergedRoute
 from moeforge.moe.route import Route, SoftRoute, expert_of
 
 
 class MLPBank(Bank):
-    """Gated or plain MLPs. Laid out as in transformers 5: gate_up_proj [E, 2H, D] (gate first), down_proj [E, D, H]."""
+    """Gated or plain MLPs. Laid out as in transformers 5: gate_up_proj [E, 2H, D] (gate first), down_proj [E, D, H].
+
+    The kernels know matrices and plain activations; with biases or a clamp the same runs expert by expert in autograd.
+    """
 
     def __init__(self, config: "MLPExperts", d_model: int) -> None:
         super().__init__()
-        self.config = config
-        width = config.d_expert * (1 + is_gated(config.activation))
+        self.config, self.gates = config, 1 + is_gated(config.activation)
+        width = config.d_expert * self.gates
         self.gate_up_proj = matrix(config.num_experts, width, d_model)
         self.down_proj = matrix(config.num_experts, d_model, config.d_expert)
+        self.gate_up_bias = nn.Parameter(torch.zeros(config.num_experts, width)) if config.bias else None
+        self.down_bias = nn.Parameter(torch.zeros(config.num_experts, d_model)) if config.bias else None
 
     def rows(self, rows_ND: Tensor, ends_E: Tensor) -> Tensor:
         """[N, D] -> [N, D], every row an edge of weight one to itself."""
-        order_N = torch.arange(len(rows_ND), device=rows_ND.device)
-        ones_N = torch.ones(len(rows_ND), device=rows_ND.device)
-        return self._run(rows_ND, Route(order_N, ones_N, ends_E, len(rows_ND), top_k=1, slot=order_N))
+        return self._run(rows_ND, Route.from_sorted(ends_E, len(rows_ND)))
 
     def forward(self, x_TD: Tensor, route: Route | SoftRoute | MergedRoute) -> Tensor:
         """[T, D] -> [T, D]; a Route runs in one call without gathered copies, merged experts are a new stack."""
         if isinstance(route, MergedRoute):
-            up, down = route.merge(self.gate_up_proj), route.merge(self.down_proj)
-            return expert_mlp(x_TD, route.to_groups, up, down, self.config.activation, self.config.engine)
+            return self._run(x_TD, route.to_groups, route)
         if isinstance(route, SoftRoute):
             return super().forward(x_TD, route)
         return route.add_carry(self._run(x_TD, route), x_TD)
 
-    def _run(self, x_TD: Tensor, route: Route) -> Tensor:
-        return expert_mlp(x_TD, route, self.gate_up_proj, self.down_proj, self.config.activation, self.config.engine)
+    def _run(self, x_TD: Tensor, route: Route, merged: MergedRoute | None = None) -> Tensor:
+        def stack(parameter: Tensor | None, *hidden: int) -> Any:
+            return parameter if merged is None or parameter is None else merged.merge(parameter, *hidden)
+
+        up, down = stack(self.gate_up_proj, 1, self.gates), stack(self.down_proj, 2)
+        if not (self.config.bias or self.config.clamp):
+            return expert_mlp(x_TD, route, up, down, self.config.activation, self.config.engine)
+        biases = stack(self.gate_up_bias, 1, self.gates), stack(self.down_bias)
+        return biased_mlp(x_TD, route, (up, down), biases, self.config.clamp or self.config.activation)
 
 
 class MLPExperts(Config):
@@ -54,8 +64,20 @@ class MLPExperts(Config):
     """Width of each."""
     activation: Activation = "swiglu"
     """Names ending in ``glu`` are gated."""
-    engine: Literal["auto", "reference", "streaming", "grouped", "native"] = "auto"
+    bias: bool = False
+    """Whether both projections of every expert have one."""
+    clamp: Clamp | None = None
+    """In place of ``activation: swiglu``, one that limits what it reads; null: none."""
+    engine: Literal["auto", "reference", "streaming", "grouped", "native", "triton"] = "auto"
     """Which kernel computes them; ``moeforge doctor`` says what auto picks."""
+
+    @model_validator(mode="after")
+    def _engines_can(self) -> Self:
+        if self.clamp and self.activation != "swiglu":
+            raise ValueError(f"clamp limits the gate of activation: swiglu, not {self.activation}")
+        if (self.bias or self.clamp) and self.engine != "auto":
+            raise ValueError(f"engine: {self.engine} knows neither bias nor clamp: leave it at auto")
+        return self
 
     def build(self, d_model: int) -> Bank:
         """The module."""

@@ -24,13 +24,15 @@ class LinearGate(nn.Module):
             nn.init.orthogonal_(self.weight)
             self.initialised = ("weight",)
         self.weight.requires_grad = not config.frozen
+        self.bias = nn.Parameter(torch.zeros(num_experts), requires_grad=not config.frozen) if config.bias else None
         self.previous = matrix(num_experts, num_experts) if config.previous else None
         self.of_token = config.reads == "token"
 
     def forward(self, x_TD: Tensor, context: Context) -> Signal:
         """[T, D] -> [T, E]."""
         rows_TD = self._token(context) if self.of_token else in_float32(x_TD)
-        logits_TE = nn.functional.linear(rows_TD, self.weight.to(rows_TD.dtype))
+        bias_E = None if self.bias is None else self.bias.to(rows_TD.dtype)
+        logits_TE = nn.functional.linear(rows_TD, self.weight.to(rows_TD.dtype), bias_E)
         if self.previous is None:
             return Signal(logits_TE)
         if context.router_state is not None:
@@ -44,11 +46,13 @@ class LinearGate(nn.Module):
 
 
 class Linear(Config):
-    """A linear gate without bias."""
+    """A linear gate."""
 
     type: Literal["linear"] = "linear"
     reads: Literal["row", "token"] = "row"
     """The row, which context has been mixed into, or the token's own embedding (StableMoE, arXiv:2204.08396)."""
+    bias: bool = False
+    """Add a learned bias, which weights see too; ``controller: expert_bias`` has one that only selection sees."""
     frozen: bool = False
     """Stay as initialised (arXiv:2303.01610)."""
     orthogonal: bool = False

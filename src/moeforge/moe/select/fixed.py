@@ -18,7 +18,9 @@ class TopK(PerToken):
     num_groups: int = Field(1, ge=1)
     """Experts form this many equal groups, in order."""
     top_groups: int = Field(1, ge=1)
-    """Groups a token may use; a group's rank is the sum of its two best scores."""
+    """Groups a token may use."""
+    group_rank: Literal["two_best", "best"] = "two_best"
+    """What groups are compared by: the sum of their two best scores, or the best (arXiv:2405.04434, section 2.2.2)."""
     train_k: Scheduled | None = None
     """Experts per token while training, where that differs: all of them, or more and more (arXiv:2303.01610)."""
 
@@ -26,6 +28,8 @@ class TopK(PerToken):
     def _groups_exist(self) -> Self:
         if self.top_groups > self.num_groups:
             raise ValueError(f"top_groups={self.top_groups} is more than num_groups={self.num_groups}")
+        if self.group_rank == "best" and self.top_groups == self.num_groups:
+            raise ValueError("group_rank does nothing where a token may use all groups: lower top_groups")
         return self
 
     def check(self, num_experts: int) -> None:
@@ -49,7 +53,8 @@ class TopK(PerToken):
 
     def _mask_groups(self, scores_TE: Tensor) -> Tensor:
         grouped_TGE = scores_TE.unflatten(1, (self.num_groups, -1))
-        best = grouped_TGE.topk(min(2, grouped_TGE.shape[-1]), dim=-1).values.sum(-1)
+        ranking = 1 if self.group_rank == "best" else min(2, grouped_TGE.shape[-1])
+        best = grouped_TGE.topk(ranking, dim=-1).values.sum(-1)
         allowed_TG = torch.zeros_like(best, dtype=torch.bool).scatter_(1, top_k(best, self.top_groups), True)
         return grouped_TGE.masked_fill(~allowed_TG[:, :, None], -torch.inf).flatten(1)
 

@@ -1,6 +1,7 @@
 """A selector that chooses parameters, not rows: experts are merged for groups of tokens."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal, Self
 
 import torch
@@ -28,6 +29,10 @@ class Merged(Selector):
     all experts alike, or the first k); or by the scores that it shares with the group, for gates that look up an id."""
     segment: int | None = Field(None, ge=1)
     """Tokens in a segment, counted from the start of the document."""
+    widths: tuple[int, ...] = ()
+    """Sub-networks: of every merged expert so many hidden units, its first ones, run. A width is drawn for each pass in
+    training, the last one is taken otherwise, and ``gate: {type: lookup, by: width}`` has a mixture for each
+    (arXiv:2306.04845). Empty: all."""
 
     @model_validator(mode="after")
     def _cuts_where_it_looks_back(self) -> Self:
@@ -36,6 +41,13 @@ class Merged(Selector):
                 f"over: {self.over}: segment says how long one is for over: segment_before, and only there"
             )
         return self
+
+    def facts(self, context: Context, num_rows: int) -> Context:
+        """With widths, the id of the one that is drawn."""
+        if not self.widths:
+            return context
+        drawn = int(torch.randint(len(self.widths), ())) if context.training else len(self.widths) - 1
+        return replace(context, ids={**context.ids, "width": torch.full((num_rows,), drawn)})
 
     @property
     def leaks(self) -> bool:  # type: ignore[override]
@@ -69,4 +81,5 @@ class Merged(Selector):
                 scores_GE = torch.where(goes_on_G[:, None], scores_GE.roll(1, 0), 0)
         ids_GK = top_k(scores_GE.detach(), self.k or scores_GE.shape[1])
         weights_GK = weigh(scores_GE, Selection(ids=ids_GK), context)
-        return MergedRoute(torch.zeros_like(scores_GE).scatter(1, ids_GK, weights_GK), group_T)
+        width = self.widths[int(context.ids["width"][0])] if self.widths else None
+        return MergedRoute(torch.zeros_like(scores_GE).scatter(1, ids_GK, weights_GK), group_T, width)

@@ -83,6 +83,10 @@ class Selector(Config):
         """How many logits per token the gate gives."""
         return num_experts
 
+    def facts(self, context: Context, num_rows: int) -> Context:
+        """What the gate is told: the context, and what the selector itself decides before it."""
+        return context
+
     def route(
         self, scores_TE: Tensor, biased_TE: Tensor, weigh: Callable[..., Tensor], context: Context
     ) -> Route | SoftRoute | MergedRoute:

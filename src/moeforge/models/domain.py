@@ -5,7 +5,7 @@ from torch import Tensor
 
 from moeforge.config import nearest
 from moeforge.errors import UserError
-from moeforge.models import Decoder
+from moeforge.models.decoder import Decoder
 
 
 def known(model: Decoder, domain: str | None, input_ids: Tensor) -> dict[str, Tensor]:

@@ -1,0 +1,202 @@
+"""``load`` and ``save_pretrained``: a folder of a public family becomes our decoder, and goes home unchanged."""
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeforge.config import Tree
+from moeforge.data.tokenizers import Tokenizer
+from moeforge.errors import UserError
+from moeforge.hub.card import card
+from moeforge.hub.families import FAMILIES, Family
+from moeforge.hub.layout import Piece, plan
+from moeforge.hub.shards import Shards, write
+from moeforge.hub.whole import write_whole
+from moeforge.models import Decoder, ModelConfig
+
+MAX_SHARD_SIZE = "5GB"
+
+CARRIED = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*"),
+    *("generation_config.json", "README.md", "LICENSE*", "NOTICE*", "USE_POLICY*"),
+)
+"""Files beside the weights that a saved folder gets from the one that was opened."""
+
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a decoder came from, and so how it goes home."""
+
+    family: Family
+    config_json: Tree
+    """The fields as they were read."""
+    folder: Path
+    shards: Shards | None = None
+    unused: tuple[str, ...] = ()
+    """Tensors of ``shards`` that no logit depends on; they are copied when the model is saved."""
+
+
+class Pretrained(Decoder):
+    """A decoder that was opened from a folder of a public family, or is to be saved as one."""
+
+    def __init__(self, config: ModelConfig, origin: Origin) -> None:
+        super().__init__(config)
+        self.origin = origin
+
+    def save_pretrained(
+        self, folder: str | Path, max_shard_size: int | str = MAX_SHARD_SIZE, tokenizer: Tokenizer | None = None
+    ) -> None:
+        """Writes a folder that transformers opens as its own: config.json with the fields that came in, safetensors of
+        at most ``max_shard_size`` bytes each (``"5GB"`` is understood), tokenizer and generation config as they were.
+
+        ``tokenizer`` is for an origin without one. Raises UserError when the settings have changed to what the family
+        cannot say, and when it cannot be written.
+        """
+        save_as(self, Path(folder), self.origin.family, self.origin, tokenizer, max_shard_size)
+
+
+def save_as(
+    model: Decoder,
+    folder: Path,
+    family: Family,
+    origin: Origin | None = None,
+    tokenizer: Tokenizer | None = None,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+) -> None:
+    """Writes any decoder as a folder of ``family``; ``origin`` says which fields, files and tensors go along."""
+    limit = _bytes(max_shard_size)
+    config_json = family.write(model.config, origin.config_json if origin else None)
+    dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
+    config_json["torch_dtype" if "torch_dtype" in config_json else "dtype"] = dtype
+    if tokenizer is not None:
+        config_json.setdefault("eos_token_id", tokenizer.eos_id)
+    tensors = model.state_dict()
+    pieces = {piece.name: piece for piece in plan(model, family.names)}
+    sizes = {name: piece.of_ours(tensors[piece.parameter]).nbytes for name, piece in pieces.items()}
+    kept = origin.shards if origin else None
+    sizes |= {name: kept.nbytes(name) for name in origin.unused} if origin and kept else {}
+
+    def get(name: str) -> Tensor:
+        if name in pieces:
+            return pieces[name].as_theirs(tensors[pieces[name].parameter])
+        assert kept is not None
+        return kept.get(name)
+
+    def contents(fresh: Path) -> None:
+        write(fresh, sizes, get, limit)
+        if origin is not None:
+            _carry(origin.folder, fresh)
+        if tokenizer is not None and not (fresh / "tokenizer.json").exists():
+            tokenizer.save(fresh)
+        _write_json(fresh / "config.json", config_json)
+        if not (fresh / "generation_config.json").exists():
+            special = {name: config_json[name] for name in SPECIAL if config_json.get(name) is not None}
+            _write_json(fresh / "generation_config.json", {"_from_model_config": True, **special})
+        if not (fresh / "README.md").exists():
+            (fresh / "README.md").write_text(card(folder.name, family.model_type, model.config), encoding="utf-8")
+
+    write_whole(folder, contents)
+
+
+def _write_json(path: Path, tree: Tree) -> None:
+    path.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _bytes(size: int | str) -> int:
+    """``5GB``, ``200MB`` or a number. Raises UserError."""
+    match = re.fullmatch(r"\s*([\d.]+)\s*([KMG]?)B?\s*", str(size), re.IGNORECASE)
+    if match is None or not float(match[1]):
+        raise UserError(f"max_shard_size = {size!r} is no number of bytes; 5GB and 200MB are understood")
+    return round(float(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[match[2].upper()])
+
+
+def _carry(source: Path, fresh: Path) -> None:
+    for pattern in CARRIED:
+        for path in source.glob(pattern):
+            if path.is_file():
+                shutil.copyfile(path, fresh / path.name)
+
+
+def open_family(
+    folder: Path, config_json: Tree, dtype: torch.dtype | None, device: str, pickle: bool = False
+) -> Pretrained:
+    """The decoder of a public family's folder, in evaluation mode. Raises UserError as ``load`` does."""
+    family = family_of(config_json, folder)
+    config = family.read(config_json, str(folder / "config.json"))
+    shards = Shards(folder, pickle, config_json.get("quantization_config"))
+    with torch.device("meta"):
+        model = Pretrained(config, Origin(family, config_json, folder, shards))
+    unused = family.unused_of(config, shards.shapes)
+    model.origin = replace(model.origin, unused=tuple(sorted(unused)))
+    pieces = plan(model, family.names, set(shards.shapes))
+    fill(model, pieces, shards, unused | _repeated(model, family, shards), dtype, device)
+    return model.eval()
+
+
+def _repeated(model: Pretrained, family: Family, shards: Shards) -> set[str]:
+    """The output matrix, where a folder has one although it is tied to the embedding. Raises UserError when they
+    differ."""
+    output, embedding = (family.names[name][0].parts[0] for name in ("output.weight", "embedding.weight"))
+    if not model.config.tie_embeddings or not {output, embedding} <= shards.shapes.keys():
+        return set()
+    if not torch.equal(shards.get(output), shards.get(embedding)):
+        raise UserError(f"{shards.folder}: tie_word_embeddings is true, but {output} differs from {embedding}")
+    return {output}
+
+
+def family_of(config_json: Tree, folder: Path) -> Family:
+    """The family of a config.json. Raises UserError, and offers the bridge, where there is no table for it."""
+    kind = config_json.get("model_type")
+    if kind not in FAMILIES:
+        raise UserError(
+            f"{folder}: model_type is {kind!r}; the decoder has a table for {', '.join(FAMILIES)}. Other families run "
+            "in transformers on our engines: import moeforge, then "
+            f'AutoModelForCausalLM.from_pretrained("{folder}", experts_implementation="moeforge")'
+        )
+    return FAMILIES[kind]
+
+
+def fill(
+    model: Decoder,
+    pieces: list[Piece],
+    shards: Shards,
+    unused: set[str],
+    dtype: torch.dtype | None,
+    device: str,
+) -> None:
+    """Gives a model on the meta device its weights, file by file. Raises UserError with all names unless the files hold
+    exactly the model's tensors, in name and shape; then nothing has been read."""
+    meta = model.state_dict()
+    wanted = {piece.name: piece.as_theirs(meta[piece.parameter]).shape for piece in pieces}
+    check(wanted, {name: shape for name, shape in shards.shapes.items() if name not in unused}, shards.folder)
+    learnt = dict(model.named_parameters())  # what a controller moves keeps its type
+    types = {
+        piece.parameter: dtype if dtype and piece.parameter in learnt else shards.dtypes[piece.name] for piece in pieces
+    }
+    tensors = {name: torch.empty_like(tensor, dtype=types[name], device=device) for name, tensor in meta.items()}
+    for piece in sorted(pieces, key=lambda piece: shards.file_of[piece.name]):
+        piece.of_ours(tensors[piece.parameter]).copy_(piece.as_ours(shards.get(piece.name)))
+    shards.close()
+    model.load_state_dict(tensors, assign=True)
+
+
+def check(wanted: Mapping[str, Any], found: Mapping[str, Any], source: Path) -> None:
+    """Raises UserError that names every tensor which is missing, left over, or of another shape."""
+    problems = [f"missing {name}" for name in wanted.keys() - found.keys()]
+    problems += [f"unknown {name}" for name in found.keys() - wanted.keys()]
+    problems += [
+        f"{name} is {list(found[name])}, the config wants {list(wanted[name])}"
+        for name in wanted.keys() & found.keys()
+        if found[name] != wanted[name]
+    ]
+    if problems:
+        raise UserError(f"{source}: {len(problems)} weights do not fit the config: {'; '.join(sorted(problems))}")

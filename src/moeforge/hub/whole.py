@@ -1,0 +1,62 @@
+"""Writing that is whole or not at all: a folder or a file appears complete, or what was there stays."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from moeforge.errors import UserError
+
+
+def write_whole(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Makes ``folder`` from what ``fill`` writes into a fresh one beside it; on any failure the old one is untouched.
+
+    Raises UserError when the disk is full or not writable.
+    """
+    fresh = folder.with_name(f".{folder.name}.part-{os.getpid()}")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir()
+        fill(fresh)
+        for path in [*fresh.iterdir(), fresh]:
+            _flush(path)
+        _replace(fresh, folder)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {folder}: {error}. What was there before is untouched") from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes one text file whole, or leaves the old one. Raises UserError when it cannot."""
+    fresh = path.with_name(f".{path.name}.part-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh.write_text(text, encoding="utf-8")
+        fresh.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}") from error
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """To the disk itself: a rename that survives a power cut must not point at data that did not."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _replace(fresh: Path, folder: Path) -> None:
+    if not folder.exists():
+        fresh.rename(folder)
+        return
+    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+    folder.rename(old)
+    fresh.rename(folder)
+    shutil.rmtree(old)

@@ -1,0 +1,33 @@
+"""What attention keeps of the tokens before, so that each is computed once."""
+
+import torch
+from torch import Tensor
+
+
+class LayerCache:
+    """Tensors of one layer, [B, heads, max_len, width] each, filled from the left.
+
+    With a ``window`` only what a later token can still see is kept, [B, heads, window - 1, width] at most.
+    """
+
+    def __init__(
+        self, batch_size: int, max_len: int, shapes: tuple[tuple[int, int], ...], like: Tensor, window: int | None
+    ) -> None:
+        """``shapes`` are (heads, width) of each tensor, as ``attention.cached`` says them."""
+        self.kept = None if window is None or window > max_len else window - 1
+        room = 0 if self.kept is not None else max_len
+        self.tensors = [like.new_zeros(batch_size, heads, room, width) for heads, width in shapes]
+        self.length = 0
+
+    def append(self, *news: Tensor) -> list[Tensor]:
+        """Stores [B, heads, L, width] each, and returns what these tokens may look at, themselves last."""
+        end = self.length + news[0].shape[2]
+        if self.kept is None:
+            for tensor, new in zip(self.tensors, news, strict=True):
+                tensor[:, :, self.length : end] = new
+            seen = [tensor[:, :, :end] for tensor in self.tensors]
+        else:
+            seen = [torch.cat((tensor, new), 2) for tensor, new in zip(self.tensors, news, strict=True)]
+            self.tensors = [tensor[:, :, max(0, tensor.shape[2] - self.kept) :].clone() for tensor in seen]
+        self.length = end
+        return seen
