@@ -20,6 +20,7 @@ from moeforge.kernels.allocator import keep_freed_memory
 PARTS = ("default", "kept", "training")
 STEP = {"d_model": 512, "num_experts": 64, "top_k": 8, "d_expert": 256, "num_layers": 6}
 COLOURS = {"native": "C3", "streaming": "C0", "grouped": "C1", "sorted loop": "C7", "transformers grouped_mm": "C2"}
+COLOURS |= dict.fromkeys(("torch int8pack_mm", "torch int4pack_mm"), "C4")
 
 
 def layers(allocator: str) -> dict[str, object]:
@@ -54,7 +55,7 @@ def plot(results: dict, path: Path) -> None:
         for place, case in enumerate(cases.values()):
             for name, row in case["variants"].items():
                 if name in COLOURS:
-                    axis.plot(row["over_dense"], -place, "o", color=COLOURS[name], label=name if not place else None)
+                    axis.plot(row["over_dense"], -place, "o", color=COLOURS[name])
             if case["target_over_dense"]:
                 axis.plot(case["target_over_dense"], -place, "|", color="black", markersize=16)
         axis.set_yticks(-torch.arange(len(cases)).numpy(), list(cases), fontsize=8)
@@ -63,7 +64,9 @@ def plot(results: dict, path: Path) -> None:
         axis.set_xlabel("time over a dense MLP of the same FLOPs (bar: the target)")
         axis.set_title(f"allocator: {'freed memory is kept' if allocator == 'kept' else 'as it comes'}")
         axis.xaxis.set_major_formatter("{x:g}")
-    panels[0].legend(loc="upper right", fontsize=8)
+    names = [name for name in COLOURS if not name.startswith("torch")]
+    marks = [panels[0].plot([], [], "o", color=COLOURS[name])[0] for name in [*names, "torch int8pack_mm"]]
+    figure.legend(marks, [*names, "torch's quantised product"], loc="outside lower center", ncols=6, fontsize=8)
     figure.savefig(path, dpi=110)
 
 
