@@ -54,7 +54,7 @@ def choose(x_TD: Tensor, up_EHD: Tensor, down_EDH: Tensor, wanted: str = "auto")
 
 
 def _pick(x_TD: Tensor, up_EHD: Tensor, down_EDH: Tensor) -> tuple[str, str]:
-    if x_TD.device.type == "cpu" and native.why_not(x_TD, up_EHD, down_EDH) is None:
+    if x_TD.device.type == "cpu" and not (native.why_not(x_TD, up_EHD, down_EDH) or native.unmeasured(x_TD)):
         return "native", "on this CPU, faster than torch's products at every size measured (docs/kernels.md)"
     if refusal := grouped.why_not(x_TD, up_EHD, down_EDH):
         return "streaming", f"grouped cannot: {refusal}"

@@ -4,11 +4,12 @@ import ctypes
 import logging
 import multiprocessing
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
-from moeforge.kernels.native import build
+from moeforge.kernels.native import build, engine
 from moeforge.kernels.native.build import CannotBuildError, open_or_build, whole
 
 TINY = 'extern "C" int answer() { return 42; }\n'
@@ -113,6 +114,14 @@ def test_a_source_that_does_not_compile_leaves_nothing(cache: Path) -> None:
     with pytest.raises(CannotBuildError, match=r"g\+\+ failed: .*tiny\.cpp:1:.*error"):
         open_or_build(right)
     assert os.listdir(cache) == ["lock"]
+
+
+@needs_compiler
+def test_the_engine_itself_builds_and_passes_its_check() -> None:
+    """Where it could run, other tests must not be skipped because it is broken."""
+    if not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")):
+        pytest.skip("there is no compiler")
+    assert engine.missing() is None
 
 
 def test_another_processor_is_named_and_said_once(

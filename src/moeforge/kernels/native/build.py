@@ -113,6 +113,7 @@ def _processor_flags() -> list[str]:
     return [f"-m{flag}" for flag in NEEDED] + [flag for name, flags in USED.items() if name in has for flag in flags]
 
 
+@cache
 def processor() -> set[str]:
     """What Linux says that the processor can do."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -14,7 +14,7 @@ from moeforge.config import Activation
 from moeforge.errors import UserError
 from moeforge.kernels.activation import is_gated
 from moeforge.kernels.edges import Edges, EdgeTensors
-from moeforge.kernels.native.build import library
+from moeforge.kernels.native.build import library, processor
 from moeforge.kernels.reference import reference
 
 POINTWISE = {"swiglu": 0, "silu": 0, "geglu": 1, "gelu": 1, "relu": 2}
@@ -52,6 +52,19 @@ def missing() -> str | None:
     """Why there is no library on this machine, or None."""
     found = library(_wrong)
     return found if isinstance(found, str) else None
+
+
+def unmeasured(x_TD: Tensor) -> str | None:
+    """Why ``auto`` leaves operands that could run to torch: nobody has timed the engine on such a processor yet."""
+    return _bf16_unmeasured() if x_TD.dtype == torch.bfloat16 else None
+
+
+@torch.compiler.assume_constant_result
+def _bf16_unmeasured() -> str | None:
+    has = processor()
+    if "amx_bf16" in has:
+        return "its bf16 products have not been timed on a processor with AMX"
+    return None if "avx512_bf16" in has else "its bf16 products have not been timed on a processor without AVX-512 bf16"
 
 
 def forward(
