@@ -117,5 +117,7 @@ def test_bad_requests_are_refused() -> None:
         linear_quantised(torch.randn(2, 31), quantise(weight, 8, 32))
     up, down = quantise(torch.randn(3, 64, 96), 4, 32), quantise(torch.randn(3, 96, 32), 4, 32)
     route = Route.from_top_k(torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1), 3)
+    with pytest.raises(UserError, match=r"rows \(2, 95\) on cpu do not fit weights for 96 on cpu, 2 tokens"):
+        expert_mlp_quantised(torch.randn(2, 95), route, up, down, "swiglu")
     with pytest.raises(UserError, match=r"do not fit each other for gelu"):
         expert_mlp_quantised(torch.randn(2, 96), route, up, down, "gelu")

@@ -95,6 +95,9 @@ def expert_mlp_quantised(
     num_experts, d_model, d_expert = down.shape
     if up.shape != (num_experts, d_expert * (1 + is_gated(activation)), d_model):
         raise UserError(f"up {up.shape} and down {down.shape} do not fit each other for {activation}")
+    if x_TD.shape != (edges.num_tokens, d_model) or x_TD.device != up.packed.device:
+        where = f"on {x_TD.device} do not fit weights for {d_model} on {up.packed.device}, {edges.num_tokens} tokens"
+        raise UserError(f"rows {tuple(x_TD.shape)} {where}")
     x_TD = x_TD.detach().to(torch.bfloat16)
     if x_TD.device.type != "cpu" or engine.missing() is not None:
         up_EHD, down_EDH = (weight.dequantise().to(torch.bfloat16) for weight in (up, down))
@@ -113,7 +116,7 @@ def expert_mlp_quantised(
 
 def linear_quantised(x_TD: Tensor, weight: QuantisedWeight) -> Tensor:
     """[..., in] times one quantised matrix [out, in], without gradients; returns bf16 [..., out]."""
-    if len(weight.shape) != 2 or x_TD.shape[-1] != weight.shape[1]:
+    if len(weight.shape) != 2 or x_TD.shape[-1] != weight.shape[1] or x_TD.device != weight.packed.device:
         raise UserError(f"rows of {x_TD.shape[-1]} values do not fit a quantised matrix {weight.shape}")
     x_TD = x_TD.detach().to(torch.bfloat16)
     if x_TD.device.type != "cpu" or engine.missing() is not None:
