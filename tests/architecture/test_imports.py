@@ -9,7 +9,9 @@ import pytest
 from tests.architecture.source import ROOT, SRC, parse, place, python_files
 
 # The packages of the optional extras; what needs one says so when it's missing, so there's one place to say it.
-OPTIONAL = ("transformers", "datasets", "pyarrow", "matplotlib", "jinja2", "tensorboard", "lm_eval", "triton")
+OPTIONAL = (
+    *("transformers", "gguf", "datasets", "pyarrow", "matplotlib", "jinja2", "tensorboard", "lm_eval", "triton"),
+)
 BORROWS = {"transformers": "src/moeforge/models/rope.py"}
 """A file besides the owner that calls single functions of the package."""
 ENTRY = {"tensorboard": "torch.utils.tensorboard"}

@@ -1,11 +1,16 @@
 """The tables themselves: what is published is understood, and what is written says what was meant."""
 
 import pytest
+import torch
 
+import moeforge
 from moeforge.hub.families import FAMILIES
 from moeforge.hub.families.family import differences
 from moeforge.hub.families.rows import At, Joint, Only
-from moeforge.models import measure
+from moeforge.hub.pretrained import save_as
+from moeforge.hub.shards import Shards
+from moeforge.models import Decoder, measure
+from tests.cli.published import MODELS
 from tests.hub.published import PUBLISHED
 
 
@@ -24,6 +29,21 @@ def test_a_config_made_from_nothing_says_the_same(name):
     family = FAMILIES[config_json["model_type"]]
     config = family.read(config_json)
     assert differences(config, family.read(family.write(config))) == []
+
+
+def test_deepseek_moe_that_transformers_has_no_class_for_comes_back(tmp_path):
+    _, config_json = MODELS["DeepSeekMoE-16B"]
+    small = {"num_hidden_layers": 2, "hidden_size": 32, "moe_intermediate_size": 8, "n_routed_experts": 8}
+    small |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64, "intermediate_size": 16}
+    family = FAMILIES["deepseek"]
+    model = Decoder(family.read(config_json | small)).eval()
+    save_as(model, tmp_path / "m", family)
+    names = {*Shards(tmp_path / "m").shapes}
+    assert {f"model.layers.1.mlp.{part}.gate_proj.weight" for part in ("experts.7", "shared_experts")} < names
+    assert {"model.layers.0.mlp.gate_proj.weight", "model.layers.1.mlp.gate.weight"} < names
+    assert family.write(model.config, config_json | small) == config_json | small
+    ids = torch.arange(12)[None]
+    assert torch.equal(moeforge.load(tmp_path / "m")(ids).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)

@@ -138,6 +138,15 @@ def test_dtype_is_taken_or_asked_for(folder):
     assert {p.dtype for p in moeforge.load(folder, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
 
 
+def test_parts_of_two_types_lose_nothing(folder):
+    before = load_file(folder / WEIGHTS)
+    half = "model.layers.0.block_sparse_moe.experts.2.w3.weight"
+    rewrite(folder, lambda weights: weights.update({half: weights[half].bfloat16()}))
+    bank = moeforge.load(folder).blocks[0].moe.banks[0].gate_up_proj
+    assert bank.dtype == torch.float32 and torch.equal(bank[2, 8:], before[half].bfloat16().float())
+    assert torch.equal(bank[2, :8], before[half.replace("w3", "w1")])
+
+
 def test_a_correction_bias_keeps_its_type(tmp_path):
     sizes = SIZES | {"n_group": 1, "topk_group": 1, "n_routed_experts": 3, "num_experts_per_tok": 2, "head_dim": 8}
     del sizes["num_local_experts"]
@@ -197,6 +206,7 @@ def test_weights_that_do_not_fit_are_all_named(folder, change, messages):
         ({"num_experts_per_tok": 9}, "9 is more than num_experts = 3"),
         ({"model_type": "jetmoe"}, r"model_type is 'jetmoe'.*experts_implementation=\"moeforge\""),
         ({"model_type": None}, "names no model_type"),
+        ({"quantization_config": "awq"}, "quantization_config: 'str' object"),
         ({"dtype": "float7"}, "dtype 'float7' is none that torch knows"),
     ],
 )

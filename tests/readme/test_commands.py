@@ -50,7 +50,9 @@ def run_python(path: Path, folder: Path) -> str:
         return out.getvalue()
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md", "docs/recipes.md", "docs/bridge.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/tutorial.md", "docs/recipes.md", "docs/bridge.md", "docs/formats.md"]
+)
 def test_every_command_of_the_page_works(page, tmp_path):
     found = commands(page)
     assert found

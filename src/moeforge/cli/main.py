@@ -18,6 +18,7 @@ VERBS = (
     "evaluate",
     "analyze",
     "inspect",
+    "convert",
     "recipes",
     "reproduce",
     "compare",

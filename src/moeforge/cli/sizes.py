@@ -1,6 +1,8 @@
 """What a model is made of and what it costs, as a mapping for programs and as tables for people."""
 
+from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from moeforge.cli.amounts import in_bytes, short
@@ -48,6 +50,25 @@ def describe(config: "ModelConfig", bytes_per_weight: int = 4, seq_len: int | No
     }
 
 
+def summarise(family: str, tree: Tree) -> Tree:
+    """The few numbers that models are compared by, from what ``describe`` found. Of layers that differ, the largest."""
+    sparse = [layer for layer in tree["layers"] if "experts" in layer]
+    active = tree["active_params"]
+    per_token = max((layer["experts_per_token"] for layer in sparse), default=0)
+    return {
+        "family": family,
+        "num_layers": len(tree["layers"]),
+        "num_experts": max((layer["num_experts"] for layer in sparse), default=0),
+        "top_k": int(per_token) if per_token == int(per_token) else per_token,
+        "total_params": tree["total_params"]["all"],
+        "active_params": active["all"],
+        "active_params_no_input_embedding": active["without_input_embedding"],
+        "active_params_no_embeddings": active["without_embeddings"],
+        "bytes": tree["weight_bytes"],
+        "kv_bytes_per_token": tree["kv_bytes_per_token"],
+    }
+
+
 def _layer(config: "ModelConfig", layer: "LayerConfig") -> Tree:
     heads = config.num_heads if layer.attends else 0
     shape = {"num_heads": heads, "num_kv_heads": config.num_key_heads, "head_dim": config.size_of_head}
@@ -58,6 +79,7 @@ def _layer(config: "ModelConfig", layer: "LayerConfig") -> Tree:
         return {**shape, "d_ff": layer.d_ff, "activation": layer.activation}
     return {
         **shape,
+        "num_experts": layer.moe.num_experts,
         "experts": [bank.model_dump() for bank in layer.moe.experts],
         "experts_per_token": layer.moe.heads * layer.moe.router.select.mean_experts(layer.moe.num_experts),
         "shared": layer.moe.shared.model_dump() if layer.moe.shared else None,
@@ -82,19 +104,28 @@ def _layers(tree: Tree) -> "Table":
     from rich.table import Table
 
     table = Table("layer", "attention", "MLP or experts", "per token", "shared", title_justify="left")
-    for number, layer in enumerate(tree["layers"]):
+    for number, layer in _runs(tree["layers"]):
         chosen = f"{layer['heads_per_token']:g} of " if "heads_per_token" in layer else ""
         heads = f"{chosen}{layer['num_heads']} x {layer['head_dim']}" if layer["num_heads"] else "none"
         if layer["num_heads"] and layer["num_kv_heads"] != layer["num_heads"]:
             heads += f", {layer['num_kv_heads']} kv"
         if "d_ff" in layer:
-            table.add_row(str(number), heads, f"dense {layer['d_ff']} {layer['activation']}", "", "")
+            table.add_row(number, heads, f"dense {layer['d_ff']} {layer['activation']}", "", "")
             continue
         banks = " + ".join(f"{bank['num_experts']} x {_width(bank)}" for bank in layer["experts"])
         shared = layer["shared"]
         beside = f"{shared['num_shared_experts']} x {_width(shared)}, {shared['mix']['type']}" if shared else ""
-        table.add_row(str(number), heads, f"experts {banks}", f"{layer['experts_per_token']:g}", beside)
+        table.add_row(number, heads, f"experts {banks}", f"{layer['experts_per_token']:g}", beside)
     return table
+
+
+def _runs(layers: list[Tree]) -> Iterator[tuple[str, Tree]]:
+    """Layers, with their numbers; those alike that follow one another are one line."""
+    start = 0
+    for layer, alike in groupby(layers):
+        end = start + len(list(alike)) - 1
+        yield (f"{start}" if start == end else f"{start}-{end}"), layer
+        start = end + 1
 
 
 def _width(bank: Tree) -> str:

@@ -2,11 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moeforge.errors import UserError
+from moeforge.parallel.launch import is_worker, launch, one_voice
+
+if TYPE_CHECKING:
+    from moeforge.parallel.ranks import Ranks
+    from moeforge.train import RunConfig
 
 
 def train(
@@ -18,10 +23,14 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would happen; write nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, no closing words.")] = False,
+    nproc: Annotated[int, typer.Option(min=1, help="Processes to start on this machine.")] = 1,
+    ep: Annotated[int, typer.Option(min=1, help="Processes that share the experts between them.")] = 1,
+    shard: Annotated[bool, typer.Option("--shard", help="Cut all weights over the processes (FSDP).")] = False,
 ) -> None:
     """Train a model.
 
     Every setting of the recipe can be changed by its dotted name: --steps=200 --model.d_model=128.
+    For several machines, torchrun -m moeforge train ...: --ep and --shard mean the same there.
     """
     from moeforge import recipes
 
@@ -30,15 +39,48 @@ def train(
     if dry_run:
         from moeforge.cli.plan import plan, show_plan
 
-        if resume or quiet:
-            raise UserError(f"--{'resume' if resume else 'quiet'} does nothing beside --dry-run: leave one out")
+        given = {"--resume": resume, "--quiet": quiet, "--nproc": nproc > 1, "--ep": ep > 1, "--shard": shard}
+        for name in (name for name, is_given in given.items() if is_given):
+            raise UserError(f"{name} does nothing beside --dry-run: leave one out")
         planned = plan(config, recipes.load(recipe), folder)
         print(json.dumps(planned, indent=2)) if as_json else show_plan(planned)
         return
+    if is_worker():
+        if nproc > 1:
+            raise UserError("torchrun has started the processes: leave --nproc out")
+        with one_voice():
+            from moeforge.parallel.together import join
+
+            with join(ep, shard) as ranks:
+                _train(config, folder, resume, quiet, as_json, ranks)
+        return
+    if nproc == 1:
+        if ep > 1 or shard:
+            raise UserError(f"{'--ep' if ep > 1 else '--shard'} needs several processes: add --nproc")
+        _train(config, folder, resume, quiet, as_json, None)
+        return
+    from moeforge.parallel.mesh import check_mesh
+    from moeforge.parallel.sharding import dealt
+
+    check_mesh(nproc, ep)
+    dealt(config.model, ep)
+    flags = {"--resume": resume, "--json": as_json, "--quiet": quiet, "--shard": shard}
+    arguments = [*context.obj, f"--out={folder}", f"--ep={ep}", *(name for name, is_given in flags.items() if is_given)]
+    from moeforge.train.loop import resume_command
+
+    again = f"{resume_command(folder)} --nproc {nproc} --ep {ep}{' --shard' if shard else ''}"
+    launch(nproc, ["train", recipe, *arguments], again)
+
+
+def _train(config: "RunConfig", folder: Path, resume: bool, quiet: bool, as_json: bool, ranks: "Ranks | None") -> None:
     from moeforge import train as training
+    from moeforge.parallel.ranks import ALONE
     from moeforge.train.metrics import read_metrics
 
-    model = training.train(config, folder, resume, quiet)
+    ranks = ranks or ALONE
+    model = training.train(config, folder, resume, quiet, ranks=ranks)
+    if not ranks.first:
+        return
     last = read_metrics(folder / "metrics.jsonl")[-1]
     if as_json:
         print(json.dumps({"out": str(folder), "model": str(model), "metrics": last}))

@@ -4,6 +4,7 @@ import codecs
 import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Literal, Protocol, Self
 
@@ -114,6 +115,8 @@ class Tokenizer:
             "eos_token": self.inner.id_to_token(self.eos_id),
             "clean_up_tokenization_spaces": False,
         }
+        if self.start_ids != [self.eos_id]:
+            settings["bos_token"] = self.inner.id_to_token(self.start_ids[0])
         (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     @property
@@ -154,9 +157,16 @@ class Tokenizer:
         """Each token on its own, for reports: its text, ``\\xNN`` for part of a character, a special token's name."""
         return [self._piece(token) for token in ids]
 
-    def stream(self) -> Stream:
-        """A decoder for tokens that arrive one by one."""
-        return _ByteStream(self.token_bytes) if self.token_bytes is not None else _TextStream(self.inner)
+    def stream(self, after: Sequence[int] = ()) -> Stream:
+        """A decoder for tokens that arrive one by one, ``after`` others: some tokenizers drop a text's first space."""
+        return _ByteStream(self.token_bytes) if self.token_bytes is not None else _TextStream(self.inner, after)
+
+    @cached_property
+    def start_ids(self) -> list[int]:
+        """What stands before the text of a document: what the tokenizer's template puts there, else ``eos_id``."""
+        encoding = self.inner.encode("a", add_special_tokens=True)
+        leading = takewhile(lambda pair: pair[1], zip(encoding.ids, encoding.special_tokens_mask, strict=True))
+        return [token for token, _ in leading] or [self.eos_id]
 
     @cached_property
     def specials(self) -> set[int]:
@@ -181,7 +191,8 @@ class Tokenizer:
             return self.inner.id_to_token(token) or ""
         if self.token_bytes is not None:
             return self.token_bytes[token].decode("utf-8", "backslashreplace")
-        return self.inner.decode([token])
+        stream = self.stream(after=[token])  # as it reads inside a text, its space not dropped
+        return stream.push(token) + stream.finish()
 
 
 class _ByteStream:
@@ -201,10 +212,10 @@ class _ByteStream:
 class _TextStream:
     """For all other tokenizers, where spaces depend on neighbours: the growth of the whole decoded text."""
 
-    def __init__(self, inner: tokenizers.Tokenizer) -> None:
+    def __init__(self, inner: tokenizers.Tokenizer, after: Sequence[int]) -> None:
         self._inner = inner
-        self._ids: list[int] = []
-        self._shown = ""
+        self._ids = [*after]
+        self._shown = self._text()
 
     def push(self, token: int) -> str:
         self._ids.append(token)

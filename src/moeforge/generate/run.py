@@ -32,8 +32,8 @@ class Step:
 class Writer:
     """One document: ``read`` adds given text, ``write`` lets the model go on. Each token is computed once.
 
-    It starts with the end-of-document token, as every document does in training. Raises UserError for a model whose
-    routers compare tokens, unless ``unsafe_batch_dependent``, and as ``known`` does for its ``domain``.
+    It starts as the tokenizer has documents start: ours with the end of the one before. Raises UserError for a model
+    whose routers compare tokens, unless ``unsafe_batch_dependent``, and as ``known`` does for its ``domain``.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Writer:
         self.model, self.tokenizer, self.domain = model, tokenizer, domain
         self.max_len = model.config.max_seq_len
         self._cache = Cache(model, 1, self.max_len)
-        self._unread = [tokenizer.eos_id]
+        self._unread, self._text = [*tokenizer.start_ids], list[int]()
         known(model, domain, torch.empty(0))
         self._logits = torch.empty(0)
 
@@ -67,6 +67,7 @@ class Writer:
                 f"the text has {len(ids)} tokens, but the context has room for {room} (max_seq_len = {self.max_len})"
             )
         self._unread += ids
+        self._text += ids
 
     def write(self, sampling: Sampling) -> Iterator[Step]:
         """Streams tokens until the model ends the document, ``max_tokens``, or the context is full.
@@ -74,7 +75,7 @@ class Writer:
         Each step comes after its token was read, so it carries that token's own experts and the document can go on
         from there. Nothing comes when the model ends the document at once.
         """
-        generator, stream = sampling.generator(), self.tokenizer.stream()
+        generator, stream = sampling.generator(), self.tokenizer.stream(self._text)
         if self._unread:
             self._feed(self._unread)
             self._unread = []
@@ -83,6 +84,7 @@ class Writer:
             if token == self.tokenizer.eos_id or self.length == self.max_len:
                 return
             experts = self._feed([token])
+            self._text.append(token)
             following = next_token(self._logits, sampling, generator)
             stop = self._stop(following, count == sampling.max_tokens)
             yield Step(token, stream.push(token) + (stream.finish() if stop else ""), experts, stop)

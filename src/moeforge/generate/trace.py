@@ -37,17 +37,19 @@ def refuse_blocks(model: Decoder) -> None:
 
 @torch.no_grad()
 def trace(model: Decoder, tokenizer: Tokenizer, text: str, domain: str | None = None) -> list[Traced]:
-    """Every token of ``text`` with its own experts. The start-of-document token is run, but not listed.
+    """Every token of ``text`` with its own experts. What a document starts with is run, but not listed.
 
     Raises UserError when the text is longer than the model's context, and as ``known`` does for its ``domain``.
     """
     refuse_blocks(model)
-    ids = tokenizer.encode(text)
-    room = model.config.max_seq_len - 1
+    start, ids = tokenizer.start_ids, tokenizer.encode(text)
+    room = model.config.max_seq_len - len(start)
     if len(ids) > room:
-        raise UserError(f"the text has {len(ids)} tokens, the model's context takes {room} (max_seq_len - 1)")
-    input_ids = torch.tensor([[tokenizer.eos_id, *ids]], device=model.embedding.weight.device)
-    by_token = choices(model(input_ids, known=known(model, domain, input_ids)))[1:]
+        raise UserError(
+            f"the text has {len(ids)} tokens, the model's context takes {room} (max_seq_len - {len(start)})"
+        )
+    input_ids = torch.tensor([[*start, *ids]], device=model.embedding.weight.device)
+    by_token = choices(model(input_ids, known=known(model, domain, input_ids)))[len(start) :]
     return [Traced(piece, chosen) for piece, chosen in zip(tokenizer.pieces(ids), by_token, strict=True)]
 
 

@@ -1,6 +1,7 @@
 """``bridge``: a model of transformers on our engines, or the reason why not. The one file that imports transformers."""
 
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -92,3 +93,17 @@ def olmoe_experts(implementation: str, up_EHD: torch.Tensor, down_EDH: torch.Ten
         delattr(experts, name)  # the parameter gives way to the very tensor, whose gradient counts
         setattr(experts, name, weight)
     return experts
+
+
+def open_theirs(folder: Path) -> Any:
+    """The model of transformers in a folder, in float32 and evaluation mode.
+
+    Raises UserError where it has weights that the folder lacks, or leaves some of the folder's.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model, loading = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    amiss = {what: sorted(map(str, names)) for what, names in loading.items() if names}
+    if amiss:
+        raise UserError(f"{type(model).__name__} does not take {folder} as it is: {amiss}")
+    return model.eval()

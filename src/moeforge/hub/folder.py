@@ -55,12 +55,12 @@ def load(folder: str | Path, device: str = "cpu") -> tuple[Decoder, Tokenizer]:
 
     Raises UserError when something is missing, cut short, or does not fit together.
     """
-    folder = _inner(Path(folder))
+    folder = model_folder(Path(folder))
     config, _ = read_config(folder)
     tokenizer = Tokenizer.open(folder)
     # Public models round their vocabulary up; ours is the tokenizer's.
     ours, known = config.vocab_size or 0, tokenizer.vocab_size
-    if known > ours or (known < ours and _config_json(folder)["model_type"] == MODEL_TYPE):
+    if known > ours or (known < ours and config_json(folder)["model_type"] == MODEL_TYPE):
         raise UserError(f"{folder}: the model has vocab_size {ours}, its tokenizer {known}")
     return open_model(folder, device=device), tokenizer
 
@@ -73,10 +73,10 @@ def open_model(
     ``dtype`` None: every weight in the type it has. ``pickle`` lets ``pytorch_model.bin`` be opened. At most the model
     and one mapped file of weights are in memory. Raises UserError as ``hub.load`` does.
     """
-    folder = _inner(Path(folder))
-    config_json = _config_json(folder)
-    if config_json["model_type"] != MODEL_TYPE:
-        return open_family(folder, config_json, dtype, device, pickle)
+    folder = model_folder(Path(folder))
+    fields = config_json(folder)
+    if fields["model_type"] != MODEL_TYPE:
+        return open_family(folder, fields, dtype, device, pickle)
     config, _ = read_config(folder)
     with torch.device("meta"):
         model = Decoder(config)
@@ -84,15 +84,20 @@ def open_model(
     return model.eval()
 
 
-def _inner(folder: Path) -> Path:
+def model_folder(folder: Path) -> Path:
     """The model folder inside a run folder, or the folder itself."""
     return folder / "model" if (folder / "model" / "config.json").exists() else folder
 
 
 def read_config(folder: str | Path) -> tuple[ModelConfig, int]:
     """The model's config and the bytes of one weight, without its weights. Raises UserError as ``load`` does."""
-    folder = _inner(Path(folder))
-    path, tree = folder / "config.json", _config_json(folder)
+    folder = model_folder(Path(folder))
+    return understand(config_json(folder), folder)
+
+
+def understand(tree: Tree, folder: Path) -> tuple[ModelConfig, int]:
+    """``read_config`` of what ``config_json`` read in ``folder``."""
+    path = folder / "config.json"
     name = tree.get("dtype") or tree.get("torch_dtype") or "float32"
     dtype = getattr(torch, str(name), None)
     if not isinstance(dtype, torch.dtype):
@@ -102,7 +107,8 @@ def read_config(folder: str | Path) -> tuple[ModelConfig, int]:
     return family_of(tree, folder).read(tree, str(path)), dtype.itemsize
 
 
-def _config_json(folder: Path) -> Tree:
+def config_json(folder: Path) -> Tree:
+    """The fields of a folder's config.json, ``model_type`` among them. Raises UserError as ``load`` does."""
     path = folder / "config.json"
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))

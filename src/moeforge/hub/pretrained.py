@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from moeforge.errors import UserError
 from moeforge.hub.card import card
 from moeforge.hub.families import FAMILIES, Family
 from moeforge.hub.layout import Piece, plan
-from moeforge.hub.shards import Shards, write
+from moeforge.hub.shards import Shards, Source, write
 from moeforge.hub.whole import write_whole
 from moeforge.models import Decoder, ModelConfig
 
@@ -73,12 +73,26 @@ def save_as(
     max_shard_size: int | str = MAX_SHARD_SIZE,
 ) -> None:
     """Writes any decoder as a folder of ``family``; ``origin`` says which fields, files and tensors go along."""
+    write_whole(folder, contents(model, folder.name, family, origin, tokenizer, max_shard_size))
+
+
+def contents(
+    model: Decoder,
+    name: str,
+    family: Family,
+    origin: Origin | None = None,
+    tokenizer: Tokenizer | None = None,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+) -> Callable[[Path], None]:
+    """What fills a folder as ``save_as`` does; ``name`` is the model's."""
     limit = _bytes(max_shard_size)
     config_json = family.write(model.config, origin.config_json if origin else None)
     dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
     config_json["torch_dtype" if "torch_dtype" in config_json else "dtype"] = dtype
     if tokenizer is not None:
         config_json.setdefault("eos_token_id", tokenizer.eos_id)
+        if tokenizer.start_ids != [tokenizer.eos_id]:
+            config_json.setdefault("bos_token_id", tokenizer.start_ids[0])
     tensors = model.state_dict()
     pieces = {piece.name: piece for piece in plan(model, family.names)}
     sizes = {name: piece.of_ours(tensors[piece.parameter]).nbytes for name, piece in pieces.items()}
@@ -91,7 +105,7 @@ def save_as(
         assert kept is not None
         return kept.get(name)
 
-    def contents(fresh: Path) -> None:
+    def fill(fresh: Path) -> None:
         write(fresh, sizes, get, limit)
         if origin is not None:
             _carry(origin.folder, fresh)
@@ -102,9 +116,20 @@ def save_as(
             special = {name: config_json[name] for name in SPECIAL if config_json.get(name) is not None}
             _write_json(fresh / "generation_config.json", {"_from_model_config": True, **special})
         if not (fresh / "README.md").exists():
-            (fresh / "README.md").write_text(card(folder.name, family.model_type, model.config), encoding="utf-8")
+            (fresh / "README.md").write_text(card(name, family.model_type, model.config), encoding="utf-8")
 
-    write_whole(folder, contents)
+    return fill
+
+
+def family_that_fits(config: ModelConfig) -> Family | None:
+    """The first family that can say all of ``config``, so that its class in transformers computes the same; or none."""
+    for family in (family for family in FAMILIES.values() if family.in_transformers):
+        try:
+            family.write(config)
+        except UserError:
+            continue
+        return family
+    return None
 
 
 def _write_json(path: Path, tree: Tree) -> None:
@@ -168,7 +193,7 @@ def family_of(config_json: Tree, folder: Path) -> Family:
 def fill(
     model: Decoder,
     pieces: list[Piece],
-    shards: Shards,
+    shards: Source,
     unused: set[str],
     dtype: torch.dtype | None,
     device: str,
@@ -179,9 +204,10 @@ def fill(
     wanted = {piece.name: piece.as_theirs(meta[piece.parameter]).shape for piece in pieces}
     check(wanted, {name: shape for name, shape in shards.shapes.items() if name not in unused}, shards.folder)
     learnt = dict(model.named_parameters())  # what a controller moves keeps its type
-    types = {
-        piece.parameter: dtype if dtype and piece.parameter in learnt else shards.dtypes[piece.name] for piece in pieces
-    }
+    types: dict[str, torch.dtype] = {}
+    for piece in pieces:  # parts of several types lie in the one that holds them all
+        own = dtype if dtype and piece.parameter in learnt else shards.dtypes[piece.name]
+        types[piece.parameter] = torch.promote_types(types.get(piece.parameter, own), own)
     tensors = {name: torch.empty_like(tensor, dtype=types[name], device=device) for name, tensor in meta.items()}
     for piece in sorted(pieces, key=lambda piece: shards.file_of[piece.name]):
         piece.of_ours(tensors[piece.parameter]).copy_(piece.as_ours(shards.get(piece.name)))

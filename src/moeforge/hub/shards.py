@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,6 +14,22 @@ from moeforge.errors import UserError
 from moeforge.hub.packed import Packed, find_packed
 
 SAFE, PICKLE = "model.safetensors", "pytorch_model.bin"
+
+
+class Source(Protocol):
+    """Files of weights: what they hold by name, and each tensor when it is asked for."""
+
+    folder: Path
+    shapes: dict[str, torch.Size]
+    dtypes: dict[str, torch.dtype]
+    file_of: dict[str, Path]
+
+    def get(self, name: str) -> Tensor:
+        """One tensor, backed by its file."""
+        ...
+
+    def close(self) -> None:
+        """Lets go of the files."""
 
 
 class Shards:

@@ -30,17 +30,23 @@ def write_whole(folder: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes one text file whole, or leaves the old one. Raises UserError when it cannot."""
+def write_file(path: Path, fill: Callable[[Path], object]) -> None:
+    """Makes one file from what ``fill`` writes into a fresh one beside it, or leaves the old one. Raises UserError."""
     fresh = path.with_name(f".{path.name}.part-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fresh.write_text(text, encoding="utf-8")
+        fill(fresh)
+        _flush(fresh)
         fresh.replace(path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}") from error
     finally:
         fresh.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes one text file whole, or leaves the old one. Raises UserError when it cannot."""
+    write_file(path, lambda fresh: fresh.write_text(text, encoding="utf-8"))
 
 
 def _flush(path: Path) -> None:

@@ -1,11 +1,13 @@
 """Checkpoints: everything a run needs to go on bit for bit. Each is whole or absent, and says when it is neither.
 
 ``step-N/`` holds ``model.safetensors``, ``optimizer.safetensors`` and ``state.json``: step, loader position, random
-state, the config, and the size of each file, so that a copy that was cut short is noticed before it is used.
+state, the config, and the size of each file, so that a copy that was cut short is noticed before it is used. Several
+processes write their pieces in torch's distributed format instead of the first two, one name space for both.
 """
 
 import json
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,14 @@ from moeforge.config import Tree, build, difference
 from moeforge.errors import UserError
 from moeforge.hub.folder import fit, read_tensors, write_whole
 from moeforge.models import Decoder
+from moeforge.parallel.ranks import ALONE, Ranks
 from moeforge.train.config import RunConfig
 
 MAY_CHANGE = {"name", "recipe", "steps", "eval_every", "eval_tokens", "save_every", "keep_checkpoints", "tensorboard"}
 """Settings that a resumed run may have otherwise; all others decide what the next step computes."""
+
+MODEL = "model"
+"""Before the names of weights, where those of the optimizer's tensors begin with their kind."""
 
 
 @dataclass
@@ -36,14 +42,22 @@ class Progress:
 
 
 def save_checkpoint(
-    folder: Path, model: Decoder, optimizer: torch.optim.Optimizer, progress: Progress, loader: Tree, config: RunConfig
+    folder: Path,
+    model: Decoder,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    loader: Tree,
+    config: RunConfig,
+    ranks: Ranks = ALONE,
 ) -> Path:
     """Writes ``folder/step-N``, then deletes the oldest beyond ``keep_checkpoints``. Raises UserError if it cannot."""
     target = folder / f"step-{progress.step}"
+    if not ranks.first:
+        _write_tensors(ranks.gather(target)[0], model, optimizer, ranks)
+        return target
 
     def fill(fresh: Path) -> None:
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, fresh / "model.safetensors")
-        save_file({"rng": torch.get_rng_state(), **_moments(model, optimizer)}, fresh / "optimizer.safetensors")
+        _write_tensors(ranks.gather(fresh)[0], model, optimizer, ranks)
         sizes = {path.name: path.stat().st_size for path in fresh.iterdir()}
         state = {**vars(progress), "loader": loader, "files": sizes, "config": json.loads(config.model_dump_json())}
         (fresh / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
@@ -61,20 +75,16 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def load_checkpoint(
-    path: Path, model: Decoder, optimizer: torch.optim.Optimizer, config: RunConfig
+    path: Path, model: Decoder, optimizer: torch.optim.Optimizer, config: RunConfig, ranks: Ranks = ALONE
 ) -> tuple[Progress, Tree]:
     """Restores model, optimizer and random state in place; returns the progress and the loader's position.
 
+    Whatever number of processes wrote it, whatever number reads it; only with several do they share a folder of pieces.
     Raises UserError when the checkpoint is cut short or was written under another config.
     """
     state = _read_state(path)
     _same_config(path, state["config"], config)
-    tensors = read_tensors(path / "model.safetensors")
-    fit(model, tensors, path)
-    model.load_state_dict(tensors)
-    moments = read_tensors(path / "optimizer.safetensors")
-    torch.set_rng_state(moments.pop("rng"))
-    _restore_moments(model, optimizer, moments)
+    _read_tensors(path, model, optimizer, ranks)
     return Progress(state["step"], state["tokens"], state["seconds"]), state["loader"]
 
 
@@ -103,14 +113,58 @@ def _same_config(path: Path, saved: Tree, config: RunConfig) -> None:
         raise UserError(f"{path} was written under another config; now different: {json.dumps(detail)}")
 
 
-def _moments(model: Decoder, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def weights(model: Decoder, ranks: Ranks) -> dict[str, torch.Tensor]:
+    """What ``state_dict`` has; of several processes, each one's pieces of it."""
+    parameters = ranks.parameters(model)
+    return {name: ranks.whole(name, parameters.get(name, tensor)) for name, tensor in model.state_dict().items()}
+
+
+def _moments(model: Decoder, optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict[str, torch.Tensor]:
     """The optimizer's tensors by parameter name: ``<kind>/<parameter>``."""
-    states = [(name, optimizer.state[parameter]) for name, parameter in model.named_parameters()]
-    return {f"{kind}/{name}": tensor.contiguous() for name, state in states for kind, tensor in state.items()}
+    states = [(name, optimizer.state[parameter]) for name, parameter in ranks.parameters(model).items()]
+    return {
+        f"{kind}/{name}": ranks.whole(name, tensor) if tensor.ndim else tensor
+        for name, state in states
+        for kind, tensor in state.items()
+    }
 
 
-def _restore_moments(model: Decoder, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    parameters = dict(model.named_parameters())
-    for key, tensor in tensors.items():
+def _write_tensors(folder: Path, model: Decoder, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
+    tensors, moments = weights(model, ranks), _moments(model, optimizer, ranks)
+    if ranks.size > 1:
+        from moeforge.parallel import store
+
+        store.write(folder, {f"{MODEL}/{name}": tensor for name, tensor in tensors.items()} | moments)
+        return
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    moments = {name: tensor.contiguous() for name, tensor in moments.items()}
+    save_file({"rng": torch.get_rng_state(), **moments}, folder / "optimizer.safetensors")
+
+
+def _read_tensors(path: Path, model: Decoder, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
+    from moeforge.parallel import store
+
+    if (path / store.METADATA).exists():
+        _make_moments(model, optimizer, store.names(path), ranks)
+        named = {f"{MODEL}/{name}": tensor for name, tensor in weights(model, ranks).items()}
+        store.read(path, named | _moments(model, optimizer, ranks))
+        return
+    tensors, moments = read_tensors(path / "model.safetensors"), read_tensors(path / "optimizer.safetensors")
+    random = moments.pop("rng")
+    if ranks.size == 1:
+        fit(model, tensors, path)
+        torch.set_rng_state(random)
+    _make_moments(model, optimizer, moments.keys(), ranks)
+    for name, target in (weights(model, ranks) | _moments(model, optimizer, ranks)).items():
+        store.copy_piece(target, tensors[name] if name in tensors else moments[name])
+
+
+def _make_moments(model: Decoder, optimizer: torch.optim.Optimizer, keys: Collection[str], ranks: Ranks) -> None:
+    """Zeros for each ``<kind>/<parameter>`` among the keys: somewhere to read into."""
+    parameters = ranks.parameters(model)
+    for key in keys:
         kind, _, name = key.partition("/")
-        optimizer.state[parameters[name]][kind] = tensor.to(parameters[name].device) if tensor.ndim else tensor
+        if kind != MODEL and name in parameters:
+            parameter = parameters[name]
+            zeros = torch.zeros(()) if kind == "step" else torch.zeros_like(parameter, requires_grad=False)
+            optimizer.state[parameter][kind] = zeros

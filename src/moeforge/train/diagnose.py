@@ -1,6 +1,7 @@
 """Where a number stopped being finite: the message a user needs instead of a loss of nan."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +29,10 @@ def first_broken_module(model: nn.Module, forward: Callable[[], object]) -> str:
 
 
 def first_broken_gradient(model: nn.Module) -> str:
-    """Name of the first parameter whose gradient is not finite."""
+    """Name of the first parameter whose gradient is not finite; empty where all are."""
     for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+        gradient: Any = parameter.grad
+        own = gradient.to_local() if hasattr(gradient, "to_local") else gradient  # of a sharded one, this process' part
+        if own is not None and not bool(torch.isfinite(own).all()):
             return name
-    return "none: the norm itself overflowed"
+    return ""

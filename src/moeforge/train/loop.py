@@ -4,7 +4,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -18,7 +18,8 @@ from moeforge.hub import save
 from moeforge.hub.folder import write_text
 from moeforge.kernels.allocator import keep_freed_memory
 from moeforge.models import Decoder, ModelConfig
-from moeforge.train.checkpoint import Progress, checkpoints, load_checkpoint, save_checkpoint
+from moeforge.parallel.ranks import ALONE, Ranks
+from moeforge.train.checkpoint import Progress, checkpoints, load_checkpoint, save_checkpoint, weights
 from moeforge.train.config import RunConfig
 from moeforge.train.metrics import Line, Metrics, step_line
 from moeforge.train.optimizer import build_optimizer, learning_rate
@@ -31,15 +32,19 @@ from moeforge.train.step import accumulate_gradients, apply_gradients
 class Run:
     """One training run in its folder. Equal config and software give equal weights, also across a resume."""
 
-    def __init__(self, config: RunConfig, out: Path, data: TextData) -> None:
+    def __init__(self, config: RunConfig, out: Path, data: TextData, ranks: Ranks = ALONE, fresh: bool = False) -> None:
+        """``fresh``: takes the weights of ``config.start_from``, where there is one."""
         torch.manual_seed(config.seed)
-        self.out, self.data = out, data
+        self.out, self.data, self.ranks = out, data, ranks
         self.device = choose_device(config.device)
         self.dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
         self.config = _with_data(config, data)
         self.model = Decoder(self.config.model).to(self.device)
         check_phases(config.phases, self.model)
         self.model.recompute_activations = config.recompute_activations
+        if fresh and config.start_from:
+            start_from(Path(config.start_from), self.model, data.tokenizer)
+        ranks.place(self.model)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.loader = Loader(data.train, config.batch_size, config.seq_len, config.seed)
         self.progress = Progress()
@@ -49,32 +54,36 @@ class Run:
         found = checkpoints(self.out / "checkpoints")
         if not found:
             raise UserError(f"{self.out} has no checkpoint to resume from")
-        self.progress, position = load_checkpoint(found[-1], self.model, self.optimizer, self.config)
+        self.progress, position = load_checkpoint(found[-1], self.model, self.optimizer, self.config, self.ranks)
         if position.pop("fingerprint") != self._fingerprint:
             raise UserError(f"{found[-1]} was trained on other text than {self.config.data.type} gives now")
         self.loader.load_state(position)
 
     def step(self) -> Line:
         """One optimizer step; returns its metrics."""
-        start, config, done = time.perf_counter(), self.config, self.progress.step
+        start, config, done, ranks = time.perf_counter(), self.config, self.progress.step, self.ranks
+        ranks.begin(config.seed, done)
         lr = learning_rate(config.schedule, config.optimizer.lr, done, config.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         batches = [next(self.loader).to(self.device) for _ in range(config.accumulate)]
-        result = accumulate_gradients(self.model, batches, self.dtype, done)
+        result = accumulate_gradients(self.model, batches, self.dtype, done, ranks)
         hold(self.model, phase_at(config.phases, done))
-        apply_gradients(self.model, self.optimizer, result, config.optimizer.clip, done)
+        apply_gradients(self.model, self.optimizer, result, config.optimizer.clip, done, ranks)
         seconds = time.perf_counter() - start
         self.progress.step += 1
         self.progress.tokens += config.tokens_per_step
         self.progress.seconds += seconds
-        return step_line(self.progress.step, result, lr, seconds, config.tokens_per_step)
+        line = step_line(self.progress.step, result, lr, seconds, config.tokens_per_step)
+        return line | {f"sent/{kind}": count for kind, count in ranks.sent().items()}
 
     def evaluate(self) -> Score:
         """Bits per byte on ``eval_tokens`` of the validation text."""
         config = self.config
         batches = evaluation_batches(self.data.validation, config.batch_size, config.seq_len, config.eval_tokens)
-        return bits_per_byte(self.model, batches, self.dtype)
+        own = bits_per_byte(self.model, map(self.ranks.own, batches), self.dtype)
+        nats, targets = self.ranks.total(torch.tensor([own.nats, own.num_targets], dtype=torch.float64)).tolist()
+        return Score(nats, own.num_bytes, int(targets))
 
     @property
     def _fingerprint(self) -> str:
@@ -86,7 +95,7 @@ class Run:
         """Saves where the run stands."""
         position = {**self.loader.state(), "fingerprint": self._fingerprint}
         folder = self.out / "checkpoints"
-        return save_checkpoint(folder, self.model, self.optimizer, self.progress, position, self.config)
+        return save_checkpoint(folder, self.model, self.optimizer, self.progress, position, self.config, self.ranks)
 
 
 def train(
@@ -96,33 +105,62 @@ def train(
     quiet: bool = False,
     on_step: Callable[[Line], None] | None = None,
     data: TextData | None = None,
+    ranks: Ranks = ALONE,
 ) -> Path:
     """Trains ``config`` into the run folder ``out`` and returns its ``model`` folder.
 
-    ``data`` is what ``prepare`` makes of the config, for a caller that has it already.
+    ``data`` is what ``prepare`` makes of the config, for a caller that has it already. Of several ``ranks``, each calls
+    this; the first alone says and writes something, but for checkpoints, in which each writes its part.
     Raises UserError on bad input, a non-finite loss, or a full disk; KeyboardInterrupt after saving a checkpoint.
     """
     if not resume and (out / "metrics.jsonl").exists():
         raise UserError(f"{out} already holds a run: add --resume to go on with it, or name another folder with --out")
     keep_freed_memory()
-    with Display(config.name, config.steps, 0, quiet) as display:
+    with Display(config.name, config.steps, 0, quiet or not ranks.first) as display:
         display.say(f"reading {config.data.type} ...")
-        run = Run(config, out, data or prepare(config.data, config.tokenizer))
+        run = Run(config, out, data or _prepared(config, ranks), ranks, fresh=not resume)
         if resume:
             run.resume()
             display.say(f"resumed at step {run.progress.step}")
         elif config.start_from:
-            start_from(Path(config.start_from), run.model, run.data.tokenizer)
             display.say(f"starting with the weights of {config.start_from}")
         _announce(run, display)
-        write_text(out / "config.yaml", to_yaml(run.config))
-        with Metrics(out, run.progress.step, config.tensorboard) as metrics:
+        if ranks.first:
+            write_text(out / "config.yaml", to_yaml(run.config))
+        with Metrics(out, run.progress.step, config.tensorboard) if ranks.first else nullcontext() as metrics:
             _steps(run, metrics, display, on_step)
-    save(run.model, run.data.tokenizer, out / "model")
+    model = _in_one_place(run)
+    if model is not None:
+        save(model, run.data.tokenizer, out / "model")
     return out / "model"
 
 
-def _steps(run: Run, metrics: Metrics, display: Display, on_step: Callable[[Line], None] | None) -> None:
+def _prepared(config: RunConfig, ranks: Ranks) -> TextData:
+    """The first process goes ahead: the others find in the cache what it made."""
+    if ranks.first:
+        data = prepare(config.data, config.tokenizer)
+        ranks.gather(None)
+        return data
+    ranks.gather(None)
+    return prepare(config.data, config.tokenizer)
+
+
+def _in_one_place(run: Run) -> Decoder | None:
+    """The model with all of its weights; None on all processes but the first."""
+    if run.ranks.size == 1:
+        return run.model
+    from moeforge.parallel.store import gathered
+
+    tensors = gathered(weights(run.model, run.ranks), keep=run.ranks.first)
+    if not run.ranks.first:
+        return None
+    with torch.device("meta"):
+        model = Decoder(run.config.model)
+    model.load_state_dict(tensors, assign=True)
+    return model
+
+
+def _steps(run: Run, metrics: Metrics | None, display: Display, on_step: Callable[[Line], None] | None) -> None:
     config, steps = run.config, run.config.steps
     with _interruptible() as interrupted:
         while run.progress.step < steps:
@@ -131,12 +169,14 @@ def _steps(run: Run, metrics: Metrics, display: Display, on_step: Callable[[Line
             if done % config.eval_every == 0 or done == steps:
                 line["eval/bits_per_byte"] = run.evaluate().bits_per_byte
             line["perf/total_seconds"], line["perf/total_tokens"] = run.progress.seconds, run.progress.tokens
-            metrics.write(line)
+            if metrics is not None:
+                metrics.write(line)
             display.update(line)
             if on_step:
                 on_step(line)
-            saved = run.checkpoint() if done % config.save_every == 0 or done == steps or interrupted else None
-            if interrupted and done < steps:
+            stop = run.ranks.any(bool(interrupted))
+            saved = run.checkpoint() if done % config.save_every == 0 or done == steps or stop else None
+            if stop and done < steps:
                 display.say(f"\nstopped; {saved} is saved. Go on with:\n  {resume_command(run.out)}")
                 raise KeyboardInterrupt
 
@@ -168,10 +208,11 @@ def _interruptible() -> Iterator[list[int]]:
 
 def _announce(run: Run, display: Display) -> None:
     """Says what is on: sizes, data, and every loss that acts, with its weight."""
-    parameters = sum(p.numel() for p in run.model.parameters())
+    parameters = sum(run.ranks.whole(name, p).numel() for name, p in run.ranks.parameters(run.model).items())
     display.say(
         f"{run.config.name}: {parameters:,} parameters, {len(run.data.train.ids):,} training tokens, "
         f"{len(run.data.validation.ids):,} for validation, {run.config.tokens_per_step:,} per step, on {run.device}"
+        + (f", {run.ranks.size} processes" if run.ranks.size > 1 else "")
     )
     routers = [router.config for router in run.model.routers.values()]
     losses = {f"{loss.type} x {loss.weight:g}" for router in routers for loss in router.losses}

@@ -3,6 +3,7 @@
 import math
 
 import torch
+from torch import nn
 
 from moeforge.models import Decoder
 from moeforge.train.config import AdamW, Cosine, Schedule
@@ -10,9 +11,14 @@ from moeforge.train.config import AdamW, Cosine, Schedule
 
 def build_optimizer(model: Decoder, config: AdamW) -> torch.optim.AdamW:
     """Fused AdamW; weight decay on matrices only."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    # Nor do weights that live on different meshes go into one fused call.
+    kinds: dict[tuple[bool, object], list[nn.Parameter]] = {}
+    for p in model.parameters():
+        kinds.setdefault((p.ndim >= 2, getattr(p, "device_mesh", None)), []).append(p)
+    groups = [
+        {"params": some, "weight_decay": config.weight_decay if is_matrix else 0.0}
+        for (is_matrix, _), some in kinds.items()
+    ]
     betas = (config.beta1, config.beta2)
     return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
 

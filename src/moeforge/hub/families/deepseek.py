@@ -1,12 +1,13 @@
-"""DeepSeek-V2 and V3 (arXiv:2405.04434, arXiv:2412.19437): latent attention, shared experts, experts in groups."""
+"""DeepSeekMoE, V2 and V3 (arXiv:2401.06066, 2405.04434, 2412.19437): shared experts, latent attention, groups."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from moeforge.hub.families.decoder import activation, biases, decoder
+from moeforge.hub.families.decoder import activation, biases, decoder, heads
 from moeforge.hub.families.experts import groups, shared
 from moeforge.hub.families.family import Family
 from moeforge.hub.families.layers import dense_first
+from moeforge.hub.families.names import ATTENTION as LLAMA_ATTENTION
 from moeforge.hub.families.names import CORRECTION, EXPERTS, FRAME, LAYER, SHARED, both, mlp
 from moeforge.hub.families.rows import At, Joint, Only, Row, Settings, Tree
 from moeforge.hub.layout import Layout, Names
@@ -75,6 +76,31 @@ def _rows(num_experts: int, k: int | None) -> tuple[Row, ...]:
 
 
 INERT = frozenset("head_dim qk_head_dim aux_loss_alpha seq_aux ep_size num_nextn_predict_layers num_mtp_layers".split())
+
+DEEPSEEK = Family(
+    model_type="deepseek",
+    architecture="DeepseekForCausalLM",
+    rows=(
+        *decoder(eps=1e-6, context=2048),
+        *heads(),
+        biases("attention_bias", False),
+        Only("moe_layer_freq", (1,)),
+        Only("scoring_func", ("softmax",)),
+        At("intermediate_size", 11008, "d_ff"),
+        dense_first("first_k_dense_replace", 0),
+        shared("n_shared_experts", 0),
+        At("n_routed_experts", ..., "moe.experts.num_experts"),
+        At("num_experts_per_tok", ..., "moe.router.select.k"),
+        At("norm_topk_prob", False, "moe.router.weigh.normalize_weights"),
+        At("moe_intermediate_size", 1407, "moe.experts.d_expert moe.shared.d_expert"),
+        activation("activation moe.experts.activation moe.shared.activation"),
+    ),
+    names={**FRAME, **LLAMA_ATTENTION, **mlp("blocks.{layer}.mlp", f"{LAYER}mlp"), **EXPERTS, **SHARED},
+    settings={"moe": {"router": {"losses": []}}},
+    inert=frozenset({"aux_loss_alpha", "seq_aux"}),
+    in_transformers=False,
+)
+"""DeepSeekMoE (arXiv:2401.06066)."""
 
 DEEPSEEK_V2 = Family(
     model_type="deepseek_v2",

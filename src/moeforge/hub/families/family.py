@@ -71,6 +71,8 @@ class Family:
     """Ours that hold for the whole family, whatever its config.json says."""
     inert: frozenset[str] = frozenset()
     """Fields of this family alone that no logit depends on."""
+    in_transformers: bool = True
+    """Whether transformers has the class; otherwise it lies in the published folder."""
     former: str | None = None
     """What the class was called in older configs."""
     unused: str = r"(?!)"
@@ -101,8 +103,11 @@ class Family:
         for row in self.rows if not problems else ():
             try:
                 settings = row.read(defaults | theirs)
-            except (ValueError, TypeError) as error:
+            except ValueError as error:
                 problems.append(str(error))
+                continue
+            except (TypeError, AttributeError, ArithmeticError) as error:  # a value of another kind than any config has
+                problems.append(f"{', '.join(name for name in row.defaults if name in theirs)}: {error}")
                 continue
             for path, value in settings.items():
                 _put(tree, path, value)
@@ -125,7 +130,9 @@ class Family:
             fresh = {name: value for row in self.rows for name, value in row.write(ours).items()}
             tree = {name: value for name, value in base.items() if name not in known} | fresh
             differing = differences(config, self.read(tree))
-        except (ValueError, UserError) as error:
+        except KeyError as error:
+            raise UserError(f"the model is no {self.model_type}: it has no setting {error}") from error
+        except (ValueError, TypeError, UserError) as error:
             raise UserError(f"the model is no {self.model_type}: {error}") from error
         if differing:
             raise UserError(f"the model is no {self.model_type}, which has no field for: {'; '.join(differing)}")

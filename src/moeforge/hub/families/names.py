@@ -5,11 +5,6 @@ from moeforge.hub.layout import Layout, Names
 LAYER = "model.layers.{layer}."
 
 
-def named(names: dict[str, str], ours: str = "", theirs: str = "") -> Names:
-    """Rows of tensors that lie as ours do, both names behind a prefix."""
-    return {f"{ours}{name}": (Layout((f"{theirs}{other}",)),) for name, other in names.items()}
-
-
 def both(kinds: str, ours: str, *parts: str) -> Names:
     """The rows of a linear map's ``weight`` and ``bias`` (``kinds``), where ours is ``parts`` side by side."""
     return {f"{ours}.{kind}": (Layout(tuple(f"{part}.{kind}" for part in parts)),) for kind in kinds.split()}

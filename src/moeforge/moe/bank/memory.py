@@ -27,7 +27,7 @@ class NeuronBank(Bank):
     def rows(self, rows_ND: Tensor, ends_E: Tensor) -> Tensor:
         """[N, D] -> [N, D]."""
         expert_N, read = expert_of(ends_E, len(rows_ND)), nn.functional.embedding
-        up_NKD = read(expert_N, self.gate_up_proj.flatten(1)).view(len(rows_ND), -1, rows_ND.shape[1])
+        up_NKD = read(expert_N, self.gate_up_proj.flatten(1)).unflatten(1, self.gate_up_proj.shape[1:])
         up_NK = torch.einsum("nd,nkd->nk", rows_ND, up_NKD.to(rows_ND.dtype))
         hidden_N1 = activate(up_NK, self.config.activation)
         return (hidden_N1 * read(expert_N, self.down_proj)).to(rows_ND.dtype)

@@ -1,0 +1,1 @@
+"""Several processes as one: the mesh, the exchange of rows between experts, sharding, checkpoints, the launcher."""

@@ -1,0 +1,74 @@
+"""Gradients over the mesh: summed where several processes have a part of them, and their one global norm."""
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
+
+from moeforge.parallel.sharding import Sharding
+from moeforge.parallel.wire import Wire
+
+BUCKET_BYTES = 64 << 20
+"""Gradients travel together up to this size: one message costs as much as many bytes."""
+
+
+@torch.no_grad()
+def sum_gradients(sharding: Sharding, wire: Wire) -> None:
+    """Sums each gradient over the processes that hold the same parameter. Collective."""
+    together: dict[ProcessGroup, list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in sharding.parameters.items():
+        group = sharding.group(name)
+        if group is not None and group.size() > 1:
+            together[group].append(parameter)
+    for group, parameters in together.items():
+        for bucket in _buckets(parameters):
+            _sum_bucket(bucket, group, wire)
+
+
+def _buckets(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """In order, each of one type and at most ``BUCKET_BYTES``, but for a parameter that is larger by itself."""
+    buckets: list[list[nn.Parameter]] = []
+    room, dtype = 0, None
+    for parameter in parameters:
+        if parameter.nbytes > room or parameter.dtype != dtype:
+            buckets.append([])
+            room, dtype = BUCKET_BYTES, parameter.dtype
+        buckets[-1].append(parameter)
+        room -= parameter.nbytes
+    return buckets
+
+
+def _sum_bucket(parameters: list[nn.Parameter], group: ProcessGroup, wire: Wire) -> None:
+    """One number per parameter goes along: how many processes have a gradient. Where none has, there stays none."""
+    like = parameters[0]
+    gradients = [p.new_zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in parameters]
+    present = like.new_tensor([p.grad is not None for p in parameters], dtype=like.dtype)
+    flat = torch.cat([present, *gradients])
+    wire.all_reduce(flat, group)
+    present, summed = flat[: len(parameters)], flat[len(parameters) :].split([p.numel() for p in parameters])
+    for parameter, gradient, holders in zip(parameters, summed, present.tolist(), strict=True):
+        if holders:
+            parameter.grad = gradient.view_as(parameter)
+
+
+@torch.no_grad()
+def clip_gradients(sharding: Sharding, wire: Wire, max_norm: float) -> Tensor:
+    """Scales all gradients so that their norm over the mesh is at most ``max_norm``; returns it as it was. Collective.
+
+    Every process adds up the squares of what it holds, divided by how many hold the same.
+    """
+    gradients: list[Tensor] = []
+    square = torch.zeros((), dtype=torch.float64, device=next(iter(sharding.parameters.values())).device)
+    for name, parameter in sharding.parameters.items():
+        if parameter.grad is not None:
+            group = sharding.group(name)
+            gradients.append(parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad)
+            square += torch.linalg.vector_norm(gradients[-1]).double().square() / (group.size() if group else 1)
+    wire.all_reduce(square, sharding.mesh.world_group)
+    norm = square.sqrt()
+    factor = (max_norm / (norm + 1e-6)).clamp_max(1.0)
+    for gradient in gradients:
+        gradient.mul_(factor)
+    return norm

@@ -1,0 +1,94 @@
+"""Many processes that train one model: what ``ranks.Alone`` answers for one."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moeforge.data.packing import Batch
+from moeforge.errors import UserError
+from moeforge.models import Decoder
+from moeforge.parallel.gradients import clip_gradients, sum_gradients
+from moeforge.parallel.mesh import Mesh, check_mesh
+from moeforge.parallel.sharding import Sharding
+from moeforge.parallel.wire import KINDS, Wire
+
+T = TypeVar("T")
+
+
+class Together:
+    """Many processes, each with rows of its own and a part of the parameters. All methods are collective."""
+
+    def __init__(self, mesh: Mesh, shard: bool) -> None:
+        self.mesh, self.shard, self.wire = mesh, shard, Wire()
+        self.size, self.first = mesh.size, mesh.rank == 0
+
+    def place(self, model: Decoder) -> None:
+        """Spreads the parameters, in place. Raises UserError for what cannot be."""
+        self.sharding = Sharding(model, self.mesh, self.wire, self.shard)
+
+    def begin(self, seed: int, step: int) -> None:
+        """A step: counts from zero, random numbers that are each process' own, and of which no checkpoint need know."""
+        self.wire.sent.clear()
+        digest = hashlib.sha256(f"{seed}/{step}/{self.mesh.rank}".encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+    def sent(self) -> dict[str, int]:
+        """Bytes that all processes have sent since the step began, by kind; but for those that this sum takes."""
+        counts = torch.tensor([self.wire.sent[kind] for kind in KINDS], device=self.mesh.world.device_type)
+        return dict(zip(KINDS, self.total(counts).tolist(), strict=True))
+
+    def own(self, batch: Batch) -> Batch:
+        """This process' rows, of as even shares as there are, maybe none; ``num_bytes`` stays that of all."""
+        tensors = {field.name: getattr(batch, field.name) for field in fields(batch)[:-1]}
+        return replace(batch, **{name: x.tensor_split(self.size)[self.mesh.rank] for name, x in tensors.items()})
+
+    def total(self, values: Tensor) -> Tensor:
+        """Summed over all processes, in place."""
+        self.wire.all_reduce(values, self.mesh.world_group)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process says so."""
+        return bool(self.total(torch.tensor([float(flag)], device=self.mesh.world.device_type)))
+
+    def gather(self, value: T) -> list[T]:
+        """Every process' value, by rank. Not counted: for what happens seldom."""
+        values: list[T | None] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.mesh.world_group)
+        return values  # type: ignore[return-value]
+
+    def clip(self, model: Decoder, max_norm: float) -> Tensor:
+        """Sums the gradients over the processes, scales them down to ``max_norm``; returns the norm that they had."""
+        sum_gradients(self.sharding, self.wire)
+        return clip_gradients(self.sharding, self.wire, max_norm)
+
+    def parameters(self, model: Decoder) -> dict[str, nn.Parameter]:
+        """By name, as the optimizer has them."""
+        return self.sharding.parameters
+
+    def whole(self, name: str, tensor: Tensor) -> Tensor:
+        """A parameter, or its like, as a piece of the whole model's: shares its memory."""
+        return self.sharding.whole(name, tensor)
+
+
+@contextmanager
+def join(expert_size: int, shard: bool) -> Iterator[Together]:
+    """The processes that torchrun started, this one among them. Raises UserError when they form no such mesh."""
+    size, device = int(os.environ["WORLD_SIZE"]), "cuda" if torch.cuda.is_available() else "cpu"
+    check_mesh(size, expert_size)
+    if shard and size == 1:
+        raise UserError("--shard does nothing with one process: leave it out, or start more")
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    try:
+        yield Together(Mesh.build(size, expert_size, device), shard)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,132 @@
+"""``moeforge train --nproc`` and torchrun: real processes, one of them killed; what is refused before any starts."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from moeforge.cli.main import main
+from moeforge.train.checkpoint import checkpoints
+
+pytestmark = pytest.mark.dist
+SETTINGS = """
+name: tiny
+steps: 100000
+batch_size: 4
+seq_len: 32
+eval_every: 100000
+eval_tokens: 500
+save_every: 5
+device: cpu
+dtype: float32
+data: {type: files, path: PATH}
+model:
+  d_model: 16
+  num_layers: 2
+  num_heads: 2
+  d_ff: 16
+  moe: {experts: {num_experts: 4, d_expert: 8}}
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "tiny.yaml"
+    text = file.with_name("corpus.txt")
+    text.write_text("\n\n".join(f"paragraph {n}: the quick brown fox." for n in range(400)), encoding="utf-8")
+    file.write_text(SETTINGS.replace("PATH", str(text)), encoding="utf-8")
+    return file
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def children(pid: int) -> dict[int, int]:
+    """Process ids by rank."""
+    found = {}
+    for line in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        environment = dict(part.partition("=")[::2] for part in Path(f"/proc/{line}/environ").read_text().split("\0"))
+        if "RANK" in environment:
+            found[int(environment["RANK"])] = int(line)
+    return found
+
+
+def until(condition, process: subprocess.Popen[str], seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < end, process.communicate(timeout=30)
+        time.sleep(0.05)
+
+
+def test_a_killed_process_is_named_the_others_stop_and_the_run_goes_on(tiny, tmp_path):
+    out = tmp_path / "run"
+    run = start("moeforge", "train", tiny, "--out", out, "--nproc", 2, "--ep", 2)
+    until(lambda: checkpoints(out / "checkpoints"), run)
+    workers = children(run.pid)
+    os.kill(workers[1], signal.SIGKILL)
+    killed = time.monotonic()
+    _, said = run.communicate(timeout=60)
+    assert time.monotonic() - killed < 30
+    assert run.returncode == 2
+    assert "process 1 of 2 was killed by SIGKILL" in said and "Traceback" not in said
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers.values())
+    assert f"moeforge train {out}/config.yaml --out {out} --resume --nproc 2 --ep 2" in said
+
+    saved = int(checkpoints(out / "checkpoints")[-1].name[5:])
+    settings = ["--out", out, "--resume", "--nproc", 2, "--ep", 2, "--json", f"--steps={saved + 2}"]
+    again = start("moeforge", "train", out / "config.yaml", *settings)
+    shown, said = again.communicate(timeout=90)
+    assert again.returncode == 0, said
+    metrics = json.loads(shown)["metrics"]
+    assert metrics["step"] == saved + 2 and metrics["sent/all_to_all"] > 0
+    assert f"resumed at step {saved}" in said and said.count("reading files") == 1
+
+
+def test_an_interrupted_run_saves_on_all_processes(tiny, tmp_path):
+    out = tmp_path / "run"
+    run = start("moeforge", "train", tiny, "--out", out, "--nproc", 2, "--save_every=100000")
+    until(lambda: (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size, run)
+    run.send_signal(signal.SIGINT)
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == 130, said
+    assert "is saved. Go on with" in said and "Traceback" not in said
+    assert checkpoints(out / "checkpoints")
+
+
+def test_torchrun_starts_it_too_and_one_process_says_what_is_wrong(tiny, tmp_path):
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "moeforge", "train", tiny]
+    run = start(*torchrun, "--ep", 4, "--out", tmp_path / "run")
+    _, said = run.communicate(timeout=90)
+    assert run.returncode != 0 and said.count("error: 2 processes cannot form expert groups of 4") == 1
+    assert not (tmp_path / "run").exists()
+
+
+SOFT = [f"--model.moe.router.{part}" for part in ("select=soft", "score=logits", "losses=[]")]
+REFUSED = {
+    "no such mesh": (
+        ["--nproc=3", "--ep=2"],
+        "groups of 2: take an expert size of 1 or 3",
+    ),
+    "experts do not divide": (["--nproc=3", "--ep=3"], "4 experts cannot be spread evenly over 3 processes"),
+    "sizes that fit": (["--nproc=8", "--ep=8"], "take an expert size of 1, 2 or 4, or a multiple of 8 experts"),
+    "one process": (["--ep=2"], "--ep needs several processes: add --nproc"),
+    "nothing to cut": (["--shard"], "--shard needs several processes: add --nproc"),
+    "nothing to deal out": (["--nproc=2", "--ep=2", "--model.moe=null"], "an expert size of 2 does nothing"),
+    "mixed tokens": ([*"--nproc=2 --ep=2".split(), *SOFT], "select: soft mixes before experts run: it needs an expert"),
+    "a dry run": (["--nproc=2", "--dry-run"], "--nproc does nothing beside --dry-run"),
+}
+
+
+@pytest.mark.parametrize("arguments, message", REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_is_refused_before_a_process_starts(tiny, tmp_path, capsys, arguments, message):
+    assert main(["train", str(tiny), f"--out={tmp_path / 'run'}", *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

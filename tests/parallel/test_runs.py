@@ -1,0 +1,180 @@
+"""Whole runs on several processes: losses and model are those of one, and any mesh goes on from any checkpoint."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed as dist
+
+from moeforge.config import build
+from moeforge.data.prepare import prepare
+from moeforge.errors import UserError
+from moeforge.hub import load
+from moeforge.parallel.mesh import Mesh
+from moeforge.parallel.ranks import ALONE
+from moeforge.parallel.together import Together
+from moeforge.train import Run, RunConfig, train
+from moeforge.train.checkpoint import checkpoints
+from moeforge.train.metrics import read_metrics
+
+pytestmark = pytest.mark.dist
+TEXT = "\n\n".join(f"paragraph {n}: the quick brown fox jumps over {n * 7} dogs." for n in range(400))
+MOE = {
+    "experts": {"num_experts": 4, "d_expert": 8},
+    "shared": {"d_expert": 8},
+    "router": {"score": "sigmoid", "controller": "expert_bias"},
+}
+MODEL = {"d_model": 16, "num_layers": 2, "num_heads": 2, "d_ff": 16, "first_dense_layers": 1, "moe": MOE}
+SETTINGS = {
+    "steps": 5,
+    "batch_size": 5,
+    "seq_len": 32,
+    "accumulate": 2,
+    "dtype": "float32",
+    "eval_tokens": 500,
+    "device": "cpu",
+    "model": MODEL,
+}
+ONE = (1, 1, False)
+FOUR = (4, 2, False)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    return build(RunConfig, SETTINGS | {"data": {"type": "files", "path": str(folder)}})
+
+
+@pytest.fixture(scope="module")
+def whole(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of an uninterrupted run of one process."""
+    out = tmp_path_factory.mktemp("whole")
+    train(config, out, quiet=True)
+    return out
+
+
+def ranks_of(expert_size: int, shard: bool):
+    if not dist.is_initialized():
+        return ALONE
+    return Together(Mesh.build(dist.get_world_size(), expert_size, "cpu"), shard)
+
+
+def begin(config: RunConfig, out: Path, expert_size: int, shard: bool) -> None:
+    """Three steps, an evaluation, which leaves FSDP in another state, and a checkpoint."""
+    run = Run(config, out, prepare(config.data, config.tokenizer), ranks_of(expert_size, shard))
+    for _ in range(3):
+        run.step()
+    run.evaluate()
+    run.checkpoint()
+
+
+def finish(config: RunConfig, out: Path, expert_size: int, shard: bool) -> None:
+    train(config, out, resume=True, quiet=True, ranks=ranks_of(expert_size, shard))
+
+
+def on(processes, mesh: tuple[int, int, bool], function, *arguments) -> None:
+    size, *kind = mesh
+    if size == 1:
+        function(*arguments, *kind)
+    else:
+        processes(size).run(function, *arguments, *kind)
+
+
+@pytest.mark.parametrize(
+    "writers, readers",
+    [
+        (FOUR, FOUR),
+        (FOUR, ONE),
+        (FOUR, (2, 1, False)),
+        (FOUR, (4, 4, True)),
+        (ONE, FOUR),
+        ((4, 2, True), ONE),
+        ((4, 2, True), (2, 2, True)),
+        ((2, 2, False), (4, 1, True)),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_goes_on_on_any_mesh(processes, config, whole, tmp_path, writers, readers):
+    on(processes, writers, begin, config, tmp_path)
+    on(processes, readers, finish, config, tmp_path)
+    expected, actual = read_metrics(whole / "metrics.jsonl"), read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in actual] == [4, 5]
+    for line, whole_line in zip(actual, expected[3:], strict=True):
+        for name in ("loss/lm", "loss/load_balancing", "optimizer/grad_norm"):
+            assert line[name] == pytest.approx(whole_line[name], rel=1e-5), name
+        assert line["moe/tokens_per_expert/layer_01"] == whole_line["moe/tokens_per_expert/layer_01"]
+        assert ("sent/all_reduce" in line) == (readers != ONE)
+    assert actual[-1]["eval/bits_per_byte"] == pytest.approx(expected[-1]["eval/bits_per_byte"], rel=1e-5)
+    same_model(tmp_path, whole)
+
+
+def same_model(out: Path, whole: Path) -> None:
+    (model, _), (expected, _) = load(out), load(whole)
+    for name, tensor in expected.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_the_same_mesh_goes_on_bit_for_bit(processes, config, tmp_path):
+    config = config.replace(model=build(type(config.model), MODEL | {"moe": MOE | {"router": {"noise": ["gumbel"]}}}))
+    for out in ("one go", "two"):
+        processes(2).run(begin, config, tmp_path / out, 2, False)
+    processes(2).run(finish, config, tmp_path / "two", 2, False)
+    lines = read_metrics(tmp_path / "two" / "metrics.jsonl")
+    processes(2).run(finish, config, tmp_path / "one go", 2, False)
+    again = read_metrics(tmp_path / "one go" / "metrics.jsonl")
+    assert [line["loss/lm"] for line in lines] == [line["loss/lm"] for line in again]
+    processes(2).run(train_whole, config, tmp_path / "whole", 2, False)
+    uninterrupted = read_metrics(tmp_path / "whole" / "metrics.jsonl")[3:]
+    assert [line["loss/lm"] for line in lines] == [line["loss/lm"] for line in uninterrupted]
+
+
+def train_whole(config: RunConfig, out: Path, expert_size: int, shard: bool) -> None:
+    train(config, out, quiet=True, ranks=ranks_of(expert_size, shard))
+
+
+def damage_missing(folder: Path) -> None:
+    next(folder.glob("__1_*.distcp")).unlink()
+
+
+def damage_short(folder: Path) -> None:
+    file = next(folder.glob("__0_*.distcp"))
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+def damage_inside(folder: Path) -> None:
+    state = json.loads((folder / "state.json").read_text())
+    (folder / ".metadata").write_bytes(b"")
+    state["files"][".metadata"] = 0
+    (folder / "state.json").write_text(json.dumps(state))
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (damage_missing, r"is damaged .*__1_0\.distcp"),
+        (damage_short, r"is cut short: __0_0\.distcp has"),
+        (damage_inside, "is damaged"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named(processes, config, tmp_path, damage, message):
+    processes(2).run(begin, config, tmp_path, 2, False)
+    damage(checkpoints(tmp_path / "checkpoints")[-1])
+    with pytest.raises(UserError, match=message):
+        train(config, tmp_path, resume=True, quiet=True)
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_all(processes, config, tmp_path):
+    processes(2).run(begin, config, tmp_path, 2, False)
+    other = config.replace(model=build(type(config.model), MODEL | {"d_ff": 24}))
+    for told in processes(2).run(refused, other, tmp_path, 2, False):
+        assert "was written under another config" in told and "d_ff" in told
+
+
+def refused(config: RunConfig, out: Path, expert_size: int, shard: bool) -> str:
+    try:
+        finish(config, out, expert_size, shard)
+    except UserError as error:
+        return str(error)
+    return "nothing"
