@@ -1,7 +1,7 @@
 """Expert kernels against transformers, a sorted loop and a dense MLP, and a training step: what docs/kernels.md shows.
 
-``python benchmarks/kernels.py`` measures all parts and writes ``kernels.json`` and ``docs/kernels.png``; with names of
-parts it measures those anew and keeps the others.
+``python benchmarks/expert_kernels.py`` measures all parts and writes ``expert_kernels.json`` and ``docs/kernels.png``; with names of
+parts it measures those anew and keeps the others. Not called kernels.py: transformers looks for a package of that name.
 """
 
 import argparse
@@ -75,11 +75,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="all where none is named")
     wanted = parser.parse_args().parts or PARTS
-    file = HERE / "kernels.json"
+    file = HERE / "expert_kernels.json"
     results = json.loads(file.read_text(encoding="utf-8"))["results"] if file.exists() else {}
     for part in wanted:
         results[part] = training() if part == "training" else layers(part)
-        write("kernels", results)
+        write("expert_kernels", results)
     if {"default", "kept"} <= results.keys():
         plot(results, HERE.parent / "docs" / "kernels.png")
 
