@@ -1,7 +1,8 @@
 """Expert kernels against transformers, a sorted loop and a dense MLP, and a training step: what docs/kernels.md shows.
 
-``python benchmarks/expert_kernels.py`` measures all parts and writes ``expert_kernels.json`` and ``docs/kernels.png``; with names of
-parts it measures those anew and keeps the others. Not called kernels.py: transformers looks for a package of that name.
+``python benchmarks/expert_kernels.py`` measures all parts and writes ``expert_kernels.json`` and ``docs/kernels.png``;
+with names of parts it measures those anew and keeps the others. Not called kernels.py: transformers looks for a package
+of that name.
 """
 
 import argparse
