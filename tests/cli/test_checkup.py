@@ -7,15 +7,17 @@ import torch
 
 from moeforge.cli.checkup import _cpu_flags, checkup, try_engine
 from moeforge.kernels import choose
+from moeforge.kernels.native import engine as native
 
 
 def test_every_engine_runs_here_in_both_types():
     engines = checkup()["engines"]
-    for name in ("reference", "streaming", "grouped"):
-        assert engines[f"{name} cpu float32"] == "works"
+    for name in ("reference", "streaming", "grouped", "native"):
+        missing = native.missing() if name == "native" else None
+        assert engines[f"{name} cpu float32"] == "works" or (missing and missing in engines[f"{name} cpu float32"])
     weight = torch.empty(8, 64, 64)
     picked, why = choose(torch.empty(1, 64), weight, weight)
-    assert engines["auto cpu"] == f"{picked}: {why}"
+    assert engines["auto cpu float32, small"] == f"{picked}: {why}"
 
 
 def test_an_engine_that_does_not_exist_says_so():

@@ -32,6 +32,7 @@ def test_json_and_quiet_leave_one_object_and_a_second_run_needs_resume(call, tin
 
 def test_a_dry_run_counts_and_writes_nothing(call, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MOEFORGE_ENGINE", "grouped")
     code, shown, _ = call("train", tiny, "--steps=10", "--dry-run", "--json")
     found = json.loads(shown)
     assert code == 0
@@ -42,7 +43,8 @@ def test_a_dry_run_counts_and_writes_nothing(call, tiny, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_dry_run_reads_well(call, tiny):
+def test_a_dry_run_reads_well(call, tiny, monkeypatch):
+    monkeypatch.setenv("MOEFORGE_ENGINE", "grouped")
     code, shown, _ = call("train", tiny, "--dry-run")
     assert code == 0
     for part in (

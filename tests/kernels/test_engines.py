@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeforge.config import Activation
 from moeforge.errors import UserError
-from moeforge.kernels import choose, expert_mlp, streaming
+from moeforge.kernels import choose, expert_mlp, native, streaming
 from moeforge.kernels.activation import activate, activate_backward, is_gated
 from moeforge.kernels.edges import pad_segments
 from moeforge.moe import Route
@@ -208,7 +208,7 @@ def test_activation_gradients(activation: Activation) -> None:
 
 def test_an_unknown_engine_is_refused_with_the_known_ones() -> None:
     xs = operands()
-    with pytest.raises(UserError, match=r"no engine 'fast'\. Valid: auto, reference, streaming, grouped"):
+    with pytest.raises(UserError, match=r"no engine 'fast'\. Valid: auto, reference, streaming, grouped, native"):
         expert_mlp(xs[0], top_k(40), xs[1], xs[2], "swiglu", "fast")
 
 
@@ -228,7 +228,10 @@ def test_grouped_says_why_it_cannot(dtype: torch.dtype, d_model: int, width: int
 
 
 @pytest.mark.parametrize(("d_model", "dtype", "picked"), [(64, "float32", "grouped"), (512, "float32", "streaming")])
-def test_auto_on_a_cpu_goes_by_the_size_of_an_expert_and_says_so(d_model: int, dtype: str, picked: str) -> None:
+def test_auto_without_native_goes_by_the_size_of_an_expert_and_says_so(
+    d_model: int, dtype: str, picked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "why_not", lambda *operands: "no compiler")
     x = torch.empty(3, d_model, dtype=getattr(torch, dtype), device="cpu")
     name, reason = choose(x, x.new_empty(2, 4 * d_model, d_model), x.new_empty(2, d_model, 2 * d_model))
     assert name == picked and "CPU" in reason

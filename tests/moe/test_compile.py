@@ -26,6 +26,7 @@ from moeforge.moe.select import (
     TopPerGroup,
 )
 from moeforge.moe.weigh import Ones, Scores, SoftmaxChosen
+from tests.kernels.engines import ON_CPU
 from tests.moe.brute_force import members
 from tests.moe.test_layer import EXAMPLES
 
@@ -89,7 +90,7 @@ def test_banks_of_all_kinds_are_one_graph(select: Any) -> None:
     assert_one_graph(build(RouterConfig(select=select), MIXED))
 
 
-@pytest.mark.parametrize("engine", ["streaming", "grouped"])
+@pytest.mark.parametrize("engine", [name for name in ON_CPU if name != "reference"])
 @pytest.mark.parametrize("select", [TopK(), TopP(p=0.5)], ids=repr)
 def test_engines_are_one_graph_in_bf16(select: Any, engine: Any) -> None:
     """Where segments are padded: see ``pad_segments``."""
@@ -143,7 +144,7 @@ def test_no_selector_has_more_than_it_promises(member: type) -> None:
 
 
 @pytest.mark.parametrize("padding", [0, 3])
-@pytest.mark.parametrize("engine", ["streaming", "grouped"])
+@pytest.mark.parametrize("engine", [name for name in ON_CPU if name != "reference"])
 def test_the_operators_are_well_made(engine: str, padding: int) -> None:
     """Schema, shapes for tracing, autograd and dynamic sizes, with edges that belong to nobody and without."""
     ends = torch.tensor([4, 4, 9 - padding], dtype=torch.int32)

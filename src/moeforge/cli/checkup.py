@@ -87,8 +87,10 @@ def _engines() -> Facts:
         for dtype in ("float32", "bfloat16"):
             for name in ENGINES:
                 facts[f"{name} {device} {dtype}"] = try_engine(name, device, dtype)
-        x_TD, weight = torch.empty(1, 64, device=device), torch.empty(8, 64, 64, device=device)
-        facts[f"auto {device}"] = "{}: {}".format(*choose(x_TD, weight, weight))
+            for size, d_model in {"small": 64, "large": 1024}.items():
+                x_TD = torch.empty(1, d_model, device=device, dtype=getattr(torch, dtype))
+                weight = torch.empty(8, d_model, d_model, device="meta")
+                facts[f"auto {device} {dtype}, {size}"] = "{}: {}".format(*choose(x_TD, weight, weight))
     return facts
 
 

@@ -24,6 +24,7 @@ VERBS = (
     "compare",
     "doctor",
     "demo",
+    "bench",
 )
 """Each is a module beside this one that holds a function, or a group of them, of the same name."""
 TAKE_SETTINGS = ("train", "evaluate", "inspect", "reproduce", "compare")

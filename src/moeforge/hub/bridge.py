@@ -75,6 +75,26 @@ def names_on_disk(model: Any, name: str) -> tuple[str, ...]:
         return ()
 
 
+def olmoe_experts(implementation: str, up_EHD: torch.Tensor, down_EDH: torch.Tensor, top_k: int) -> nn.Module:
+    """transformers' own OLMoE experts around these weights, not copied, under one of its implementations: what the
+    benchmarks compare with. Called with rows, ids and weights; raises UserError where transformers is missing."""
+    if find_spec("transformers") is None:
+        raise UserError("transformers is not installed: pip install 'moeforge[hf]'")
+    from transformers import OlmoeConfig
+    from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
+
+    num_experts, d_model, d_expert = down_EDH.shape
+    sizes = {"hidden_size": d_model, "intermediate_size": d_expert, "num_experts_per_tok": top_k}
+    config = OlmoeConfig(num_experts=num_experts, **sizes)
+    config._experts_implementation = implementation
+    with torch.device("meta"):
+        experts = OlmoeExperts(config)
+    for name, weight in (("gate_up_proj", up_EHD), ("down_proj", down_EDH)):
+        delattr(experts, name)  # the parameter gives way to the very tensor, whose gradient counts
+        setattr(experts, name, weight)
+    return experts
+
+
 def open_theirs(folder: Path) -> Any:
     """The model of transformers in a folder, in float32 and evaluation mode.
 

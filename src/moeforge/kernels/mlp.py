@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moeforge.config import Activation
+from moeforge.errors import UserError
 from moeforge.kernels.choose import ENGINES, Engine, choose
 from moeforge.kernels.edges import Edges, EdgeTensors, pad_segments
 from moeforge.kernels.reference import reference
@@ -36,14 +37,25 @@ def expert_mlp(
         x_TD, up_EHD, down_EDH = x_TD.to(dtype), up_EHD.to(dtype), down_EDH.to(dtype)
         with torch.autocast(device, enabled=False):
             return expert_mlp(x_TD, edges, up_EHD, down_EDH, activation, engine)
+    if not x_TD.dtype == up_EHD.dtype == down_EDH.dtype:
+        types = f"rows are {x_TD.dtype}, experts {up_EHD.dtype} and {down_EDH.dtype}"
+        raise UserError(f"{types}: give both one type, or run under torch.autocast")
     name, _ = choose(x_TD, up_EHD, down_EDH, engine)
-    if ENGINES[name] is None:
+    engine_here = ENGINES[name]
+    if engine_here is None:
         return reference(x_TD, edges, up_EHD, down_EDH, activation)
-    if _pads(x_TD):
+    if engine_here.infer and not torch.compiler.is_compiling() and not _learns(x_TD, edges.weight, up_EHD, down_EDH):
+        return engine_here.infer(x_TD, edges, up_EHD, down_EDH, activation)
+    if engine_here.uses_onednn and _pads(x_TD):
         edges = pad_segments(edges)
+    differentiable = x_TD, edges.weight, up_EHD, down_EDH
     where = edges.token, edges.ends, edges.slot, edges.num_tokens, edges.top_k
-    inputs = x_TD, edges.weight, up_EHD, down_EDH, *where, activation, name
+    inputs = *differentiable, *where, activation, name
     return _operator(*inputs)[0] if torch.compiler.is_compiling() else _ExpertMLP.apply(*inputs)
+
+
+def _learns(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _pads(x_TD: Tensor) -> bool:

@@ -68,7 +68,7 @@ class MLPExperts(Config):
     """Whether both projections of every expert have one."""
     clamp: Clamp | None = None
     """In place of ``activation: swiglu``, one that limits what it reads; null: none."""
-    engine: Literal["auto", "reference", "streaming", "grouped", "triton"] = "auto"
+    engine: Literal["auto", "reference", "streaming", "grouped", "native", "triton"] = "auto"
     """Which kernel computes them; ``moeforge doctor`` says what auto picks."""
 
     @model_validator(mode="after")

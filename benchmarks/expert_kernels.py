@@ -1,0 +1,89 @@
+"""Expert kernels against transformers, a sorted loop and a dense MLP, and a training step: what docs/kernels.md shows.
+
+``python benchmarks/expert_kernels.py`` measures all parts and writes ``expert_kernels.json`` and ``docs/kernels.png``;
+with names of parts it measures those anew and keeps the others. Not called kernels.py: transformers looks for a package
+of that name.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import training_speed
+from report import HERE, interleaved, ratios, write
+
+from moeforge.kernels.allocator import keep_freed_memory
+
+PARTS = ("default", "kept", "training")
+STEP = {"d_model": 512, "num_experts": 64, "top_k": 8, "d_expert": 256, "num_layers": 6}
+COLOURS = {"native": "C3", "streaming": "C0", "grouped": "C1", "sorted loop": "C7", "transformers grouped_mm": "C2"}
+COLOURS |= dict.fromkeys(("torch int8pack_mm", "torch int4pack_mm"), "C4")
+
+
+def layers(allocator: str) -> dict[str, object]:
+    """What ``moeforge bench kernels`` finds, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "found.json"
+        options = ["--allocator", allocator, "--out", str(out)]
+        subprocess.run([sys.executable, "-m", "moeforge", "bench", "kernels", *options], check=True)
+        return json.loads(out.read_text(encoding="utf-8"))[allocator]
+
+
+def training(rounds: int = 7) -> dict[str, object]:
+    """A whole training step of an OLMoE-shaped model, 4 x 512 tokens in bf16, against transformers' class."""
+    keep_freed_memory()
+    training_speed.BATCH, training_speed.LENGTH = 4, 512
+    torch.manual_seed(0)
+    builders = {"moeforge": training_speed.ours, "transformers": training_speed.theirs}
+    variants = {name: training_speed.step(build(STEP, torch.bfloat16)) for name, build in builders.items()}
+    return ratios(interleaved(variants, rounds), over="transformers")
+
+
+def plot(results: dict, path: Path) -> None:
+    """Time over the dense MLP's, per case and variant, for both settings of the allocator."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(12, 5), sharey=True, layout="constrained")
+    for axis, allocator in zip(panels, ("default", "kept"), strict=True):
+        cases = results[allocator]["cases"]
+        for place, case in enumerate(cases.values()):
+            for name, row in case["variants"].items():
+                if name in COLOURS:
+                    axis.plot(row["over_dense"], -place, "o", color=COLOURS[name])
+            if case["target_over_dense"]:
+                axis.plot(case["target_over_dense"], -place, "|", color="black", markersize=16)
+        axis.set_yticks(-torch.arange(len(cases)).numpy(), list(cases), fontsize=8)
+        axis.axvline(1, color="grey", linewidth=0.8)
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("time over a dense MLP of the same FLOPs (bar: the target)")
+        axis.set_title(f"allocator: {'freed memory is kept' if allocator == 'kept' else 'as it comes'}")
+        axis.xaxis.set_major_formatter("{x:g}")
+    names = [name for name in COLOURS if not name.startswith("torch")]
+    marks = [panels[0].plot([], [], "o", color=COLOURS[name])[0] for name in [*names, "torch int8pack_mm"]]
+    figure.legend(marks, [*names, "torch's quantised product"], loc="outside lower center", ncols=6, fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Measures, writes, draws."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="all where none is named")
+    wanted = parser.parse_args().parts or PARTS
+    file = HERE / "expert_kernels.json"
+    results = json.loads(file.read_text(encoding="utf-8"))["results"] if file.exists() else {}
+    for part in wanted:
+        results[part] = training() if part == "training" else layers(part)
+        write("expert_kernels", results)
+    if {"default", "kept"} <= results.keys():
+        plot(results, HERE.parent / "docs" / "kernels.png")
+
+
+if __name__ == "__main__":
+    main()

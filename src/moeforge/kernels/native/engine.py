@@ -1,0 +1,195 @@
+"""The engine's passes: torch tensors in and out of the C++ of ``experts.cpp``.
+
+The pre-activation that forward returns has the shape [N, width] but its own order: per expert [width, tokens of the
+expert], which only ``backward`` here reads.
+"""
+
+import ctypes
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from moeforge.config import Activation
+from moeforge.errors import UserError
+from moeforge.kernels.activation import is_gated
+from moeforge.kernels.edges import Edges, EdgeTensors
+from moeforge.kernels.native.build import library, processor
+from moeforge.kernels.reference import reference
+
+POINTWISE = {"swiglu": 0, "silu": 0, "geglu": 1, "gelu": 1, "relu": 2}
+"""Activation to its number in ``activation.h``."""
+TYPES = (torch.float32, torch.bfloat16)
+
+_Operands = tuple[Tensor, Edges, Tensor, Tensor, Activation]
+"""x [T, D], edges, up, down and the activation's name."""
+_POINTERS = "x up down token weight ends".split()
+_SIZES = "tokens edges".split()
+_COUNTS = "experts d_model d_expert pointwise gated threads".split()
+
+
+class _Layer(ctypes.Structure):
+    """``struct Layer`` of ``layer.h``."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, ctypes.c_int64) for name in _SIZES),
+        *((name, ctypes.c_int32) for name in _COUNTS),
+    )
+
+
+def why_not(x_TD: Tensor, up_EHD: Tensor, down_EDH: Tensor) -> str | None:
+    """The reason the engine cannot run these operands here, or None. The first call builds the library."""
+    if x_TD.device.type != "cpu":
+        return f"it runs on a CPU, not on {x_TD.device.type}"
+    if x_TD.dtype not in TYPES:
+        return f"it has no {x_TD.dtype}"
+    return missing()
+
+
+@torch.compiler.assume_constant_result
+def missing() -> str | None:
+    """Why there is no library on this machine, or None."""
+    found = library(_wrong)
+    return found if isinstance(found, str) else None
+
+
+def unmeasured(x_TD: Tensor) -> str | None:
+    """Why ``auto`` leaves operands that could run to torch: nobody has timed the engine on such a processor yet."""
+    return _bf16_unmeasured() if x_TD.dtype == torch.bfloat16 else None
+
+
+@torch.compiler.assume_constant_result
+def _bf16_unmeasured() -> str | None:
+    has = processor()
+    if "amx_bf16" in has:
+        return "its bf16 products have not been timed on a processor with AMX"
+    return None if "avx512_bf16" in has else "its bf16 products have not been timed on a processor without AVX-512 bf16"
+
+
+def forward(
+    x_TD: Tensor, edges: Edges, up_EHD: Tensor, down_EDH: Tensor, activation: Activation
+) -> tuple[Tensor, Tensor]:
+    """Returns y [T, D] and the pre-activation z [N, H or 2H], in this engine's order."""
+    z_NH = x_TD.new_empty(len(edges.token), up_EHD.shape[1])
+    return _forward(open_library(), (x_TD, edges, up_EHD, down_EDH, activation), z_NH), z_NH
+
+
+def infer(x_TD: Tensor, edges: Edges, up_EHD: Tensor, down_EDH: Tensor, activation: Activation) -> Tensor:
+    """y alone: the same bits as ``forward``'s, with nothing written for a backward pass."""
+    return _forward(open_library(), (x_TD, edges, up_EHD, down_EDH, activation))
+
+
+def backward(
+    dy_TD: Tensor, x_TD: Tensor, z_NH: Tensor, edges: Edges, up_EHD: Tensor, down_EDH: Tensor, activation: Activation
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, combine weight, up and down."""
+    return _backward(open_library(), (x_TD, edges, up_EHD, down_EDH, activation), dy_TD, z_NH)
+
+
+def open_library() -> ctypes.CDLL:
+    """The library. Raises UserError where there is none."""
+    found = library(_wrong)
+    if isinstance(found, str):
+        raise UserError(f"engine 'native' cannot run here: {found}. Use engine=streaming")
+    return found
+
+
+def _forward(lib: ctypes.CDLL, operands: _Operands, z_NH: Tensor | None = None) -> Tensor:
+    x_TD, edges, _, down_EDH, _ = operands
+    layer, held = _layer(*operands)
+    y_TD = x_TD.new_empty(edges.num_tokens, x_TD.shape[1])
+    hidden = _panels(lib, layer, x_TD, down_EDH.shape[2])
+    status = lib.moeforge_forward(ctypes.byref(layer), _is_bf16(x_TD), address(y_TD), address(z_NH), address(hidden))
+    del held  # alive until here, as what the addresses point to
+    check(status)
+    return y_TD
+
+
+def _backward(
+    lib: ctypes.CDLL, operands: _Operands, dy_TD: Tensor, z_NH: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x_TD, edges, up_EHD, down_EDH, _ = operands
+    layer, held = _layer(*operands)
+    dy_TD, z_NH = dy_TD.to(x_TD.dtype).contiguous(), z_NH.contiguous()
+    dx_TD, dup_EHD, ddown_EDH = (torch.empty(like.shape, dtype=x_TD.dtype) for like in (x_TD, up_EHD, down_EDH))
+    dweight_N = torch.empty(len(edges.weight))
+    dz_NH, weighted_NH = torch.empty_like(z_NH), x_TD.new_empty(len(z_NH), down_EDH.shape[2])
+    panels = _panels(lib, layer, x_TD, up_EHD.shape[1] + 2)
+    outputs = dx_TD, dweight_N, dup_EHD, ddown_EDH, dz_NH, weighted_NH, panels
+    status = lib.moeforge_backward(
+        ctypes.byref(layer), _is_bf16(x_TD), address(dy_TD), address(z_NH), *(address(tensor) for tensor in outputs)
+    )
+    del held
+    check(status)
+    return dx_TD, dweight_N.to(edges.weight.dtype), dup_EHD, ddown_EDH
+
+
+def _layer(
+    x_TD: Tensor, edges: Edges, up_EHD: Tensor, down_EDH: Tensor, activation: Activation
+) -> tuple[_Layer, list[Tensor]]:
+    num_experts, d_model, d_expert = down_EDH.shape
+    width = d_expert * (1 + is_gated(activation))
+    if up_EHD.shape != (num_experts, width, d_model) or x_TD.shape != (edges.num_tokens, d_model):
+        shapes = f"x {tuple(x_TD.shape)}, up {tuple(up_EHD.shape)} and down {tuple(down_EDH.shape)}"
+        raise UserError(f"{shapes} do not fit each other for {activation} over {edges.num_tokens} tokens")
+    layer, held = layer_of(x_TD, edges, tuple(down_EDH.shape), activation)
+    matrices = [up_EHD.contiguous(), down_EDH.contiguous()]
+    layer.up, layer.down = (matrix.data_ptr() for matrix in matrices)
+    return layer, held + matrices
+
+
+def layer_of(
+    x_TD: Tensor, edges: Edges, down_shape: tuple[int, ...], activation: Activation
+) -> tuple[_Layer, list[Tensor]]:
+    """The C structure without its matrices, and the contiguous tensors that must live as long as it.
+
+    Raises UserError where the route is not over so many experts.
+    """
+    num_experts, d_model, d_expert = down_shape
+    if len(edges.ends) != num_experts:
+        raise UserError(f"the route has {len(edges.ends)} experts, the weights have {num_experts}")
+    held = [x_TD.detach().contiguous(), edges.token.contiguous()]
+    held += [edges.weight.detach().to(torch.float32).contiguous(), edges.ends.to(torch.int32).contiguous()]
+    layer = _Layer(tokens=edges.num_tokens, edges=len(edges.token), threads=torch.get_num_threads())
+    layer.x, layer.token, layer.weight, layer.ends = (tensor.data_ptr() for tensor in held)
+    layer.experts, layer.d_model, layer.d_expert = num_experts, d_model, d_expert
+    layer.pointwise, layer.gated = POINTWISE[activation], is_gated(activation)
+    return layer, held
+
+
+def _panels(lib: ctypes.CDLL, layer: _Layer, x_TD: Tensor, rows: int) -> Tensor:
+    lib.moeforge_panel_words.restype = ctypes.c_int64
+    return torch.empty(lib.moeforge_panel_words(ctypes.byref(layer), rows, _is_bf16(x_TD)))
+
+
+def address(tensor: Tensor | None) -> ctypes.c_void_p:
+    """Of the first value; null for None."""
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def _is_bf16(x_TD: Tensor) -> int:
+    return int(x_TD.dtype == torch.bfloat16)
+
+
+def check(status: int) -> None:
+    """Raises IndexError where a pass refused its edges."""
+    if status:
+        raise IndexError("a route names a token or an edge that is not there")
+
+
+def _wrong(lib: ctypes.CDLL) -> str | None:
+    """What a new library computes that the reference does not, or None: ragged sizes, every activation, both types."""
+    generator = torch.Generator().manual_seed(0)
+    token_N = torch.arange(70) % 23
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.05)):
+        for activation in get_args(Activation):
+            shapes = (23, 37), (3, 21 * (1 + is_gated(activation)), 37), (3, 37, 21)
+            operands = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+            edges = EdgeTensors(token_N, torch.rand(70, generator=generator), torch.tensor([50, 50, 70]).int(), 23)
+            x_TD, up_EHD, down_EDH = operands
+            y_TD = _forward(lib, (x_TD, edges, up_EHD, down_EDH, activation)).float()
+            exact_TD = reference(x_TD.float(), edges, up_EHD.float(), down_EDH.float(), activation)
+            if not (y_TD - exact_TD).norm() <= tolerance * exact_TD.norm():
+                return f"{activation} in {dtype}"
+    return None
