@@ -40,9 +40,8 @@ class _Layer(ctypes.Structure):
 
 def why_not(x_TD: Tensor, up_EHD: Tensor, down_EDH: Tensor) -> str | None:
     """The reason the engine cannot run these operands here, or None. The first call builds the library."""
-    for device in (x_TD.device, up_EHD.device, down_EDH.device):
-        if device.type != "cpu":
-            return f"it runs on a CPU, not on {device.type}"
+    if x_TD.device.type != "cpu":
+        return f"it runs on a CPU, not on {x_TD.device.type}"
     if x_TD.dtype not in TYPES:
         return f"it has no {x_TD.dtype}"
     return missing()
@@ -136,7 +135,7 @@ def _layer(
         raise UserError(f"{shapes} do not fit each other for {activation} over {edges.num_tokens} tokens")
     layer, held = layer_of(x_TD, edges, tuple(down_EDH.shape), activation)
     matrices = [up_EHD.contiguous(), down_EDH.contiguous()]
-    layer.up, layer.down = (matrix.data_ptr() for matrix in matrices)
+    layer.up, layer.down = (pointer(matrix) for matrix in matrices)
     return layer, held + matrices
 
 
@@ -145,18 +144,15 @@ def layer_of(
 ) -> tuple[_Layer, list[Tensor]]:
     """The C structure without its matrices, and the contiguous tensors that must live as long as it.
 
-    Raises UserError where the route is not over so many experts, or lies on another device.
+    Raises UserError where the route is not over so many experts.
     """
     num_experts, d_model, d_expert = down_shape
     if len(edges.ends) != num_experts:
         raise UserError(f"the route has {len(edges.ends)} experts, the weights have {num_experts}")
-    for tensor in (edges.token, edges.weight, edges.ends):
-        if tensor.device.type != "cpu":
-            raise UserError(f"the rows are on the CPU, the route is on {tensor.device.type}: move it to the CPU")
     held = [x_TD.detach().contiguous(), edges.token.to(torch.int64).contiguous()]
     held += [edges.weight.detach().to(torch.float32).contiguous(), edges.ends.to(torch.int32).contiguous()]
     layer = _Layer(tokens=edges.num_tokens, edges=len(edges.token), threads=torch.get_num_threads())
-    layer.x, layer.token, layer.weight, layer.ends = (tensor.data_ptr() for tensor in held)
+    layer.x, layer.token, layer.weight, layer.ends = (pointer(tensor) for tensor in held)
     layer.experts, layer.d_model, layer.d_expert = num_experts, d_model, d_expert
     layer.pointwise, layer.gated = POINTWISE[activation], is_gated(activation)
     return layer, held
@@ -170,9 +166,17 @@ def _panels(lib: ctypes.CDLL, layer: _Layer, x_TD: Tensor, rows: int) -> Tensor:
     return x_TD.new_empty(words, dtype=torch.float32)
 
 
+def pointer(tensor: Tensor) -> int:
+    """To the first value. Raises UserError for what C++ cannot read: it would end the process."""
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        where = f"{tuple(tensor.shape)} on {tensor.device}"
+        raise UserError(f"engine 'native' reads contiguous tensors on the CPU, and was given one of {where}")
+    return tensor.data_ptr()
+
+
 def address(tensor: Tensor | None) -> ctypes.c_void_p:
     """Of the first value; null for None."""
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+    return ctypes.c_void_p(None if tensor is None else pointer(tensor))
 
 
 def _is_bf16(x_TD: Tensor) -> int:

@@ -54,8 +54,9 @@ void on_threads(int count, int threads, Body body) {
 }
 
 // Uninitialised, aligned to a cache line, one per thread and use; grows only, so that nothing is allocated per expert.
-// A thread keeps the most it ever needed: in combine that is tokens * max(32, d_model / 4 threads) * 4 bytes. Unnamed:
-// the linker would share such variables with another build of this library in the same process.
+// A thread keeps the most it ever needed: tokens * max(32, d_model / 4 threads) * 4 bytes in combine, 192 bytes for each
+// token of an expert in the products over tokens. Its namespace has no name, for the loader would share the variables
+// with another build of this library in the same process.
 namespace {
 template <int use>
 float* scratch(size_t words) {

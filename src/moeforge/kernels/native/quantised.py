@@ -140,11 +140,8 @@ class _Matrix(ctypes.Structure):
 
     @classmethod
     def of(cls, weight: QuantisedWeight) -> "_Matrix":
-        for tensor in (weight.packed, weight.scales):
-            if tensor.device.type != "cpu" or not tensor.is_contiguous():
-                raise UserError("a quantised weight is two contiguous tensors on the rows' device")
         blocks = -(-weight.shape[-1] // BLOCK)
-        addresses = weight.packed.data_ptr(), weight.scales.data_ptr()
+        addresses = engine.pointer(weight.packed), engine.pointer(weight.scales)
         return cls(*addresses, weight.bits, weight.group, weight.shape[-2], blocks)
 
 
