@@ -125,31 +125,28 @@ inline uint16_t rounded(float v) { return _mm_extract_epi16(_mm256_castsi256_si1
 // hidden [edges, blocks of down * 128] bf16: zero in its padding, filled here.
 void project(const Layer& l, const Quantised& up, const uint16_t* x, uint16_t* hidden, int stride) {
     int shares = (l.d_expert + SHARE - 1) / SHARE, K = up.blocks * 128;
-#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(l.threads)
-    for (int e = 0; e < l.experts; e++)
-        for (int s = 0; s < shares; s++) {
-            int from = e ? l.ends[e - 1] : 0, count = l.ends[e] - from;
-            if (!count) continue;
-            int begin = s * SHARE, end = std::min(begin + SHARE, l.d_expert);
-            size_t base = size_t(e) * up.rows;
-            float *gate = scratch<0>(count * SHARE), *linear = scratch<1>(count * SHARE);
-            auto token = [&](int m) { return x + l.token[from + m] * K; };
-            auto into = [&](float* all) { return [=](int r, int m, float v) { all[m * SHARE + r % SHARE] = v; }; };
-            rows_against(up, base, begin, end, count, token, into(gate));
-            if (l.gated) rows_against(up, base + l.d_expert, begin, end, count, token, into(linear));
-            for (int m = 0; m < count; m++)
-                for (int r = 0; r < end - begin; r += VECTOR) {
-                    __m512 a = activate(_mm512_loadu_ps(gate + m * SHARE + r), Pointwise(l.pointwise)).value;
-                    if (l.gated) a = _mm512_mul_ps(a, _mm512_loadu_ps(linear + m * SHARE + r));
-                    Bf16::store(hidden + size_t(from + m) * stride + begin + r, first(end - begin - r), a);
-                }
-        }
+    on_threads(l.experts * shares, l.threads, [&](int task) {
+        int e = task / shares, from = e ? l.ends[e - 1] : 0, count = l.ends[e] - from;
+        if (!count) return;
+        int begin = task % shares * SHARE, end = std::min(begin + SHARE, l.d_expert);
+        size_t base = size_t(e) * up.rows;
+        float *gate = scratch<0>(size_t(count) * SHARE), *linear = scratch<1>(size_t(count) * SHARE);
+        auto token = [&](int m) { return x + l.token[from + m] * K; };
+        auto into = [&](float* all) { return [=](int r, int m, float v) { all[m * SHARE + r % SHARE] = v; }; };
+        rows_against(up, base, begin, end, count, token, into(gate));
+        if (l.gated) rows_against(up, base + l.d_expert, begin, end, count, token, into(linear));
+        for (int m = 0; m < count; m++)
+            for (int r = 0; r < end - begin; r += VECTOR) {
+                __m512 a = activate(_mm512_loadu_ps(gate + m * SHARE + r), Pointwise(l.pointwise)).value;
+                if (l.gated) a = _mm512_mul_ps(a, _mm512_loadu_ps(linear + m * SHARE + r));
+                Bf16::store(hidden + size_t(from + m) * stride + begin + r, first(end - begin - r), a);
+            }
+    });
 }
 
 void combine(const Layer& l, const Quantised& down, const uint16_t* hidden, int stride, uint16_t* y) {
-#pragma omp parallel for schedule(dynamic) num_threads(l.threads)
-    for (int from = 0; from < l.d_model; from += SHARE) {
-        int end = std::min(from + SHARE, l.d_model);
+    on_threads((l.d_model + SHARE - 1) / SHARE, l.threads, [&](int share) {
+        int from = share * SHARE, end = std::min(from + SHARE, l.d_model);
         float* sums = scratch<0>(l.tokens * SHARE);
         std::fill_n(sums, l.tokens * SHARE, 0.f);
         for (int e = 0, edge = 0; e < l.experts; edge = l.ends[e++])
@@ -159,30 +156,32 @@ void combine(const Layer& l, const Quantised& down, const uint16_t* hidden, int 
                 [&](int r, int m, float v) { sums[l.token[edge + m] * SHARE + r - from] += l.weight[edge + m] * v; });
         for (int64_t t = 0; t < l.tokens; t++)
             for (int d = from; d < end; d++) y[t * l.d_model + d] = rounded(sums[t * SHARE + d - from]);
-    }
+    });
 }
 
 }  // namespace
 
 extern "C" {
 
-// x [T, blocks * 128] bf16, padded with zeros; y [T, D] bf16. Returns 1 where the edges are not sound.
+// x [T, blocks * 128] bf16, padded with zeros; y [T, D] bf16. Returns a Status.
 int moeforge_quantised(const Layer* l, uint16_t* y, uint16_t* hidden) {
-    if (!l->sound()) return 1;
+    if (!l->sound()) return unsound;
     const auto &up = *(const Quantised*)l->up, &down = *(const Quantised*)l->down;
     int stride = down.blocks * 128;
-    project(*l, up, (const uint16_t*)l->x, hidden, stride);
-    combine(*l, down, hidden, stride, y);
-    return 0;
+    return status_of([&] {
+        project(*l, up, (const uint16_t*)l->x, hidden, stride);
+        combine(*l, down, hidden, stride, y);
+    });
 }
 
 // y [T, rows] = x W^T for one matrix.
 void moeforge_quantised_linear(const Quantised* q, const uint16_t* x, int64_t tokens, int32_t threads, uint16_t* y) {
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (int from = 0; from < q->rows; from += SHARE)
+    on_threads((q->rows + SHARE - 1) / SHARE, threads, [&](int share) {
+        int from = share * SHARE;
         rows_against(
             *q, 0, from, std::min(from + SHARE, q->rows), tokens,
             [&](int m) { return x + size_t(m) * q->blocks * 128; },
             [&](int r, int m, float v) { y[size_t(m) * q->rows + r] = rounded(v); });
+    });
 }
 }

@@ -141,7 +141,7 @@ class _Matrix(ctypes.Structure):
     @classmethod
     def of(cls, weight: QuantisedWeight) -> "_Matrix":
         blocks = -(-weight.shape[-1] // BLOCK)
-        addresses = weight.packed.data_ptr(), weight.scales.data_ptr()
+        addresses = engine.pointer(weight.packed), engine.pointer(weight.scales)
         return cls(*addresses, weight.bits, weight.group, weight.shape[-2], blocks)
 
 
