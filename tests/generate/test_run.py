@@ -62,6 +62,22 @@ def test_it_stops_where_the_model_ends_the_document(even_model, tokenizer):
     assert ids == from_scratch(even_model, tokenizer, "a", sampling)
 
 
+def test_a_long_context_takes_memory_only_for_what_it_holds_and_changes_nothing(model, tokenizer):
+    long = Decoder(model.config.replace(max_seq_len=1_000_000)).eval()
+    long.load_state_dict(model.state_dict())
+    one, whole = Writer(long, tokenizer), Writer(model, tokenizer)
+    for layer in whole._cache.layers.values():  # room for all of the context from the start
+        layer.tensors = [tensor.new_zeros(1, tensor.shape[1], 48, tensor.shape[3]) for tensor in layer.tensors]
+    for writer in (one, whole):
+        writer.read("some")
+    for first, second in zip(one.write(GREEDY), whole.write(GREEDY), strict=True):
+        assert first == second and torch.equal(one._logits, whole._logits)
+    held = [tensor for layer in one._cache.layers.values() for tensor in layer.tensors]
+    per_token = 2 * model.config.num_layers * model.config.d_model * 4  # keys and values, float32
+    assert one.length * per_token <= sum(tensor.untyped_storage().nbytes() for tensor in held)
+    assert sum(tensor.untyped_storage().nbytes() for tensor in held) <= 2 * one.length * per_token
+
+
 def test_it_stops_when_the_context_is_full(model, tokenizer):
     steps = list(generate(model, tokenizer, "abc", Sampling(temperature=0, max_tokens=1000)))
     assert len(steps) == model.config.max_seq_len - 1 - 3
