@@ -11,6 +11,7 @@ from moeforge.generate import Sampling, Writer, generate
 from moeforge.generate.sample import next_token
 from moeforge.generate.trace import choices
 from moeforge.models import Decoder, ModelConfig
+from tests.hub.own import padded
 
 GREEDY = Sampling(temperature=0, max_tokens=20)
 
@@ -60,6 +61,25 @@ def test_it_stops_where_the_model_ends_the_document(even_model, tokenizer):
     ids = [step.token_id for step in steps]
     assert len(ids) < 30 and tokenizer.eos_id not in ids
     assert ids == from_scratch(even_model, tokenizer, "a", sampling)
+
+
+def test_any_of_several_end_tokens_ends_the_document(model, tokenizer):
+    sampling = Sampling(seed=5, max_tokens=20)
+    ids = from_scratch(model, tokenizer, "some", sampling)
+    for place in (place for place, token in enumerate(ids[:4]) if token not in ids[:place]):
+        several = Tokenizer(tokenizer.inner, tokenizer.eos_id, [7, ids[place]])
+        steps = list(generate(model, several, "some", sampling))
+        assert [step.token_id for step in steps] == ids[:place]
+        assert all(step.stop == "end of document" for step in steps[-1:])
+    assert place > 0
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(seed=5, max_tokens=20)], ids=["greedy", "drawn"])
+def test_what_is_no_token_is_never_written(model, tokenizer, sampling):
+    wider = padded(model)
+    assert wider(torch.tensor([[tokenizer.eos_id, *b"ab"]])).logits[0, -1].argmax() > 256
+    steps = [list(generate(each, tokenizer, "ab", sampling)) for each in (wider, model)]
+    assert steps[0] == steps[1]
 
 
 def test_a_long_context_takes_memory_only_for_what_it_holds_and_changes_nothing(model, tokenizer):

@@ -77,21 +77,22 @@ class Stream(Protocol):
 class Tokenizer:
     """A ``tokenizers.Tokenizer`` with a known end-of-document token.
 
-    Special tokens spelled out in a text are encoded as the text they are: only ``eos_id`` itself ends a document.
+    Special tokens spelled out in a text are encoded as the text they are: only ``eos_id`` itself ends a document. A
+    model may write any of ``end_ids`` to end one; ``eos_id`` is always among them.
     """
 
-    def __init__(self, inner: tokenizers.Tokenizer, eos_id: int) -> None:
+    def __init__(self, inner: tokenizers.Tokenizer, eos_id: int, end_ids: Iterable[int] = ()) -> None:
         inner.encode_special_tokens = True
         inner.no_truncation()
         inner.no_padding()
         self.inner = inner
-        self.eos_id = eos_id
+        self.eos_id, self.end_ids = eos_id, frozenset((eos_id, *end_ids))
         self.is_bytes = inner.get_vocab_size(with_added_tokens=False) == 256 and all(
             inner.id_to_token(byte) == ALPHABET[byte] for byte in range(256)
         )
 
     @classmethod
-    def open(cls, path: str | Path) -> Self:
+    def open(cls, path: str | Path, end_ids: Iterable[int] = ()) -> Self:
         """The tokenizer in a ``tokenizer.json``, or in a folder that holds one. Raises UserError."""
         path = Path(path).expanduser()
         file = path / "tokenizer.json" if path.is_dir() else path
@@ -103,7 +104,7 @@ class Tokenizer:
             inner = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{file} is not a tokenizer of the tokenizers library: {error}") from error
-        return cls(inner, _find_end(inner, file))
+        return cls(inner, _find_end(inner, file), end_ids)
 
     def save(self, folder: str | Path) -> None:
         """Writes ``tokenizer.json``, and the ``tokenizer_config.json`` by which others know the end token."""
@@ -119,7 +120,7 @@ class Tokenizer:
             settings["bos_token"] = self.inner.id_to_token(self.start_ids[0])
         (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
         """One more than the largest id: the rows an embedding needs."""
         return 1 + max(self.inner.get_vocab(with_added_tokens=True).values())

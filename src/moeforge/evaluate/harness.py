@@ -217,8 +217,8 @@ class Harness(TemplateLM):
     def _greedy(self, prompt: list[int], most: int, stops: list[str]) -> str:
         cache, ids, found = Cache(self.model, 1, len(prompt) + most), prompt, list[int]()
         while len(found) < most:
-            token = int(self._run(torch.tensor([ids]), cache)[0, -1].argmax())
-            if token == self.eot_token_id:
+            token = int(self._run(torch.tensor([ids]), cache)[0, -1, : self.reader.vocab_size].argmax())
+            if token in self.reader.end_ids:
                 break
             found, ids = [*found, token], [token]
             if any(stop in self.reader.decode(found) for stop in stops):
