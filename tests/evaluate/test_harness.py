@@ -219,6 +219,8 @@ def test_a_task_that_is_none_is_told_in_one_line(tmp_path, what):
 
 
 def test_a_name_that_nothing_has(tmp_path, monkeypatch):
+    import datasets
+    from huggingface_hub import constants
     from lm_eval.tasks import TaskManager
 
     def here(include_defaults):  # in place of the harness's own tasks, whose index takes long
@@ -228,8 +230,12 @@ def test_a_name_that_nothing_has(tmp_path, monkeypatch):
     task(tmp_path, ROWS, "arc_easy", YAML.replace("dataset_path: json", "dataset_path: nobody/nothing"))
     with pytest.raises(UserError, match=r"there is no task 'arc_esay'\. Did you mean 'arc_easy'\?"):
         open_tasks(["arc_esay"])
+    for library, endpoint in ((constants, "ENDPOINT"), (datasets.config, "HF_ENDPOINT")):
+        monkeypatch.setattr(library, endpoint, "http://127.0.0.1:9")  # where nobody listens
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"waits {seconds} seconds before it asks again"))
     with pytest.raises(UserError, match=r"task arc_easy cannot be built \(.*It downloads its data; a YAML file"):
         open_tasks(["arc_easy"])
+    assert not constants.HF_HUB_OFFLINE
 
 
 def test_a_file_that_is_not_there(tmp_path):
