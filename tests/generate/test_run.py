@@ -11,6 +11,7 @@ from moeforge.generate import Sampling, Writer, generate
 from moeforge.generate.sample import next_token
 from moeforge.generate.trace import choices
 from moeforge.models import Decoder, ModelConfig
+from tests.data.test_tokenizers import metaspace
 from tests.hub.own import padded
 
 GREEDY = Sampling(temperature=0, max_tokens=20)
@@ -131,6 +132,17 @@ def test_a_document_goes_on_after_a_turn(model, tokenizer):
         assert model(torch.tensor([ids])).logits[0, -1].argmax() == token
         ids.append(token)
     assert writer.length == len(ids)
+
+
+def test_turns_join_as_they_are_typed(model):
+    words = Tokenizer(metaspace(), 5)
+    writer = Writer(model, words)
+    for text in ("a", "b", " a", "ba"):
+        writer.read(text)
+    assert words.decode(writer._unread) == "ab aba"
+    written = "".join(step.text for step in writer.write(GREEDY.replace(max_tokens=4)))
+    writer.read("b")
+    assert words.decode(writer._text) == "ab aba" + written + "b"
 
 
 def test_a_text_that_is_refused_leaves_the_document_as_it_was(model, tokenizer):

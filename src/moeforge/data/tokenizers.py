@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
-from typing import Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import tokenizers
 from pydantic import Field
@@ -129,6 +129,18 @@ class Tokenizer:
         """Token ids of ``text``, without any special token."""
         return self.encode_batch([text])[0]
 
+    def encode_inside(self, text: str) -> list[int]:
+        """``encode`` of what goes on with a text: without the space that some tokenizers put before every text."""
+        return self._inside.encode(text)
+
+    @cached_property
+    def _inside(self) -> Self:
+        tree = json.loads(self.inner.to_str())
+        parts = {name: _without_prefix(tree[name]) for name in ("normalizer", "pre_tokenizer")}
+        if parts == {name: tree[name] for name in parts}:
+            return self
+        return type(self)(tokenizers.Tokenizer.from_str(json.dumps(tree | parts)), self.eos_id)
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """``encode`` of each text, on all cores unless ``TOKENIZERS_PARALLELISM=false``."""
         if self.is_bytes:
@@ -194,6 +206,22 @@ class Tokenizer:
             return self.token_bytes[token].decode("utf-8", "backslashreplace")
         stream = self.stream(after=[token])  # as it reads inside a text, its space not dropped
         return stream.push(token) + stream.finish()
+
+
+def _without_prefix(part: Any) -> Any:
+    """A normalizer or pre-tokenizer in JSON, or a sequence of them, that puts nothing before a text."""
+    match part:
+        case {"type": "Prepend"}:
+            return None
+        case {"type": "Metaspace"}:
+            return {**part, "prepend_scheme": "never"}
+        case {"type": "ByteLevel"}:
+            return {**part, "add_prefix_space": False}
+        case {"type": "Sequence"}:
+            name = "normalizers" if "normalizers" in part else "pretokenizers"
+            kept = [_without_prefix(inner) for inner in part[name]]
+            return {**part, name: [inner for inner in kept if inner is not None]}
+    return part
 
 
 class _ByteStream:

@@ -60,7 +60,7 @@ class Writer:
 
     def read(self, text: str) -> None:
         """Appends ``text``. Raises UserError, and appends nothing, when no room would be left to write."""
-        ids = self.tokenizer.encode(text)
+        ids = self.tokenizer.encode_inside(text) if self._text else self.tokenizer.encode(text)
         if self.length + len(ids) >= self.max_len:
             room = max(0, self.max_len - self.length - 1)
             raise UserError(
