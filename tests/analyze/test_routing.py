@@ -27,7 +27,8 @@ def model() -> Decoder:
 @pytest.fixture
 def packed() -> Packed:
     ids = torch.randint(VOCAB, (75,), dtype=torch.int32)
-    return Packed(ids, torch.tensor([0, 30]), torch.ones(75, dtype=torch.int32), torch.zeros(2, dtype=torch.int64))
+    starts, one_each = torch.tensor([0, 30]), torch.ones(75, dtype=torch.int32)
+    return Packed(ids, starts, one_each, torch.zeros(2, dtype=torch.int64), ids[:1], ids[0])
 
 
 @pytest.mark.parametrize("heads", [1, 4])

@@ -1,9 +1,19 @@
 """``moeforge evaluate``: the run's own text by default, others by setting."""
 
 import json
+import math
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
+
+from moeforge.config import build
+from moeforge.data.corpora import split
+from moeforge.data.tokenizers import Bytes, Tokenizer, train_or_open
+from moeforge.hub.families import FAMILIES
+from moeforge.hub.pretrained import save_as
+from moeforge.models import Decoder
+from moeforge.train import RunConfig
 
 
 def test_a_run_is_scored_on_its_own_validation_text(call, run_folder):
@@ -23,6 +33,34 @@ def test_other_text_by_path_for_a_model_folder(call, run_folder, text_file):
     code, out, _ = call("evaluate", run_folder / "model", f"--data.path={text_file}", "--seq_len", "32", "--tokens=1k")
     assert code == 0
     assert "bits per byte, perplexity" in out and "held out from files" in out
+
+
+@torch.no_grad()
+def test_a_public_folder_reads_documents_as_its_tokenizer_starts_them(call, tmp_path):
+    sizes = {"vocab_size": 258, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 1, "intermediate_size": 8, "max_position_embeddings": 2048}
+    inner = train_or_open(Bytes(), []).inner
+    inner.add_special_tokens(["<s>"])
+    inner.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 257)])
+    torch.manual_seed(3)
+    model = Decoder(FAMILIES["llama"].read(sizes))
+    for weight in model.parameters():
+        weight *= 5
+    save_as(model, tmp_path / "llama", FAMILIES["llama"], tokenizer=Tokenizer(inner, 256))
+    (tmp_path / "text").mkdir()
+    for number in range(60):
+        (tmp_path / "text" / f"{number}.txt").write_text(f"{number} quick brown foxes", encoding="utf-8")
+    data = {"type": "files", "path": str(tmp_path / "text")}
+    _, held_out = split(build(RunConfig, {"model": {}, "data": data}, source="test").data)
+    assert len(held_out) > 1
+    nats = 0.0
+    for document in held_out:
+        ids = torch.tensor([257, *document.text.encode(), 256][: -1 if document is held_out[-1] else None])
+        nats += torch.nn.functional.cross_entropy(model(ids[None, :-1]).logits[0], ids[1:], reduction="sum").item()
+    code, out, err = call("evaluate", tmp_path / "llama", "--json", f"--data.path={data['path']}", "--dtype=float32")
+    assert code == 0, err
+    num_bytes = sum(len(document.text) for document in held_out)
+    assert json.loads(out)["bits_per_byte"] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
 
 
 BAD = {

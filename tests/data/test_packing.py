@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import models, normalizers, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 
 from moeforge.data.document import Document
 from moeforge.data.packing import IGNORED, Batch, Loader, Packed, evaluation_batches, pack
@@ -65,6 +66,34 @@ def test_a_stream_of_documents(name: str, some: list[str]) -> None:
     assert not packed.byte_lengths[packed.starts].any()
     assert packed.byte_lengths.min() >= 0
     assert (packed.ids.dtype, packed.byte_lengths.dtype) == (torch.int32, torch.int32)
+
+
+def starting(*names: str) -> Tokenizer:
+    """Bytes with an end token and special tokens that its template puts before every text."""
+    inner = tokenizers.Tokenizer.from_str(BYTES.inner.to_str())
+    inner.add_special_tokens(list(names))
+    specials = [(name, inner.token_to_id(name)) for name in names]
+    inner.post_processor = TemplateProcessing(single=" ".join((*names, "$A")), special_tokens=specials)
+    return Tokenizer(inner, BYTES.eos_id)
+
+
+@pytest.mark.parametrize("names", [("<s>",), ("<s>", "<t>", "<u>")])
+@settings(deadline=None, max_examples=20)
+@given(some=texts, seq_len=st.integers(1, 24))
+def test_documents_start_as_the_tokenizer_says_and_end_with_the_end(names, some: list[str], seq_len: int) -> None:
+    tokenizer = starting(*names)
+    packed = packed_of(*some, tokenizer=tokenizer)
+    inputs, labels = [], []
+    for text in some:
+        ids = tokenizer.inner.encode(text).ids
+        assert ids[: len(names)] == tokenizer.start_ids == list(range(257, 257 + len(names)))
+        inputs += ids
+        labels += [IGNORED] * (len(names) - 1) + ids[len(names) :] + [tokenizer.eos_id]
+    batches = list(evaluation_batches(packed, 3, seq_len))
+    for seen, wanted in (("input_ids", inputs), ("labels", labels)):
+        flat = torch.cat([getattr(batch, seen).flatten() for batch in batches])
+        assert flat[: len(inputs) - 1].tolist() == wanted[:-1]
+    assert packed.num_bytes == sum(len(text.encode()) for text in some)
 
 
 def test_byte_lengths_are_those_of_the_tokens() -> None:

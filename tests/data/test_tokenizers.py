@@ -1,13 +1,14 @@
 """Tokenizers: every text comes back whole, alone, in a stream, and after saving."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from moeforge.data.document import Document
 from moeforge.data.packing import pack
@@ -140,6 +141,27 @@ def test_a_tokenizer_that_is_not_byte_level() -> None:
     assert tokenizer.decode(ids) == "ab a"
     assert streamed(tokenizer, ids) == "ab a"
     assert tokenizer.pieces([2, 5]) == ["a", "</s>"]
+
+
+def prepending() -> tokenizers.Tokenizer:
+    """As ``metaspace``, in the manner of Llama 2: by normalizers."""
+    inner = metaspace()
+    inner.pre_tokenizer = pre_tokenizers.Sequence([])
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return inner
+
+
+@pytest.mark.parametrize("kind", [metaspace, prepending])
+def test_what_goes_on_with_a_text_gets_no_space(kind: Callable[[], tokenizers.Tokenizer]) -> None:
+    tokenizer = Tokenizer(kind(), 5)
+    first = tokenizer.encode("ab")
+    assert first == [4, 3]
+    for text in ("a", "ba", " a", "  b", "b a</s>", ""):
+        ids = tokenizer.encode_inside(text)
+        known = text.replace("</s>", "")  # spelled out it is text, of characters that this vocabulary lacks
+        assert tokenizer.decode([*first, *ids]) == "ab" + known
+        assert 5 not in ids
+    assert BPE_300.encode_inside(" a") == BPE_300.encode(" a")
 
 
 @settings(deadline=None, max_examples=40)

@@ -12,6 +12,7 @@ transformers = pytest.importorskip("transformers", reason="needs transformers: p
 from lm_eval.api.instance import Instance  # noqa: E402
 from tokenizers.processors import TemplateProcessing  # noqa: E402
 
+from moeforge.data.tokenizers import Tokenizer  # noqa: E402
 from moeforge.errors import UserError  # noqa: E402
 from moeforge.evaluate.harness import Harness, open_tasks, run  # noqa: E402
 from moeforge.hub import load  # noqa: E402
@@ -104,6 +105,17 @@ def test_greedy_text_is_that_of_the_adapter_for_transformers(ours, theirs):
     got, want = (harness.generate_until(requests("generate_until", *asked), True) for harness in (ours, theirs))
     assert got == want
     assert stop not in got[1] and got[0].startswith(got[1]) and len(got[1]) < len(got[0])
+
+
+def test_greedy_text_ends_at_any_end_token_and_holds_nothing_else(ours):
+    free = requests("generate_until", ("the", {"until": [], "max_gen_toks": 9}))
+    (whole,) = ours.generate_until(free, True)
+    first = int(ours.model(torch.tensor([ours.tok_encode("the")])).logits[0, -1].argmax())
+    several = Tokenizer(ours.reader.inner, ours.reader.eos_id, [7, first])
+    assert whole and Harness(ours.model, several).generate_until(free, True) == [""]
+    wider = own.padded(ours.model)
+    assert wider(torch.tensor([ours.tok_encode("the")])).logits[0, -1].argmax() > 256
+    assert Harness(wider, ours.reader).generate_until(free, True) == [whole]
 
 
 def test_what_the_context_cannot_take_is_cut_and_counted(folder):
@@ -207,6 +219,8 @@ def test_a_task_that_is_none_is_told_in_one_line(tmp_path, what):
 
 
 def test_a_name_that_nothing_has(tmp_path, monkeypatch):
+    import datasets
+    from huggingface_hub import constants
     from lm_eval.tasks import TaskManager
 
     def here(include_defaults):  # in place of the harness's own tasks, whose index takes long
@@ -216,8 +230,12 @@ def test_a_name_that_nothing_has(tmp_path, monkeypatch):
     task(tmp_path, ROWS, "arc_easy", YAML.replace("dataset_path: json", "dataset_path: nobody/nothing"))
     with pytest.raises(UserError, match=r"there is no task 'arc_esay'\. Did you mean 'arc_easy'\?"):
         open_tasks(["arc_esay"])
+    for library, endpoint in ((constants, "ENDPOINT"), (datasets.config, "HF_ENDPOINT")):
+        monkeypatch.setattr(library, endpoint, "http://127.0.0.1:9")  # where nobody listens
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"waits {seconds} seconds before it asks again"))
     with pytest.raises(UserError, match=r"task arc_easy cannot be built \(.*It downloads its data; a YAML file"):
         open_tasks(["arc_easy"])
+    assert not constants.HF_HUB_OFFLINE
 
 
 def test_a_file_that_is_not_there(tmp_path):

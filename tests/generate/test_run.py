@@ -11,6 +11,8 @@ from moeforge.generate import Sampling, Writer, generate
 from moeforge.generate.sample import next_token
 from moeforge.generate.trace import choices
 from moeforge.models import Decoder, ModelConfig
+from tests.data.test_tokenizers import metaspace
+from tests.hub.own import padded
 
 GREEDY = Sampling(temperature=0, max_tokens=20)
 
@@ -62,6 +64,41 @@ def test_it_stops_where_the_model_ends_the_document(even_model, tokenizer):
     assert ids == from_scratch(even_model, tokenizer, "a", sampling)
 
 
+def test_any_of_several_end_tokens_ends_the_document(model, tokenizer):
+    sampling = Sampling(seed=5, max_tokens=20)
+    ids = from_scratch(model, tokenizer, "some", sampling)
+    for place in (place for place, token in enumerate(ids[:4]) if token not in ids[:place]):
+        several = Tokenizer(tokenizer.inner, tokenizer.eos_id, [7, ids[place]])
+        steps = list(generate(model, several, "some", sampling))
+        assert [step.token_id for step in steps] == ids[:place]
+        assert all(step.stop == "end of document" for step in steps[-1:])
+    assert place > 0
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(seed=5, max_tokens=20)], ids=["greedy", "drawn"])
+def test_what_is_no_token_is_never_written(model, tokenizer, sampling):
+    wider = padded(model)
+    assert wider(torch.tensor([[tokenizer.eos_id, *b"ab"]])).logits[0, -1].argmax() > 256
+    steps = [list(generate(each, tokenizer, "ab", sampling)) for each in (wider, model)]
+    assert steps[0] == steps[1]
+
+
+def test_a_long_context_takes_memory_only_for_what_it_holds_and_changes_nothing(model, tokenizer):
+    long = Decoder(model.config.replace(max_seq_len=1_000_000)).eval()
+    long.load_state_dict(model.state_dict())
+    one, whole = Writer(long, tokenizer), Writer(model, tokenizer)
+    for layer in whole._cache.layers.values():  # room for all of the context from the start
+        layer.tensors = [tensor.new_zeros(1, tensor.shape[1], 48, tensor.shape[3]) for tensor in layer.tensors]
+    for writer in (one, whole):
+        writer.read("some")
+    for first, second in zip(one.write(GREEDY), whole.write(GREEDY), strict=True):
+        assert first == second and torch.equal(one._logits, whole._logits)
+    held = [tensor for layer in one._cache.layers.values() for tensor in layer.tensors]
+    per_token = 2 * model.config.num_layers * model.config.d_model * 4  # keys and values, float32
+    assert one.length * per_token <= sum(tensor.untyped_storage().nbytes() for tensor in held)
+    assert sum(tensor.untyped_storage().nbytes() for tensor in held) <= 2 * one.length * per_token
+
+
 def test_it_stops_when_the_context_is_full(model, tokenizer):
     steps = list(generate(model, tokenizer, "abc", Sampling(temperature=0, max_tokens=1000)))
     assert len(steps) == model.config.max_seq_len - 1 - 3
@@ -95,6 +132,17 @@ def test_a_document_goes_on_after_a_turn(model, tokenizer):
         assert model(torch.tensor([ids])).logits[0, -1].argmax() == token
         ids.append(token)
     assert writer.length == len(ids)
+
+
+def test_turns_join_as_they_are_typed(model):
+    words = Tokenizer(metaspace(), 5)
+    writer = Writer(model, words)
+    for text in ("a", "b", " a", "ba"):
+        writer.read(text)
+    assert words.decode(writer._unread) == "ab aba"
+    written = "".join(step.text for step in writer.write(GREEDY.replace(max_tokens=4)))
+    writer.read("b")
+    assert words.decode(writer._text) == "ab aba" + written + "b"
 
 
 def test_a_text_that_is_refused_leaves_the_document_as_it_was(model, tokenizer):

@@ -63,6 +63,22 @@ def test_verbs_open_and_save_it_like_a_folder_of_ours(folder, tmp_path):
     assert hub.read_config(folder) == (model.config, 4)
 
 
+def test_any_of_several_end_tokens_ends_a_text(folder):
+    edit(folder, eos_token_id=[65, 66])
+    assert hub.load(folder)[1].end_ids == {65, 66, 256}, "the tokenizer's own ends one too"
+    (folder / "generation_config.json").write_text('{"eos_token_id": 67}', encoding="utf-8")
+    assert hub.load(folder)[1].end_ids == {67, 256}, "the generation config goes first"
+    (folder / "generation_config.json").unlink()
+    edit(folder, eos_token_id=None)
+    assert hub.load(folder)[1].end_ids == {256}
+    edit(folder, eos_token_id=[65, "B"])
+    with pytest.raises(UserError, match=r"config\.json: eos_token_id = \[65, 'B'\] is neither a token's id nor a list"):
+        hub.load(folder)
+    (folder / "generation_config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match=r"generation_config\.json cannot be read"):
+        hub.load(folder)
+
+
 def test_fields_that_no_logit_depends_on_come_back(folder, tmp_path):
     edit(folder, torch_dtype="float32", dtype=None, router_aux_loss_coef=0.02, use_cache=False, rope_scaling=None)
     edit(folder, rope_theta=5e5, rope_parameters=None, transformers_version="4.36.0")

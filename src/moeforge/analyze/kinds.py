@@ -48,9 +48,10 @@ def classify(pieces: Sequence[str]) -> list[int]:
 def kinds_of(packed: Packed, tokenizer: Tokenizer) -> Tensor:
     """[N] int32: the kind of every token of ``packed``; documents are judged one by one."""
     kinds: list[int] = []
+    lead = len(packed.lead)
     for start, size in zip(packed.starts.tolist(), packed.sizes.tolist(), strict=True):
-        ids = packed.ids[start + 1 : start + size].tolist()
-        kinds += [OTHER, *classify(tokenizer.pieces(ids))]
+        ids = packed.ids[start + lead : start + size].tolist()
+        kinds += [*[OTHER] * lead, *classify(tokenizer.pieces(ids))]
     return torch.tensor(kinds, dtype=torch.int32)
 
 

@@ -22,7 +22,7 @@ from moeforge.errors import UserError
 
 Entry = tuple[Packed, Packed, Tokenizer]
 """Training part, validation part, tokenizer."""
-_FORMAT = "2"
+_FORMAT = "3"
 
 
 def entry_folder(tokenizer: str, parts: Iterable[Iterable[str]]) -> Path:

@@ -21,20 +21,27 @@ _DOCUMENTS_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class Packed:
-    """A token stream of N tokens from D documents; each document is the end token, then its text."""
+    """A token stream of N tokens from D documents; each is what its tokenizer starts documents with, then its text.
+
+    What a model is to say after a text is the end token. For ours that is what the next document starts with, too.
+    """
 
     ids: Tensor
     """[N] int32 tokens."""
     starts: Tensor
-    """[D] int64 position of each document's end token; the first is 0."""
+    """[D] int64 position of each document's first token; the first is 0."""
     byte_lengths: Tensor
-    """[N] int32 UTF-8 bytes of text behind each token, 0 for end tokens. They sum to the bytes of the texts."""
+    """[N] int32 UTF-8 bytes of text behind each token, 0 for what documents start with. They sum to all texts'."""
     domain: Tensor
     """[D] int64 number of each document's domain, in the order of the names given to ``pack``; 0 without names."""
+    lead: Tensor
+    """[S] int32 tokens that every document starts with; all after the first are given, never to be predicted."""
+    end: Tensor
+    """[] int32 the token that ends a document: the label in place of the next document's first token."""
 
     @property
     def num_tokens(self) -> int:
-        """N, end tokens included."""
+        """N, what documents start with included."""
         return len(self.ids)
 
     @cached_property
@@ -44,7 +51,7 @@ class Packed:
 
     @cached_property
     def sizes(self) -> Tensor:
-        """[D] int64 tokens of each document, its end token included."""
+        """[D] int64 tokens of each document, what it starts with included."""
         return torch.diff(self.starts, append=torch.tensor([self.num_tokens]))
 
     @cached_property
@@ -69,8 +76,8 @@ def pack(documents: Sequence[Document], tokenizer: Tokenizer, domains: Sequence[
 
     Raises UserError when no token comes of them, or one is of a domain that is not among the names.
     """
-    end = torch.tensor([tokenizer.eos_id], dtype=torch.int32)
-    end_bytes = torch.zeros_like(end)
+    lead = torch.tensor(tokenizer.start_ids, dtype=torch.int32)
+    lead_bytes = torch.zeros_like(lead)
     ids: list[Tensor] = []
     lengths: list[Tensor] = []
     sizes: list[int] = []
@@ -80,14 +87,15 @@ def pack(documents: Sequence[Document], tokenizer: Tokenizer, domains: Sequence[
         texts = [document.text for document in some]
         for document, text, tokens in zip(some, texts, _encode(texts, tokenizer), strict=True):
             if len(tokens):  # a text may vanish, such as white space in a tokenizer that strips it
-                ids += [end, tokens]
-                lengths += [end_bytes, _byte_lengths(text, tokens, tokenizer)]
-                sizes.append(1 + len(tokens))
+                ids += [lead, tokens]
+                lengths += [lead_bytes, _byte_lengths(text, tokens, tokenizer)]
+                sizes.append(len(lead) + len(tokens))
                 domain.append(_number(document, domains))
     if not ids:
         raise UserError("the tokenizer made no token of the data: its documents are empty")
     starts = torch.tensor([0, *sizes[:-1]]).cumsum(0)
-    return Packed(torch.cat(ids), starts, torch.cat(lengths), torch.tensor(domain))
+    end = torch.tensor(tokenizer.eos_id, dtype=torch.int32)
+    return Packed(torch.cat(ids), starts, torch.cat(lengths), torch.tensor(domain), lead, end)
 
 
 def _number(document: Document, domains: Sequence[str]) -> int:
@@ -128,7 +136,7 @@ class Batch:
     input_ids: Tensor
     """[B, L] int64."""
     labels: Tensor
-    """[B, L] int64 next tokens; ``IGNORED`` in the padding of an evaluation's last row."""
+    """[B, L] int64 next tokens; ``IGNORED`` in the padding of an evaluation's last row, and where it was given."""
     document: Tensor
     """[B, L] int32 number of the document within its row: 0, 1, ..."""
     position: Tensor
@@ -174,10 +182,12 @@ class _Arrangement:
         rank = torch.searchsorted(self.ends, place, right=True)
         offset = place - self.begins[rank]
         source = self.sources[rank] + offset
-        tokens = self.packed.ids[source].long()
+        tokens, target = self.packed.ids[source].long(), offset[:, 1:]
+        labels = torch.where(target == 0, self.packed.end.long(), tokens[:, 1:])
+        given = (target > 0) & (target < len(self.packed.lead))
         return Batch(
             input_ids=tokens[:, :-1].contiguous(),
-            labels=tokens[:, 1:].masked_fill(beyond, IGNORED),
+            labels=labels.masked_fill(beyond | given, IGNORED),
             document=(rank - rank[:, :1])[:, :-1].int(),
             position=torch.minimum(offset, column)[:, :-1].contiguous(),
             domain=self.domain[rank[:, :-1]],
@@ -247,7 +257,7 @@ def _stacked(parts: list[Batch]) -> Batch:
 
 
 def evaluation_batches(packed: Packed, batch_size: int, seq_len: int, max_tokens: int | None = None) -> Iterator[Batch]:
-    """Batches in order in which every token but the first is a target exactly once; the last row may be padded.
+    """Batches in order in which every token but the first and the given is a target once; the last row may be padded.
 
     With ``max_tokens``, as many whole windows as fit (at least one), spread evenly over the stream. Bits per byte are
     the summed nats / ln 2 / the summed ``num_bytes``.

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
-from typing import Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import tokenizers
 from pydantic import Field
@@ -77,21 +77,22 @@ class Stream(Protocol):
 class Tokenizer:
     """A ``tokenizers.Tokenizer`` with a known end-of-document token.
 
-    Special tokens spelled out in a text are encoded as the text they are: only ``eos_id`` itself ends a document.
+    Special tokens spelled out in a text are encoded as the text they are: only ``eos_id`` itself ends a document. A
+    model may write any of ``end_ids`` to end one; ``eos_id`` is always among them.
     """
 
-    def __init__(self, inner: tokenizers.Tokenizer, eos_id: int) -> None:
+    def __init__(self, inner: tokenizers.Tokenizer, eos_id: int, end_ids: Iterable[int] = ()) -> None:
         inner.encode_special_tokens = True
         inner.no_truncation()
         inner.no_padding()
         self.inner = inner
-        self.eos_id = eos_id
+        self.eos_id, self.end_ids = eos_id, frozenset((eos_id, *end_ids))
         self.is_bytes = inner.get_vocab_size(with_added_tokens=False) == 256 and all(
             inner.id_to_token(byte) == ALPHABET[byte] for byte in range(256)
         )
 
     @classmethod
-    def open(cls, path: str | Path) -> Self:
+    def open(cls, path: str | Path, end_ids: Iterable[int] = ()) -> Self:
         """The tokenizer in a ``tokenizer.json``, or in a folder that holds one. Raises UserError."""
         path = Path(path).expanduser()
         file = path / "tokenizer.json" if path.is_dir() else path
@@ -103,7 +104,7 @@ class Tokenizer:
             inner = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{file} is not a tokenizer of the tokenizers library: {error}") from error
-        return cls(inner, _find_end(inner, file))
+        return cls(inner, _find_end(inner, file), end_ids)
 
     def save(self, folder: str | Path) -> None:
         """Writes ``tokenizer.json``, and the ``tokenizer_config.json`` by which others know the end token."""
@@ -119,7 +120,7 @@ class Tokenizer:
             settings["bos_token"] = self.inner.id_to_token(self.start_ids[0])
         (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
         """One more than the largest id: the rows an embedding needs."""
         return 1 + max(self.inner.get_vocab(with_added_tokens=True).values())
@@ -127,6 +128,18 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, without any special token."""
         return self.encode_batch([text])[0]
+
+    def encode_inside(self, text: str) -> list[int]:
+        """``encode`` of what goes on with a text: without the space that some tokenizers put before every text."""
+        return self._inside.encode(text)
+
+    @cached_property
+    def _inside(self) -> Self:
+        tree = json.loads(self.inner.to_str())
+        parts = {name: _without_prefix(tree[name]) for name in ("normalizer", "pre_tokenizer")}
+        if parts == {name: tree[name] for name in parts}:
+            return self
+        return type(self)(tokenizers.Tokenizer.from_str(json.dumps(tree | parts)), self.eos_id)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """``encode`` of each text, on all cores unless ``TOKENIZERS_PARALLELISM=false``."""
@@ -193,6 +206,22 @@ class Tokenizer:
             return self.token_bytes[token].decode("utf-8", "backslashreplace")
         stream = self.stream(after=[token])  # as it reads inside a text, its space not dropped
         return stream.push(token) + stream.finish()
+
+
+def _without_prefix(part: Any) -> Any:
+    """A normalizer or pre-tokenizer in JSON, or a sequence of them, that puts nothing before a text."""
+    match part:
+        case {"type": "Prepend"}:
+            return None
+        case {"type": "Metaspace"}:
+            return {**part, "prepend_scheme": "never"}
+        case {"type": "ByteLevel"}:
+            return {**part, "add_prefix_space": False}
+        case {"type": "Sequence"}:
+            name = "normalizers" if "normalizers" in part else "pretokenizers"
+            kept = [_without_prefix(inner) for inner in part[name]]
+            return {**part, name: [inner for inner in kept if inner is not None]}
+    return part
 
 
 class _ByteStream:

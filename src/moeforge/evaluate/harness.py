@@ -7,11 +7,12 @@ transformers on the same model. Import this module only where ``lm_eval`` is ins
 import logging
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import constants, get_session
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.evaluator import evaluate
@@ -31,6 +32,8 @@ LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens
 """Names by which a task says how much to write at most, the first one counts."""
 WRITES_AT_MOST = 256
 """Tokens, where a task says nothing."""
+REACHED_WITHIN = 5.0
+"""Seconds in which the hub answers, or is taken to be out of reach."""
 
 
 class Scored(NamedTuple):
@@ -67,8 +70,9 @@ def open_tasks(names: Sequence[str]) -> Any:
     opened: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}
     for name, config in zip(names, configs, strict=True):
         try:
-            loaded: Any = manager.load([config])
-            _try_first_document(loaded["tasks"])
+            with _no_waiting_for_the_hub(config):
+                loaded: Any = manager.load([config])
+                _try_first_document(loaded["tasks"])
         except Exception as error:  # tasks are templates and code of theirs, and anything may be wrong in them
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             hint = "" if name in files else ". It downloads its data; a YAML file over a jsonl file works offline"
@@ -76,6 +80,24 @@ def open_tasks(names: Sequence[str]) -> Any:
         for part, found in opened.items():
             found.update(loaded[part])
     return opened
+
+
+@contextmanager
+def _no_waiting_for_the_hub(config: str | Tree) -> Iterator[None]:
+    """Where a task's data is on a hub that cannot be reached, the hub's library is in its offline mode meanwhile.
+
+    What is kept on disk is taken, then, and nothing asked for again and again for a minute first.
+    """
+    before = constants.HF_HUB_OFFLINE
+    if isinstance(config, str) or "data_files" not in (config.get("dataset_kwargs") or {}):
+        try:
+            get_session().head(constants.ENDPOINT, timeout=REACHED_WITHIN)
+        except Exception:  # those of whichever client it has
+            constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _read(file: Path) -> Tree:
@@ -217,8 +239,8 @@ class Harness(TemplateLM):
     def _greedy(self, prompt: list[int], most: int, stops: list[str]) -> str:
         cache, ids, found = Cache(self.model, 1, len(prompt) + most), prompt, list[int]()
         while len(found) < most:
-            token = int(self._run(torch.tensor([ids]), cache)[0, -1].argmax())
-            if token == self.eot_token_id:
+            token = int(self._run(torch.tensor([ids]), cache)[0, -1, : self.reader.vocab_size].argmax())
+            if token in self.reader.end_ids:
                 break
             found, ids = [*found, token], [token]
             if any(stop in self.reader.decode(found) for stop in stops):

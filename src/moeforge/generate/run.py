@@ -60,7 +60,7 @@ class Writer:
 
     def read(self, text: str) -> None:
         """Appends ``text``. Raises UserError, and appends nothing, when no room would be left to write."""
-        ids = self.tokenizer.encode(text)
+        ids = self.tokenizer.encode_inside(text) if self._text else self.tokenizer.encode(text)
         if self.length + len(ids) >= self.max_len:
             room = max(0, self.max_len - self.length - 1)
             raise UserError(
@@ -81,7 +81,7 @@ class Writer:
             self._unread = []
         token = next_token(self._logits, sampling, generator)
         for count in range(1, sampling.max_tokens + 1):
-            if token == self.tokenizer.eos_id or self.length == self.max_len:
+            if token in self.tokenizer.end_ids or self.length == self.max_len:
                 return
             experts = self._feed([token])
             self._text.append(token)
@@ -91,7 +91,7 @@ class Writer:
             token = following
 
     def _stop(self, following: int, enough: bool) -> Stop | None:
-        if following == self.tokenizer.eos_id:
+        if following in self.tokenizer.end_ids:
             return "end of document"
         if enough:
             return "max_tokens"
@@ -99,7 +99,7 @@ class Writer:
 
     @torch.no_grad()
     def _feed(self, ids: list[int]) -> dict[int, list[int]]:
-        """Runs ``ids``; keeps the logits after the last of them and returns its experts."""
+        """Runs ``ids``; keeps the logits after the last of them, of all that is a token, and returns its experts."""
         held = [(layer, layer.length, layer.tensors) for layer in self._cache.layers.values()]
         try:
             input_ids = torch.tensor([ids], device=self.model.embedding.weight.device)
@@ -108,7 +108,7 @@ class Writer:
             for layer, length, tensors in held:
                 layer.length, layer.tensors = length, tensors
             raise
-        self._logits = output.logits[0, -1]
+        self._logits = output.logits[0, -1, : self.tokenizer.vocab_size]  # public vocabularies are rounded up
         return {layer: choice.experts for layer, choice in choices(output)[-1].items()}
 
 

@@ -57,7 +57,7 @@ def load(folder: str | Path, device: str = "cpu") -> tuple[Decoder, Tokenizer]:
     """
     folder = model_folder(Path(folder))
     config, _ = read_config(folder)
-    tokenizer = Tokenizer.open(folder)
+    tokenizer = Tokenizer.open(folder, _end_ids(folder))
     # Public models round their vocabulary up; ours is the tokenizer's.
     ours, known = config.vocab_size or 0, tokenizer.vocab_size
     if known > ours or (known < ours and config_json(folder)["model_type"] == MODEL_TYPE):
@@ -110,15 +110,32 @@ def understand(tree: Tree, folder: Path) -> tuple[ModelConfig, int]:
 def config_json(folder: Path) -> Tree:
     """The fields of a folder's config.json, ``model_type`` among them. Raises UserError as ``load`` does."""
     path = folder / "config.json"
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"{folder} is no model folder: it has no config.json") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    if not isinstance(tree, dict) or not isinstance(tree.get("model_type"), str):
+    if not path.exists():
+        raise UserError(f"{folder} is no model folder: it has no config.json")
+    tree = _read_json(path)
+    if not isinstance(tree.get("model_type"), str):
         raise UserError(f"{path} names no model_type: it is no model's config")
     return tree
+
+
+def _end_ids(folder: Path) -> list[int]:
+    """Tokens by which the model ends a text, none or several: as generation_config.json says, else config.json."""
+    for path in (folder / "generation_config.json", folder / "config.json"):
+        ends = _read_json(path).get("eos_token_id") if path.exists() else None
+        if ends is not None:
+            found = ends if isinstance(ends, list) else [ends]
+            if not all(type(end) is int for end in found):
+                raise UserError(f"{path}: eos_token_id = {ends!r} is neither a token's id nor a list of them")
+            return found
+    return []
+
+
+def _read_json(path: Path) -> Tree:
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    return tree if isinstance(tree, dict) else {}
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -2,10 +2,11 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 class LayerCache:
-    """Tensors of one layer, [B, heads, max_len, width] each, filled from the left.
+    """Tensors of one layer, [B, heads, room, width] each, filled from the left; ``room`` doubles up to ``max_len``.
 
     With a ``window`` only what a later token can still see is kept, [B, heads, window - 1, width] at most.
     """
@@ -15,14 +16,14 @@ class LayerCache:
     ) -> None:
         """``shapes`` are (heads, width) of each tensor, as ``attention.cached`` says them."""
         self.kept = None if window is None or window > max_len else window - 1
-        room = 0 if self.kept is not None else max_len
-        self.tensors = [like.new_zeros(batch_size, heads, room, width) for heads, width in shapes]
-        self.length = 0
+        self.max_len, self.length = max_len, 0
+        self.tensors = [like.new_zeros(batch_size, heads, 0, width) for heads, width in shapes]
 
     def append(self, *news: Tensor) -> list[Tensor]:
         """Stores [B, heads, L, width] each, and returns what these tokens may look at, themselves last."""
         end = self.length + news[0].shape[2]
         if self.kept is None:
+            self._make_room(end)
             for tensor, new in zip(self.tensors, news, strict=True):
                 tensor[:, :, self.length : end] = new
             seen = [tensor[:, :, :end] for tensor in self.tensors]
@@ -31,3 +32,10 @@ class LayerCache:
             self.tensors = [tensor[:, :, max(0, tensor.shape[2] - self.kept) :].clone() for tensor in seen]
         self.length = end
         return seen
+
+    def _make_room(self, end: int) -> None:
+        """In tensors of its own, so that who holds the ones before can go back to them."""
+        room = self.tensors[0].shape[2]
+        if room < end:
+            more = min(max(end, 2 * room), self.max_len) - room
+            self.tensors = [F.pad(tensor, (0, 0, 0, more)) for tensor in self.tensors]
