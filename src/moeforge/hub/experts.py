@@ -11,6 +11,8 @@ from moeforge.config import Activation
 from moeforge.errors import UserError
 from moeforge.hub.bridge import names_on_disk, why_not
 from moeforge.hub.interface import is_experts
+from moeforge.hub.layout import plan
+from moeforge.hub.pretrained import Pretrained
 from moeforge.kernels.activation import is_gated
 from moeforge.models import Decoder
 from moeforge.moe import MoE
@@ -77,15 +79,19 @@ def experts(model: nn.Module) -> list[LayerExperts]:
 
 
 def _ours(model: Decoder) -> Iterator[LayerExperts]:
+    names = model.origin.family.names if isinstance(model, Pretrained) else None
+    held: dict[str, tuple[str, ...]] = {}
+    for piece in plan(model, names):
+        held[piece.parameter] = (*held.get(piece.parameter, ()), piece.name)
     for layer, moe in model.moe_layers.items():
         name = f"blocks.{layer}.moe"
-        yield LayerExperts(name, layer, moe.router, tuple(_banks(moe, name)), moe.shared)
+        yield LayerExperts(name, layer, moe.router, tuple(_banks(moe, name, held)), moe.shared)
 
 
-def _banks(moe: MoE, name: str) -> Iterator[Stack]:
+def _banks(moe: MoE, name: str, held: dict[str, tuple[str, ...]]) -> Iterator[Stack]:
     for index, (config, bank) in enumerate(zip(moe.config.experts, moe.banks, strict=True)):
         names = [f"{name}.banks.{index}.{parameter}" for parameter, _ in bank.named_parameters()]
-        on_disk: dict[str, tuple[str, ...]] = {parameter: (parameter,) for parameter in names}
+        on_disk = {parameter: held[parameter] for parameter in names}
         matrices: dict[str, Tensor | None] = {}
         if isinstance(bank, MLPBank):
             gate, up = _halves(bank.gate_up_proj.detach(), bank.config.activation)
