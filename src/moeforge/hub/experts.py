@@ -72,19 +72,22 @@ class LayerExperts:
 
 def experts(model: nn.Module) -> list[LayerExperts]:
     """The layers with experts, in order. Raises UserError, with the reason, where none can be found."""
-    found = [*(_ours(model) if isinstance(model, Decoder) else _theirs(model))]
+    inside = getattr(model, "decoder", None)  # in what AutoModelForCausalLM opens
+    ours, prefix = (inside, "decoder.") if isinstance(inside, Decoder) else (model, "")
+    found = [*(_ours(ours, prefix) if isinstance(ours, Decoder) else _theirs(model))]
     if not found:
-        raise UserError("this model has no layer with experts" if isinstance(model, Decoder) else why_not(model))
+        raise UserError("this model has no layer with experts" if isinstance(ours, Decoder) else why_not(model))
     return found
 
 
-def _ours(model: Decoder) -> Iterator[LayerExperts]:
+def _ours(model: Decoder, prefix: str) -> Iterator[LayerExperts]:
     names = model.origin.family.names if isinstance(model, Pretrained) else None
     held: dict[str, tuple[str, ...]] = {}
     for piece in plan(model, names):
-        held[piece.parameter] = (*held.get(piece.parameter, ()), piece.name)
+        parameter = prefix + piece.parameter
+        held[parameter] = (*held.get(parameter, ()), piece.name)
     for layer, moe in model.moe_layers.items():
-        name = f"blocks.{layer}.moe"
+        name = f"{prefix}blocks.{layer}.moe"
         yield LayerExperts(name, layer, moe.router, tuple(_banks(moe, name, held)), moe.shared)
 
 

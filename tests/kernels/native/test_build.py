@@ -63,6 +63,12 @@ def test_a_damaged_file_is_made_again(cache: Path, damage) -> None:
 
 
 @needs_compiler
+def test_without_its_sources_it_says_so(monkeypatch, cache: Path) -> None:
+    monkeypatch.setattr(build, "SOURCES", [])
+    with pytest.raises(CannotBuildError, match=r"its C\+\+ does not travel with a model; pip install moeforge"):
+        open_or_build(lambda _: None)
+
+
 def test_another_source_is_another_library(cache: Path) -> None:
     open_or_build(right)
     build.SOURCES[0].write_text(TINY.replace("42", "43"))

@@ -50,6 +50,8 @@ def cache_folder() -> Path:
 
 def open_or_build(check: Check) -> ctypes.CDLL:
     """The library from the cache, or built into it. Raises CannotBuildError."""
+    if not SOURCES:  # the copy of this package that a model folder carries is Python alone
+        raise CannotBuildError("its C++ does not travel with a model; pip install moeforge has it")
     command = [*_compiler(), *FLAGS, *_processor_flags()]
     path = cache_folder() / f"{_key(command)}.so"
     if whole(path):
