@@ -58,6 +58,7 @@ def test_a_dry_run_reads_well(call, tiny, monkeypatch):
 
 BAD = {
     "an unknown recipe": (["pr-mo"], "there is no recipe 'pr-mo'. Did you mean 'pr-moe'?"),
+    "a path to nothing": (["models/gone"], "models/gone is not there: neither a file nor a folder has this path"),
     "a missing file": (["nowhere.yaml"], "nowhere.yaml: No such file"),
     "an unknown key": (["TINY", "--model.d_modle=3"], "model.d_modle is not a setting. Did you mean 'd_model'?"),
     "an unknown type": (["TINY", "--schedule=cosin"], "Did you mean 'cosine'?"),

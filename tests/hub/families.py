@@ -186,6 +186,7 @@ NATIVE: dict[str, dict[str, dict[str, object]]] = {
             **{"norm_topk_prob": False, "n_group": 1, "q_lora_rank": None, "rope_interleave": False},
             "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
         },
+        "values wider than keys": {"v_head_dim": 24},
     },
     "gpt_oss": {
         "plain": {"sliding_window": 4},

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import moeforge
 from moeforge.errors import UserError
 from moeforge.generate import Sampling, generate
 from moeforge.hub import load
@@ -270,6 +271,16 @@ def test_a_tokenizer_of_another_size_is_refused_by_our_verbs(pyramid, tmp_path):
     own.tokenizer().save(tmp_path / "m")
     with pytest.raises(UserError, match="vocab_size 260, its tokenizer 257"):
         load(tmp_path / "m")
+
+
+def test_its_experts_are_shown_by_their_names_in_the_file(folder):
+    model = Auto.from_pretrained(folder)
+    layers, plain = moeforge.experts(model), moeforge.experts(moeforge.load(folder))
+    assert len(layers) == len(plain) > 0
+    for one, other in zip(layers, plain, strict=True):
+        for stack, same in zip(one.stacks, other.stacks, strict=True):
+            assert [*stack.on_disk.values()] == [*same.on_disk.values()]
+            assert all(model.get_parameter(name).numel() for name in stack.on_disk)
 
 
 def test_the_decoder_itself_is_inside(pyramid):

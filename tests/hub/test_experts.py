@@ -103,6 +103,22 @@ def test_the_names_of_every_family_are_those_in_the_file(families, tmp_path):
                 assert sum(size[name] for name in names) == model.get_parameter(parameter).numel(), (family, parameter)
 
 
+def test_a_family_looks_the_same_through_both_doors(families, tmp_path):
+    for family in families.NATIVE.keys() - families.DENSE.keys():
+        theirs = families.build(family)
+        theirs.save_pretrained(tmp_path / family)
+        both = moeforge.experts(theirs), moeforge.experts(moeforge.load(tmp_path / family))
+        for one, other in zip(*both, strict=True):
+            assert (one.layer, one.num_experts) == (other.layer, other.num_experts), family
+            assert (one.shared is None) == (other.shared is None), family
+            (left,), (right,) = one.stacks, other.stacks
+            names = [sorted(map(sorted, stack.on_disk.values())) for stack in (left, right)]
+            assert names[0] == names[1], family
+            for matrix in ("gate", "up", "down", "gate_bias", "up_bias", "down_bias"):
+                same, here = getattr(left, matrix), getattr(right, matrix)
+                assert (same is None and here is None) or torch.equal(same, here), (family, matrix)
+
+
 def test_tensors_that_hold_two_stacks_are_not_named(families):
     import transformers
 

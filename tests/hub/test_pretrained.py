@@ -220,7 +220,8 @@ def test_weights_that_do_not_fit_are_all_named(folder, change, messages):
         ({"num_attention_heads": 3}, "d_model = 16 is not divisible by num_heads = 3"),
         ({"hidden_size": "wide"}, "d_model = 'wide'"),
         ({"num_experts_per_tok": 9}, "9 is more than num_experts = 3"),
-        ({"model_type": "jetmoe"}, r"model_type is 'jetmoe'.*experts_implementation=\"moeforge\""),
+        ({"model_type": "dots1"}, r"model_type is 'dots1'.*experts_implementation=\"moeforge\""),
+        ({"model_type": "jetmoe"}, r"model_type is 'jetmoe'.*in transformers either: its layers cut the rows"),
         ({"model_type": None}, "names no model_type"),
         ({"quantization_config": "awq"}, "quantization_config: 'str' object"),
         ({"dtype": "float7"}, "dtype 'float7' is none that torch knows"),
@@ -288,7 +289,7 @@ def test_pickles_are_opened_only_when_asked_for(folder):
     with pytest.raises(UserError, match=r"model\.safetensors is missing"):
         moeforge.load(folder)
     torch.save(weights, folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"holds pickles.*pickle=True"):
+    with pytest.raises(UserError, match=r"holds pickles.*pickle=True\) and moeforge convert --pickle"):
         moeforge.load(folder)
     opened = moeforge.load(folder, pickle=True).state_dict()
     assert all(torch.equal(tensor, ours[name]) for name, tensor in opened.items())

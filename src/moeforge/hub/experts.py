@@ -11,6 +11,8 @@ from moeforge.config import Activation
 from moeforge.errors import UserError
 from moeforge.hub.bridge import names_on_disk, why_not
 from moeforge.hub.interface import is_experts
+from moeforge.hub.layout import plan
+from moeforge.hub.pretrained import Pretrained
 from moeforge.kernels.activation import is_gated
 from moeforge.models import Decoder
 from moeforge.moe import MoE
@@ -70,22 +72,29 @@ class LayerExperts:
 
 def experts(model: nn.Module) -> list[LayerExperts]:
     """The layers with experts, in order. Raises UserError, with the reason, where none can be found."""
-    found = [*(_ours(model) if isinstance(model, Decoder) else _theirs(model))]
+    inside = getattr(model, "decoder", None)  # in what AutoModelForCausalLM opens
+    ours, prefix = (inside, "decoder.") if isinstance(inside, Decoder) else (model, "")
+    found = [*(_ours(ours, prefix) if isinstance(ours, Decoder) else _theirs(model))]
     if not found:
-        raise UserError("this model has no layer with experts" if isinstance(model, Decoder) else why_not(model))
+        raise UserError("this model has no layer with experts" if isinstance(ours, Decoder) else why_not(model))
     return found
 
 
-def _ours(model: Decoder) -> Iterator[LayerExperts]:
+def _ours(model: Decoder, prefix: str) -> Iterator[LayerExperts]:
+    names = model.origin.family.names if isinstance(model, Pretrained) else None
+    held: dict[str, tuple[str, ...]] = {}
+    for piece in plan(model, names):
+        parameter = prefix + piece.parameter
+        held[parameter] = (*held.get(parameter, ()), piece.name)
     for layer, moe in model.moe_layers.items():
-        name = f"blocks.{layer}.moe"
-        yield LayerExperts(name, layer, moe.router, tuple(_banks(moe, name)), moe.shared)
+        name = f"{prefix}blocks.{layer}.moe"
+        yield LayerExperts(name, layer, moe.router, tuple(_banks(moe, name, held)), moe.shared)
 
 
-def _banks(moe: MoE, name: str) -> Iterator[Stack]:
+def _banks(moe: MoE, name: str, held: dict[str, tuple[str, ...]]) -> Iterator[Stack]:
     for index, (config, bank) in enumerate(zip(moe.config.experts, moe.banks, strict=True)):
         names = [f"{name}.banks.{index}.{parameter}" for parameter, _ in bank.named_parameters()]
-        on_disk: dict[str, tuple[str, ...]] = {parameter: (parameter,) for parameter in names}
+        on_disk = {parameter: held[parameter] for parameter in names}
         matrices: dict[str, Tensor | None] = {}
         if isinstance(bank, MLPBank):
             gate, up = _halves(bank.gate_up_proj.detach(), bank.config.activation)

@@ -14,6 +14,7 @@ from torch import Tensor
 from moeforge.config import Tree
 from moeforge.data.tokenizers import Tokenizer
 from moeforge.errors import UserError
+from moeforge.hub.bridge import REFUSED
 from moeforge.hub.card import card
 from moeforge.hub.families import FAMILIES, Family
 from moeforge.hub.layout import Piece, plan
@@ -179,12 +180,15 @@ def _repeated(model: Pretrained, family: Family, shards: Shards) -> set[str]:
 
 
 def family_of(config_json: Tree, folder: Path) -> Family:
-    """The family of a config.json. Raises UserError, and offers the bridge, where there is no table for it."""
+    """The family of a config.json. Raises UserError where there is no table for it, and offers the bridge, or says why
+    that does not take it either."""
     kind = config_json.get("model_type")
     if kind not in FAMILIES:
+        known = f"{folder}: model_type is {kind!r}; the decoder has a table for {', '.join(FAMILIES)}"
+        if kind in REFUSED:
+            raise UserError(f"{known}. Our engines cannot run it in transformers either: {REFUSED[kind]}")
         raise UserError(
-            f"{folder}: model_type is {kind!r}; the decoder has a table for {', '.join(FAMILIES)}. Other families run "
-            "in transformers on our engines: import moeforge, then "
+            f"{known}. Other families run in transformers on our engines: import moeforge, then "
             f'AutoModelForCausalLM.from_pretrained("{folder}", experts_implementation="moeforge")'
         )
     return FAMILIES[kind]

@@ -108,7 +108,7 @@ def _files(folder: Path, pickle: bool) -> tuple[list[Path], dict[str, str]]:
     if not pickle and any(folder.glob("pytorch_model*.bin")):
         raise UserError(
             f"{folder} holds pickles (pytorch_model*.bin), and a pickle can run code while it is opened; "
-            "moeforge.load(path, pickle=True) opens them for tensors only"
+            "moeforge.load(path, pickle=True) and moeforge convert --pickle open them for tensors only"
         )
     raise UserError(f"{folder / SAFE} is missing")
 

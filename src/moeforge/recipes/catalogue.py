@@ -35,4 +35,6 @@ def _find(name: str) -> Path:
     path = Path(name)
     if path.suffix in (".yaml", ".yml") or path.exists():
         return path
+    if path.name != name:
+        raise UserError(f"{name} is not there: neither a file nor a folder has this path")
     raise UserError(f"there is no recipe '{name}'.{nearest(name, RECIPES)} Valid: {', '.join(RECIPES)}, or a YAML file")

@@ -26,7 +26,7 @@ def attend(
         queries, keys, values, mask = _with_sink(queries, keys, values, mask, sinks / scale)
     causal, grouped = mask is None and queries.shape[2] > 1, queries.shape[1] != keys.shape[1]
     narrower = keys.shape[3] - values.shape[3]
-    wide = F.pad(values, (0, narrower)) if narrower else values  # fused kernels want values as wide as keys
+    wide = F.pad(values, (0, narrower)) if narrower > 0 else values  # fused kernels want values as wide as keys
     mixed = F.scaled_dot_product_attention(
         queries, keys, wide, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
     )
