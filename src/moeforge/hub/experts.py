@@ -87,6 +87,8 @@ def _ours(model: Decoder, prefix: str) -> Iterator[LayerExperts]:
         parameter = prefix + piece.parameter
         held[parameter] = (*held.get(parameter, ()), piece.name)
     for layer, moe in model.moe_layers.items():
+        if layer >= len(model.blocks):  # the same blocks, passed again
+            break
         name = f"{prefix}blocks.{layer}.moe"
         yield LayerExperts(name, layer, moe.router, tuple(_banks(moe, name, held)), moe.shared)
 
