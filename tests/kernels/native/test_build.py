@@ -1,10 +1,13 @@
 """Building the native engine: once, whole, under a lock, checked; and every way in which it cannot be had."""
 
 import ctypes
+import hashlib
 import logging
 import multiprocessing
 import os
 import shutil
+import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -63,6 +66,88 @@ def test_a_damaged_file_is_made_again(cache: Path, damage) -> None:
 
 
 @needs_compiler
+def test_a_whole_file_that_does_not_load_is_made_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As another system's, over a home that both share."""
+    open_or_build(right)
+    other, foreign = cache.parent / "other", b"another system's library"
+    path = other / "native" / only_library(cache).name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(foreign + hashlib.sha256(foreign).digest())
+    path.chmod(0o644)
+    assert whole(path)
+    monkeypatch.setenv("MOEFORGE_CACHE", str(other))
+    assert open_or_build(right).answer() == 42
+    assert only_library(path.parent) == path and foreign not in path.read_bytes()
+
+
+@needs_compiler
+@pytest.mark.parametrize("distrusted", [lambda path: path.chmod(0o666), lambda path: os.chown(path, 12345, -1)])
+def test_only_a_file_and_a_folder_of_ones_own_are_loaded(cache: Path, distrusted: Callable[[Path], None]) -> None:
+    if os.geteuid():
+        pytest.skip("only root can give files away")
+    umask = os.umask(0o002)
+    open_or_build(right)
+    os.umask(umask)
+    path = only_library(cache)
+    before = path.stat()
+    assert not stat.S_IMODE(before.st_mode | cache.stat().st_mode) & 0o022
+    distrusted(path)
+    assert open_or_build(right).answer() == 42
+    after = path.stat()
+    assert after.st_ino != before.st_ino and (after.st_mode, after.st_uid) == (before.st_mode, before.st_uid)
+    distrusted(cache)
+    with pytest.raises(CannotBuildError, match=r"native is not the user's own; MOEFORGE_CACHE can name another"):
+        open_or_build(right)
+
+
+@needs_compiler
+def test_what_killed_builds_left_and_old_libraries_are_removed(cache: Path) -> None:
+    open_or_build(right)
+    first = only_library(cache)
+    os.utime(first, (0, 0))
+    (cache / "tmp_killed").mkdir()
+    (cache / "tmp_killed" / "half.so").write_bytes(b"half")
+    for i in range(build.KEPT - 1):
+        (cache / f"{i}.so").write_bytes(b"")
+    build.SOURCES[0].write_text(TINY + "// another\n")
+    open_or_build(right)
+    assert not first.exists() and len(list(cache.glob("*.so"))) == build.KEPT
+    assert not (cache / "tmp_killed").exists()
+
+
+def fake_compiler(folder: Path, compiles: str) -> str:
+    """Says its version; asked to compile, runs a line of shell in which $out is the library to write."""
+    path = folder / "fake"
+    path.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exec echo 1\nfor out; do :; done\n{compiles}\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("compiles", "message"),
+    [("exec sleep 60", "fake did not end in 0.2 seconds"), ("echo text >$out", "native cannot be written or loaded")],
+)
+def test_a_compiler_that_hangs_or_writes_no_library_is_said(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiles: str, message: str
+) -> None:
+    monkeypatch.setattr(build, "PATIENCE", 0.2)
+    monkeypatch.setenv("CXX", fake_compiler(tmp_path, compiles))
+    with pytest.raises(CannotBuildError, match=message):
+        open_or_build(right)
+    assert os.listdir(cache) == ["lock"]
+
+
+@needs_compiler
+def test_without_a_home_it_is_said(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MOEFORGE_CACHE")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 4_000_000)  # as containers are run: nobody that /etc/passwd names
+    with pytest.raises(CannotBuildError, match=r"no folder for it: .*home directory.*; MOEFORGE_CACHE can name one"):
+        open_or_build(right)
+
+
+@needs_compiler
 def test_another_source_is_another_library(cache: Path) -> None:
     open_or_build(right)
     build.SOURCES[0].write_text(TINY.replace("42", "43"))
@@ -98,6 +183,7 @@ def test_processes_that_come_at_once_build_once(cache: Path) -> None:
         ("CXX", "false", "false does not run"),
         ("PATH", "", r"there is no C\+\+ compiler"),
         ("MOEFORGE_CACHE", "/proc/no-place", "/proc/no-place/native cannot be written"),
+        ("MOEFORGE_CACHE", "~no-such-user/x", r"there is no folder for it: .*; MOEFORGE_CACHE can name one"),
     ],
 )
 def test_what_cannot_be_had_is_said(
@@ -134,3 +220,13 @@ def test_another_processor_is_named_and_said_once(
     assert answers == {"the processor lacks avx512f"}
     said = "the native engine is off, torch computes instead: the processor lacks avx512f"
     assert [record.getMessage() for record in caplog.records] == [said]
+
+
+def test_code_without_its_sources_says_so_to_whom_listens_closely(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(build, "SOURCES", [])
+    with caplog.at_level(logging.DEBUG, "moeforge"):
+        assert build.library(right) == "its C++ files are not beside it"
+    build.library.cache_clear()
+    assert [(record.levelno, "not beside it" in record.getMessage()) for record in caplog.records] == [(10, True)]

@@ -3,7 +3,7 @@
 import ctypes
 import subprocess
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -144,8 +144,57 @@ def test_shapes_and_routes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(UserError, match="the route has 2 experts, the weights have 1"):
         expert_mlp(x_TD, route, up[:1], down[:1], "swiglu", "native")
     beyond = Route(route.token + 4, route.weight, route.ends, 5)
-    with pytest.raises(IndexError, match="names a token"):
+    with pytest.raises(UserError, match="names a token"):
         expert_mlp(x_TD, beyond, up, down, "swiglu", "native")
+
+
+def test_int32_tokens_are_taken() -> None:
+    (x_TD, up, down), route = layer(5, 8, 4, 2, 1, torch.float32)
+    short = engine.EdgeTensors(route.token.int(), route.weight, route.ends, 5)
+    assert torch.equal(engine.infer(x_TD, short, up, down, "swiglu"), engine.infer(x_TD, route, up, down, "swiglu"))
+
+
+def test_edges_that_belong_to_nobody_have_no_gradient() -> None:
+    (x_TD, up, down), route = layer(40, 8, 4, 2, 1, torch.float32)
+    padded = engine.EdgeTensors(route.token.repeat(2), route.weight.repeat(2), route.ends, 40)
+    z_NH = x_TD.new_empty(80, up.shape[1])
+    engine._forward(engine.open_library(), (x_TD, padded, up, down, "swiglu"), z_NH)
+    torch.empty(80).fill_(3.0)  # what the allocator hands out next
+    dweight_N = engine.backward(torch.ones_like(x_TD), x_TD, z_NH, padded, up, down, "swiglu")[1]
+    assert bool(dweight_N[:40].all()) and not dweight_N[40:].any()
+
+
+class Broken:
+    """The library, but a pass leaves zeros at the start of what its argument number ``spoilt`` points to."""
+
+    def __init__(self, name: str, spoilt: int) -> None:
+        self.lib, self.name, self.spoilt = engine.open_library(), name, spoilt
+
+    def __getattr__(self, name: str) -> Any:
+        return self.spoil if name == self.name else getattr(self.lib, name)
+
+    def spoil(self, *arguments: Any) -> int:
+        """The pass, then the damage."""
+        status = getattr(self.lib, self.name)(*arguments)
+        if arguments[self.spoilt].value:
+            ctypes.memset(arguments[self.spoilt], 0, 64)
+        return status
+
+
+@pytest.mark.parametrize(
+    ("name", "spoilt", "message"),
+    [
+        ("moeforge_forward", 2, "the output for"),
+        ("moeforge_forward", 3, "the gradient of x for"),  # z, kept for it
+        ("moeforge_backward", 4, "the gradient of x for"),
+        ("moeforge_backward", 5, "the gradient of weight for"),
+        ("moeforge_backward", 6, "the gradient of up for"),
+        ("moeforge_backward", 7, "the gradient of down for"),
+    ],
+)
+def test_the_check_of_a_new_library_sees_every_result(name: str, spoilt: int, message: str) -> None:
+    broken: Any = Broken(name, spoilt)
+    assert str(engine._wrong(broken)).startswith(message)
 
 
 def test_auto_takes_it_and_the_environment_overrules_auto_alone(monkeypatch: pytest.MonkeyPatch) -> None:

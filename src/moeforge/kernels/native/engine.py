@@ -40,8 +40,9 @@ class _Layer(ctypes.Structure):
 
 def why_not(x_TD: Tensor, up_EHD: Tensor, down_EDH: Tensor) -> str | None:
     """The reason the engine cannot run these operands here, or None. The first call builds the library."""
-    if x_TD.device.type != "cpu":
-        return f"it runs on a CPU, not on {x_TD.device.type}"
+    for device in (x_TD.device, up_EHD.device, down_EDH.device):
+        if device.type != "cpu":
+            return f"it runs on a CPU, not on {device.type}"
     if x_TD.dtype not in TYPES:
         return f"it has no {x_TD.dtype}"
     return missing()
@@ -112,8 +113,8 @@ def _backward(
     x_TD, edges, up_EHD, down_EDH, _ = operands
     layer, held = _layer(*operands)
     dy_TD, z_NH = dy_TD.to(x_TD.dtype).contiguous(), z_NH.contiguous()
-    dx_TD, dup_EHD, ddown_EDH = (torch.empty(like.shape, dtype=x_TD.dtype) for like in (x_TD, up_EHD, down_EDH))
-    dweight_N = torch.empty(len(edges.weight))
+    dx_TD, dup_EHD, ddown_EDH = (x_TD.new_empty(like.shape) for like in (x_TD, up_EHD, down_EDH))
+    dweight_N = x_TD.new_zeros(len(edges.weight), dtype=torch.float32)  # of edges past the last end nobody writes
     dz_NH, weighted_NH = torch.empty_like(z_NH), x_TD.new_empty(len(z_NH), down_EDH.shape[2])
     panels = _panels(lib, layer, x_TD, up_EHD.shape[1] + 2)
     outputs = dx_TD, dweight_N, dup_EHD, ddown_EDH, dz_NH, weighted_NH, panels
@@ -144,12 +145,15 @@ def layer_of(
 ) -> tuple[_Layer, list[Tensor]]:
     """The C structure without its matrices, and the contiguous tensors that must live as long as it.
 
-    Raises UserError where the route is not over so many experts.
+    Raises UserError where the route is not over so many experts, or lies on another device.
     """
     num_experts, d_model, d_expert = down_shape
     if len(edges.ends) != num_experts:
         raise UserError(f"the route has {len(edges.ends)} experts, the weights have {num_experts}")
-    held = [x_TD.detach().contiguous(), edges.token.contiguous()]
+    for tensor in (edges.token, edges.weight, edges.ends):
+        if tensor.device.type != "cpu":
+            raise UserError(f"the rows are on the CPU, the route is on {tensor.device.type}: move it to the CPU")
+    held = [x_TD.detach().contiguous(), edges.token.to(torch.int64).contiguous()]
     held += [edges.weight.detach().to(torch.float32).contiguous(), edges.ends.to(torch.int32).contiguous()]
     layer = _Layer(tokens=edges.num_tokens, edges=len(edges.token), threads=torch.get_num_threads())
     layer.x, layer.token, layer.weight, layer.ends = (tensor.data_ptr() for tensor in held)
@@ -160,7 +164,10 @@ def layer_of(
 
 def _panels(lib: ctypes.CDLL, layer: _Layer, x_TD: Tensor, rows: int) -> Tensor:
     lib.moeforge_panel_words.restype = ctypes.c_int64
-    return torch.empty(lib.moeforge_panel_words(ctypes.byref(layer), rows, _is_bf16(x_TD)))
+    words = lib.moeforge_panel_words(ctypes.byref(layer), rows, _is_bf16(x_TD))
+    if words < 0:
+        check(-words)
+    return x_TD.new_empty(words, dtype=torch.float32)
 
 
 def address(tensor: Tensor | None) -> ctypes.c_void_p:
@@ -173,23 +180,42 @@ def _is_bf16(x_TD: Tensor) -> int:
 
 
 def check(status: int) -> None:
-    """Raises IndexError where a pass refused its edges."""
+    """Raises UserError where a pass refused its edges, MemoryError where it found no memory to work in."""
+    if status == 1:
+        raise UserError("the route names a token or an edge that is not there: do its ends rise, and fit its tokens?")
     if status:
-        raise IndexError("a route names a token or an edge that is not there")
+        raise MemoryError("no memory for the experts' pass: fewer tokens at a time or fewer threads need less")
 
 
 def _wrong(lib: ctypes.CDLL) -> str | None:
-    """What a new library computes that the reference does not, or None: ragged sizes, every activation, both types."""
-    generator = torch.Generator().manual_seed(0)
-    token_N = torch.arange(70) % 23
-    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.05)):
-        for activation in get_args(Activation):
-            shapes = (23, 37), (3, 21 * (1 + is_gated(activation)), 37), (3, 37, 21)
-            operands = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
-            edges = EdgeTensors(token_N, torch.rand(70, generator=generator), torch.tensor([50, 50, 70]).int(), 23)
-            x_TD, up_EHD, down_EDH = operands
-            y_TD = _forward(lib, (x_TD, edges, up_EHD, down_EDH, activation)).float()
-            exact_TD = reference(x_TD.float(), edges, up_EHD.float(), down_EDH.float(), activation)
-            if not (y_TD - exact_TD).norm() <= tolerance * exact_TD.norm():
-                return f"{activation} in {dtype}"
+    """What a new library computes that the reference does not, or None: ragged sizes, every activation, both types,
+    with and without the kept pre-activation, and gradients; whatever modes the caller is in."""
+    with torch.device("cpu"), torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        generator = torch.Generator().manual_seed(0)
+        for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.05)):
+            for activation in get_args(Activation):
+                wrong = _differs(lib, activation, dtype, tolerance, generator)
+                if wrong:
+                    return f"{wrong} for {activation} in {dtype}"
+    return None
+
+
+def _differs(
+    lib: ctypes.CDLL, activation: Activation, dtype: torch.dtype, tolerance: float, generator: torch.Generator
+) -> str | None:
+    shapes = (23, 37), (3, 21 * (1 + is_gated(activation)), 37), (3, 37, 21), (23, 37), (70,)
+    drawn = [torch.randn(shape, generator=generator, dtype=torch.float32) for shape in shapes]
+    x_TD, up_EHD, down_EDH, dy_TD = (tensor.to(dtype) for tensor in drawn[:4])
+    edges = EdgeTensors(torch.arange(70) % 23, drawn[4], torch.tensor([50, 50, 70], dtype=torch.int32), 23)
+    operands = x_TD, edges, up_EHD, down_EDH, activation
+    z_NH = x_TD.new_empty(70, up_EHD.shape[1])
+    trained_TD = _forward(lib, operands, z_NH)
+    ours = _forward(lib, operands), trained_TD, *_backward(lib, operands, dy_TD, z_NH)
+    leaves = [tensor.float().requires_grad_() for tensor in (x_TD, edges.weight, up_EHD, down_EDH)]
+    exact_TD = reference(leaves[0], edges._replace(weight=leaves[1]), leaves[2], leaves[3], activation)
+    exact = exact_TD, exact_TD, *torch.autograd.grad(exact_TD, leaves, dy_TD.float())
+    names = "the output", "the output with z kept", *(f"the gradient of {name}" for name in "x weight up down".split())
+    for name, one, other in zip(names, ours, exact, strict=True):
+        if not (one.float() - other).norm() <= tolerance * other.norm():
+            return name
     return None

@@ -108,8 +108,8 @@ struct Pass {
 
     void project(Value* z, float* hidden) const {
         auto tasks = plan.tasks(l, sizeof(Value), true);
-#pragma omp parallel for schedule(dynamic) num_threads(l.threads)
-        for (const Task& t : tasks) {
+        on_threads(tasks.size(), l.threads, [&](int task) {
+            const Task& t = tasks[task];
             const float* panels = gather(t, x);
             const Value* rows = matrix(up, plan.blocks[t.block].expert);
             alignas(64) float gate[GROUP * LANES], linear[GROUP * LANES];
@@ -124,7 +124,7 @@ struct Pass {
                     activate_block(b, u, many, gate, linear, hidden);
                 }
             }
-        }
+        });
     }
 
     void keep(Value* z, const Block& b, int u, int many, const float* gate, const float* linear) const {
@@ -162,9 +162,8 @@ struct Pass {
     template <bool turned>
     void combine(const Value* matrices, int k, float* panels, const float* weight, Value* y) const {
         int columns = std::max(TURNED, (D / (4 * l.threads) + TURNED - 1) / TURNED * TURNED);
-#pragma omp parallel for schedule(dynamic) num_threads(l.threads)
-        for (int from = 0; from < D; from += columns) {
-            int many = std::min(columns, D - from);
+        on_threads((D + columns - 1) / columns, l.threads, [&](int range) {
+            int from = range * columns, many = std::min(columns, D - from);
             float* sums = scratch<0>(l.tokens * columns);
             memset(sums, 0, l.tokens * columns * 4);
             alignas(64) float c[GROUP * LANES];
@@ -192,7 +191,7 @@ struct Pass {
             for (int64_t t = 0; t < l.tokens; t++)
                 for (int d = 0; d < many; d += VECTOR)
                     N::store(y + t * D + from + d, first(many - d), _mm512_loadu_ps(sums + t * columns + d));
-        }
+        });
     }
 
     void scatter(const Block& b, int rows, const float* c, const float* weight, float* sums, int stride) const {
@@ -215,8 +214,8 @@ struct Pass {
     void project_back(const Value* dy, const Value* z, float* dweight, Value* dz, Value* wa, float* panels) const {
         auto tasks = plan.tasks(l, sizeof(Value), false);
         size_t stride = (D + 1) / 2 * 2;
-#pragma omp parallel for schedule(dynamic) num_threads(l.threads)
-        for (const Task& t : tasks) {
+        on_threads(tasks.size(), l.threads, [&](int task) {
+            const Task& t = tasks[task];
             const float* in = gather(t, dy);
             const Value* own = matrix(down, plan.blocks[t.block].expert);
             Value* rows = (Value*)scratch<1>(TURNED * stride);
@@ -235,7 +234,7 @@ struct Pass {
                     activate_back(b, u, many, da, z, dweight, dz, wa, panels);
                 }
             }
-        }
+        });
     }
 
     void activate_back(const Block& b, int u, int many, const float* da, const Value* z, float* dweight, Value* dz,
@@ -284,18 +283,18 @@ struct Pass {
             int wide = std::max<int>(1, CACHE / 2 / panel) * LANES;
             for (int from = 0; from < D; from += wide) ranges.push_back({e, from, std::min(wide, D - from)});
         }
-#pragma omp parallel for schedule(dynamic) num_threads(l.threads)
-        for (const Range& r : ranges) {
+        on_threads(ranges.size(), l.threads, [&](int range) {
+            const Range& r = ranges[range];
             Value *up_rows = dup + size_t(r.expert) * width * D, *down_rows = ddown + size_t(r.expert) * D * H;
             if (plan.start[r.expert] == plan.start[r.expert + 1]) {  // nobody came: one range, all columns
                 clear(up_rows, size_t(width) * D * sizeof(Value));
                 clear(down_rows, size_t(D) * H * sizeof(Value));
-                continue;
+                return;
             }
             size_t base = plan.from(r.expert);
             over_tokens<false>(r.expert, x, dz + base * width, width, r.from, r.many, up_rows);
             over_tokens<true>(r.expert, dy, wa + base * H, H, r.from, r.many, down_rows);
-        }
+        });
     }
 
     // rows [rows][M] times the gathered rows' columns [M][many] -> out [rows][D], or, turned, [D][rows].
@@ -358,29 +357,30 @@ void with_type(int bf16, F f) {
 
 extern "C" {
 
-// 32-bit words of the panels of `rows` values per edge.
+// 32-bit words of the panels of `rows` values per edge, or minus the status that says why there are none.
 int64_t moeforge_panel_words(const Layer* l, int rows, int bf16) {
-    if (!l->sound()) return 0;
-    return Plan(*l, bf16).lanes * words_of(rows, bf16 ? 2 : 1);
+    if (!l->sound()) return -unsound;
+    int64_t words = 0;
+    int status = status_of([&] { words = Plan(*l, bf16).lanes * words_of(rows, bf16 ? 2 : 1); });
+    return status ? -status : words;
 }
 
-// y [T, D]; z [N * width] (see the top) unless null; hidden: panels of d_expert rows. Both passes return 0, or 1 where
-// the edges are not sound.
+// y [T, D]; z [N * width] (see the top) unless null; hidden: panels of d_expert rows. Both passes return a Status.
 int moeforge_forward(const Layer* l, int bf16, void* y, void* z, float* hidden) {
-    if (!l->sound()) return 1;
-    with_type(bf16, [&](auto n) { Pass<decltype(n)>(*l).forward(y, z, hidden); });
-    return 0;
+    if (!l->sound()) return unsound;
+    return status_of([&] { with_type(bf16, [&](auto n) { Pass<decltype(n)>(*l).forward(y, z, hidden); }); });
 }
 
 // Gradients of x, combine weight, up and down; work space: dz [N * width], wa [N * H], panels of width + 2 rows.
 int moeforge_backward(const Layer* l, int bf16, const void* dy, const void* z, void* dx, float* dweight, void* dup,
                        void* ddown, void* dz, void* wa, float* panels) {
-    if (!l->sound()) return 1;
-    with_type(bf16, [&](auto n) {
-        using V = typename decltype(n)::Value;
-        Pass<decltype(n)>(*l).backward((const V*)dy, (const V*)z, (V*)dx, dweight, (V*)dup, (V*)ddown, (V*)dz, (V*)wa,
-                                       panels);
+    if (!l->sound()) return unsound;
+    return status_of([&] {
+        with_type(bf16, [&](auto n) {
+            using V = typename decltype(n)::Value;
+            Pass<decltype(n)>(*l).backward((const V*)dy, (const V*)z, (V*)dx, dweight, (V*)dup, (V*)ddown, (V*)dz,
+                                           (V*)wa, panels);
+        });
     });
-    return 0;
 }
 }

@@ -1,8 +1,10 @@
-// What Python hands over (engine.py mirrors it), and the scratch memory of a thread.
+// What Python hands over (engine.py mirrors it), the loop over threads and the scratch memory of each.
 #pragma once
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <exception>
+#include <memory>
 #include <vector>
 
 struct Layer {
@@ -22,10 +24,49 @@ struct Layer {
     }
 };
 
-// Grows only, one per thread and use: nothing is allocated per expert. Aligned to a cache line.
+enum Status { done, unsound, no_memory };
+
+// What Python gets of a pass: nothing may be thrown at it.
+template <class Work>
+int status_of(Work work) {
+    try {
+        work();
+        return done;
+    } catch (...) {  // std::bad_alloc: nothing else is thrown
+        return no_memory;
+    }
+}
+
+// body(i) for each i < count, on so many threads. What one throws is thrown again after all: it must not leave a thread.
+template <class Body>
+void on_threads(int count, int threads, Body body) {
+    std::exception_ptr thrown;
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int i = 0; i < count; i++) {
+        try {
+            body(i);
+        } catch (...) {
+#pragma omp critical
+            thrown = std::current_exception();
+        }
+    }
+    if (thrown) std::rethrow_exception(thrown);
+}
+
+// Uninitialised, aligned to a cache line, one per thread and use; grows only, so that nothing is allocated per expert.
+// A thread keeps the most it ever needed: in combine that is tokens * max(32, d_model / 4 threads) * 4 bytes. Unnamed:
+// the linker would share such variables with another build of this library in the same process.
+namespace {
 template <int use>
 float* scratch(size_t words) {
-    static thread_local std::vector<float> buffer;
-    if (buffer.size() < words + 16) buffer.resize(words + 16);
-    return buffer.data() + (64 - reinterpret_cast<uintptr_t>(buffer.data()) % 64) % 64 / 4;
+    static thread_local std::unique_ptr<float[]> buffer;
+    static thread_local size_t size = 0;
+    if (size < words + 16) {
+        size = 0;
+        buffer.reset();  // before the larger one: both need not fit
+        buffer.reset(new float[words + 16]);
+        size = words + 16;
+    }
+    return buffer.get() + (64 - reinterpret_cast<uintptr_t>(buffer.get()) % 64) % 64 / 4;
 }
+}  // namespace

@@ -3,7 +3,6 @@
 // described in quantised.py. A row's sum has one order whatever the number of tokens, so results never depend on who
 // their neighbours are.
 #include <cmath>
-#include <memory>
 
 #include "activation.h"
 #include "layer.h"
@@ -32,16 +31,12 @@ struct Bytes {
 
 namespace {
 
-#ifndef AHEAD_
-#define AHEAD_ 8192
-#define PER_ 2
-#endif
 constexpr int BATCH = 4;     // tokens that share a widened block
 constexpr int TOGETHER = 4;  // rows that share a token's values
-constexpr int AHEAD = AHEAD_;  // bytes: the processor's own prefetching ends at each page
+constexpr int AHEAD = 8192;  // bytes: the processor's own prefetching ends at each page
 
 // Rows of a task: few tasks, since memory is slow at the start of each, but enough for all threads.
-inline int share(int rows, int threads) { return std::clamp(rows / (PER_ * threads) / 16 * 16, 32, 256); }
+inline int share(int rows, int threads) { return std::clamp(rows / (2 * threads) / VECTOR * VECTOR, 32, 256); }
 
 inline __m512 both(__m512 low, __m512 high) {
 #ifdef __AVX512BF16__
@@ -243,47 +238,46 @@ inline uint16_t rounded(float v) { return _mm_extract_epi16(_mm256_castsi256_si1
 template <class X>
 struct Rows {
     std::unique_ptr<X[]> first;
-    int blocks;
+    size_t blocks;
 
     Rows(const Quantised& q, const uint16_t* x, int64_t count, int threads)
         : first(new X[count * q.blocks]), blocks(q.blocks) {
-#pragma omp parallel for num_threads(threads) if (count > BATCH)
-        for (int64_t t = 0; t < count; t++) arrange(q, x + t * blocks * 128, first.get() + t * blocks);
+        on_threads((count + BATCH - 1) / BATCH, count > BATCH ? threads : 1, [&](int batch) {
+            for (int64_t t = int64_t(batch) * BATCH; t < std::min(count, (int64_t(batch) + 1) * BATCH); t++)
+                arrange(q, x + t * blocks * 128, first.get() + t * blocks);
+        });
     }
     const X* operator[](size_t row) const { return first.get() + row * blocks; }
 };
 
-// hidden [edges, blocks of down * 128] bf16: zero in its padding, filled here.
+// hidden [edges, stride] bf16: zero in its padding, filled here.
 template <class X>
-void project(const Layer& l, const Quantised& up, const Rows<X>& x, uint16_t* hidden, int stride) {
+void project(const Layer& l, const Quantised& up, const Rows<X>& x, uint16_t* hidden, size_t stride) {
     const int rows = share(l.d_expert, l.threads), shares = (l.d_expert + rows - 1) / rows;
-#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(l.threads)
-    for (int e = 0; e < l.experts; e++)
-        for (int s = 0; s < shares; s++) {
-            int from = e ? l.ends[e - 1] : 0, count = l.ends[e] - from;
-            if (!count) continue;
-            int begin = s * rows, end = std::min(begin + rows, l.d_expert);
-            size_t base = size_t(e) * up.rows;
-            float *gate = scratch<0>(count * rows), *linear = scratch<1>(count * rows);
-            auto token = [&](int m) { return x[l.token[from + m]]; };
-            auto into = [&](float* all) { return [=](int r, int m, float v) { all[m * rows + r - begin] = v; }; };
-            rows_against(up, base, begin, end, count, token, into(gate));
-            if (l.gated) rows_against(up, base + l.d_expert, begin, end, count, token, into(linear));
-            for (int m = 0; m < count; m++)
-                for (int r = 0; r < end - begin; r += VECTOR) {
-                    __m512 a = activate(_mm512_loadu_ps(gate + m * rows + r), Pointwise(l.pointwise)).value;
-                    if (l.gated) a = _mm512_mul_ps(a, _mm512_loadu_ps(linear + m * rows + r));
-                    Bf16::store(hidden + size_t(from + m) * stride + begin + r, first(end - begin - r), a);
-                }
-        }
+    on_threads(l.experts * shares, l.threads, [&](int task) {
+        int e = task / shares, from = e ? l.ends[e - 1] : 0, count = l.ends[e] - from;
+        if (!count) return;
+        int begin = task % shares * rows, end = std::min(begin + rows, l.d_expert);
+        size_t base = size_t(e) * up.rows;
+        float *gate = scratch<0>(size_t(count) * rows), *linear = scratch<1>(size_t(count) * rows);
+        auto token = [&](int m) { return x[l.token[from + m]]; };
+        auto into = [&](float* all) { return [=](int r, int m, float v) { all[m * rows + r - begin] = v; }; };
+        rows_against(up, base, begin, end, count, token, into(gate));
+        if (l.gated) rows_against(up, base + l.d_expert, begin, end, count, token, into(linear));
+        for (int m = 0; m < count; m++)
+            for (int r = 0; r < end - begin; r += VECTOR) {
+                __m512 a = activate(_mm512_loadu_ps(gate + m * rows + r), Pointwise(l.pointwise)).value;
+                if (l.gated) a = _mm512_mul_ps(a, _mm512_loadu_ps(linear + m * rows + r));
+                Bf16::store(hidden + (from + m) * stride + begin + r, first(end - begin - r), a);
+            }
+    });
 }
 
 template <class X>
 void combine(const Layer& l, const Quantised& down, const Rows<X>& hidden, uint16_t* y) {
     const int rows = share(l.d_model, l.threads);
-#pragma omp parallel for schedule(dynamic) num_threads(l.threads)
-    for (int from = 0; from < l.d_model; from += rows) {
-        int end = std::min(from + rows, l.d_model);
+    on_threads((l.d_model + rows - 1) / rows, l.threads, [&](int task) {
+        int from = task * rows, end = std::min(from + rows, l.d_model);
         float* sums = scratch<0>(l.tokens * rows);
         std::fill_n(sums, l.tokens * rows, 0.f);
         for (int e = 0, edge = 0; e < l.experts; edge = l.ends[e++])
@@ -292,42 +286,40 @@ void combine(const Layer& l, const Quantised& down, const Rows<X>& hidden, uint1
                 [&](int r, int m, float v) { sums[l.token[edge + m] * rows + r - from] += l.weight[edge + m] * v; });
         for (int64_t t = 0; t < l.tokens; t++)
             for (int d = from; d < end; d++) y[t * l.d_model + d] = rounded(sums[t * rows + d - from]);
-    }
+    });
 }
 
 template <class X>
 void layer(const Layer& l, uint16_t* hidden, uint16_t* y) {
     const auto &up = *(const Quantised*)l.up, &down = *(const Quantised*)l.down;
-    project<X>(l, up, {up, (const uint16_t*)l.x, l.tokens, l.threads}, hidden, down.blocks * 128);
+    project<X>(l, up, {up, (const uint16_t*)l.x, l.tokens, l.threads}, hidden, size_t(down.blocks) * 128);
     combine<X>(l, down, {down, hidden, l.edges, l.threads}, y);
 }
 
 template <class X>
-void linear(const Quantised& q, const Rows<X>& x, int64_t tokens, int threads, uint16_t* y) {
+void linear(const Quantised& q, const uint16_t* x_TK, int64_t tokens, int threads, uint16_t* y) {
+    const Rows<X> x(q, x_TK, tokens, threads);
     const int rows = share(q.rows, threads);
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (int from = 0; from < q.rows; from += rows)
+    on_threads((q.rows + rows - 1) / rows, threads, [&](int task) {
         rows_against(
-            q, 0, from, std::min(from + rows, q.rows), tokens, [&](int m) { return x[m]; },
+            q, 0, task * rows, std::min((task + 1) * rows, q.rows), tokens, [&](int m) { return x[m]; },
             [&](int r, int m, float v) { y[size_t(m) * q.rows + r] = rounded(v); });
+    });
 }
 
 }  // namespace
 
 extern "C" {
 
-// x [T, blocks * 128] bf16, padded with zeros; y [T, D] bf16; as_bytes: tokens and hidden values go to int8. Returns 1
-// where the edges are not sound.
+// x [T, blocks * 128] bf16, padded with zeros; y [T, D] bf16; as_bytes: x and hidden go to int8. Returns a Status.
 int moeforge_quantised(const Layer* l, int as_bytes, uint16_t* y, uint16_t* hidden) {
-    if (!l->sound()) return 1;
-    as_bytes ? layer<Bytes>(*l, hidden, y) : layer<Halves>(*l, hidden, y);
-    return 0;
+    if (!l->sound()) return unsound;
+    return status_of([&] { as_bytes ? layer<Bytes>(*l, hidden, y) : layer<Halves>(*l, hidden, y); });
 }
 
-// y [T, rows] = x W^T for one matrix.
-void moeforge_quantised_linear(const Quantised* q, const uint16_t* x, int64_t tokens, int as_bytes, int threads,
-                               uint16_t* y) {
-    as_bytes ? linear<Bytes>(*q, {*q, x, tokens, threads}, tokens, threads, y)
-             : linear<Halves>(*q, {*q, x, tokens, threads}, tokens, threads, y);
+// y [T, rows] = x W^T for one matrix. Returns a Status.
+int moeforge_quantised_linear(const Quantised* q, const uint16_t* x, int64_t tokens, int as_bytes, int threads,
+                              uint16_t* y) {
+    return status_of([&] { (as_bytes ? linear<Bytes> : linear<Halves>)(*q, x, tokens, threads, y); });
 }
 }
