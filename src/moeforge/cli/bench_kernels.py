@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from moeforge.errors import UserError
 
@@ -35,7 +35,7 @@ class Case:
     dtype: str = "bfloat16"
     backward: bool = False
     bits: int = 0
-    rows: str = "bf16"
+    rows: Literal["bf16", "int8"] = "bf16"
     """What quantised weights are multiplied with."""
     most: float | None = None
     least: float | None = None

@@ -1,5 +1,6 @@
 """Weights of 8 and 4 bits: the format to the letter, products against the dequantised twin, bits and bad input."""
 
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,14 @@ def test_a_linear_is_its_dequantised_twin(count: int, width: int, out: int, form
     found = linear_quantised(x_TD, weight, rows)
     assert found.shape == exact.shape and found.dtype == torch.bfloat16
     torch.testing.assert_close(found.float(), exact, rtol=0.004, atol=1e-4 * width**0.5)
+
+
+def test_a_copy_outlives_its_original() -> None:
+    made, x_TD = quantise(torch.randn(8, 64), 8, 32), torch.randn(2, 64)
+    before = linear_quantised(x_TD, made)
+    again = deepcopy(made)
+    made.packed.zero_()
+    assert torch.equal(linear_quantised(x_TD, again), before)
 
 
 def integers(count: int, width: int, group: int, largest: int) -> torch.Tensor:

@@ -290,10 +290,12 @@ void combine(const Layer& l, const Quantised& down, const Rows<X>& hidden, uint1
 }
 
 template <class X>
-void layer(const Layer& l, uint16_t* hidden, uint16_t* y) {
+void layer(const Layer& l, uint16_t* y) {
     const auto &up = *(const Quantised*)l.up, &down = *(const Quantised*)l.down;
-    project<X>(l, up, {up, (const uint16_t*)l.x, l.tokens, l.threads}, hidden, size_t(down.blocks) * 128);
-    combine<X>(l, down, {down, hidden, l.edges, l.threads}, y);
+    const size_t stride = size_t(down.blocks) * 128;
+    std::vector<uint16_t> hidden(l.edges * stride);
+    project<X>(l, up, {up, (const uint16_t*)l.x, l.tokens, l.threads}, hidden.data(), stride);
+    combine<X>(l, down, {down, hidden.data(), l.edges, l.threads}, y);
 }
 
 template <class X>
@@ -312,9 +314,9 @@ void linear(const Quantised& q, const uint16_t* x_TK, int64_t tokens, int thread
 extern "C" {
 
 // x [T, blocks * 128] bf16, padded with zeros; y [T, D] bf16; as_bytes: x and hidden go to int8. Returns a Status.
-int moeforge_quantised(const Layer* l, int as_bytes, uint16_t* y, uint16_t* hidden) {
+int moeforge_quantised(const Layer* l, int as_bytes, uint16_t* y) {
     if (!l->sound()) return unsound;
-    return status_of([&] { as_bytes ? layer<Bytes>(*l, hidden, y) : layer<Halves>(*l, hidden, y); });
+    return status_of([&] { (as_bytes ? layer<Bytes> : layer<Halves>)(*l, y); });
 }
 
 // y [T, rows] = x W^T for one matrix. Returns a Status.

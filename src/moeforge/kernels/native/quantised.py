@@ -14,6 +14,7 @@ round(w / scale), between -127 and 127 or between -7 and 7.
 
 import ctypes
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, get_args
 
 import torch
@@ -38,6 +39,16 @@ with a float32 scale: faster, since integers need no widening, for a relative er
 (docs/kernels.md)."""
 
 
+class _Matrix(ctypes.Structure):
+    """``struct Quantised`` of ``quantised.cpp``."""
+
+    _fields_ = (
+        ("packed", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        *((name, ctypes.c_int32) for name in ("bits", "group", "rows", "blocks")),
+    )
+
+
 @dataclass(frozen=True)
 class QuantisedWeight:
     """A weight [..., out, in] in the format that the module describes."""
@@ -53,6 +64,20 @@ class QuantisedWeight:
     def nbytes(self) -> int:
         """Bytes in memory."""
         return self.packed.nbytes + self.scales.nbytes
+
+    @cached_property
+    def matrix(self) -> _Matrix:
+        """What the C++ reads: made once, since one token's experts take little longer than making it."""
+        for tensor in (self.packed, self.scales):
+            if tensor.device.type != "cpu" or not tensor.is_contiguous():
+                raise UserError("a quantised weight is two contiguous tensors on the rows' device")
+        blocks = -(-self.shape[-1] // BLOCK)
+        addresses = self.packed.data_ptr(), self.scales.data_ptr()
+        return _Matrix(*addresses, self.bits, self.group, self.shape[-2], blocks)
+
+    def __getstate__(self) -> dict[str, object]:
+        """A copy has addresses of its own."""
+        return {name: value for name, value in self.__dict__.items() if name != "matrix"}
 
     def dequantise(self) -> Tensor:
         """[..., out, in] float32: what the numbers stand for."""
@@ -113,12 +138,10 @@ def expert_mlp_quantised(
     if x_TD.device.type != "cpu" or engine.missing() is not None:
         return _experts_in_torch(x_TD, edges, up, down, activation, rows)
     lib = engine.open_library()
-    matrices = _Matrix.of(up), _Matrix.of(down)
     layer, held = engine.layer_of(_padded(x_TD), edges, down.shape, activation)
-    layer.up, layer.down = (ctypes.addressof(matrix) for matrix in matrices)
-    y_TD = x_TD.new_empty(x_TD.shape)
-    hidden_NH = x_TD.new_zeros(len(edges.token), matrices[1].blocks * BLOCK)
-    status = lib.moeforge_quantised(ctypes.byref(layer), as_bytes, engine.address(y_TD), engine.address(hidden_NH))
+    layer.up, layer.down = ctypes.addressof(up.matrix), ctypes.addressof(down.matrix)
+    y_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
+    status = lib.moeforge_quantised(ctypes.byref(layer), as_bytes, engine.address(y_TD))
     del held
     engine.check(status)
     return y_TD
@@ -132,12 +155,12 @@ def linear_quantised(x_TD: Tensor, weight: QuantisedWeight, rows: RowType = "bf1
     x_TD = x_TD.detach().to(torch.bfloat16)
     if x_TD.device.type != "cpu" or engine.missing() is not None:
         return F.linear(_rounded(x_TD, weight.group, rows), weight.dequantise()).to(torch.bfloat16)
-    x_NK, matrix = _padded(x_TD.flatten(0, -2)), _Matrix.of(weight)
+    x_NK = _padded(x_TD.flatten(0, -2))
     y_TD = x_NK.new_empty(len(x_NK), weight.shape[0])
     sizes = ctypes.c_int64(len(x_NK)), as_bytes, torch.get_num_threads()
     lib = engine.open_library()
     engine.check(
-        lib.moeforge_quantised_linear(ctypes.byref(matrix), engine.address(x_NK), *sizes, engine.address(y_TD))
+        lib.moeforge_quantised_linear(ctypes.byref(weight.matrix), engine.address(x_NK), *sizes, engine.address(y_TD))
     )
     return y_TD.view(*x_TD.shape[:-1], weight.shape[0])
 
@@ -172,24 +195,6 @@ def _rounded(x_TD: Tensor, group: int, rows: RowType) -> Tensor:
     return (codes * scales).flatten(-2)[..., : x_TD.shape[-1]]
 
 
-class _Matrix(ctypes.Structure):
-    """``struct Quantised`` of ``quantised.cpp``; lives shorter than the weight."""
-
-    _fields_ = (
-        ("packed", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        *((name, ctypes.c_int32) for name in ("bits", "group", "rows", "blocks")),
-    )
-
-    @classmethod
-    def of(cls, weight: QuantisedWeight) -> "_Matrix":
-        for tensor in (weight.packed, weight.scales):
-            if tensor.device.type != "cpu" or not tensor.is_contiguous():
-                raise UserError("a quantised weight is two contiguous tensors on the rows' device")
-        blocks = -(-weight.shape[-1] // BLOCK)
-        addresses = weight.packed.data_ptr(), weight.scales.data_ptr()
-        return cls(*addresses, weight.bits, weight.group, weight.shape[-2], blocks)
-
-
 def _padded(x_TD: Tensor) -> Tensor:
-    return F.pad(x_TD, (0, -x_TD.shape[-1] % BLOCK)).contiguous()
+    padding = -x_TD.shape[-1] % BLOCK
+    return (F.pad(x_TD, (0, padding)) if padding else x_TD).contiguous()
