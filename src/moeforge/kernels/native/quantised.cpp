@@ -12,10 +12,6 @@ struct Quantised {
     const uint8_t* packed;
     const uint16_t* scales;  // float16
     int32_t bits, group, rows, blocks;  // rows of one expert, of so many blocks of 128 inputs
-
-    size_t row_bytes() const { return size_t(blocks) * 16 * bits; }
-    const uint8_t* row(size_t r) const { return packed + r * row_bytes(); }
-    const uint16_t* scale(size_t r) const { return scales + r * blocks * (128 / group); }
 };
 
 // A block of a token, in the order in which weights come out of their registers: bf16, or int8 with scales.
@@ -182,7 +178,10 @@ void dots(const Quantised& q, const size_t* rows, const X* const* x, float* out)
         for (auto& s : token) s = _mm512_setzero_ps();
     const uint8_t* packed[TOGETHER];
     const uint16_t* scales[TOGETHER];
-    for (int i = 0; i < TOGETHER; i++) packed[i] = q.row(rows[i]), scales[i] = q.scale(rows[i]);
+    for (int i = 0; i < TOGETHER; i++) {
+        packed[i] = q.packed + rows[i] * q.blocks * (16 * bits);
+        scales[i] = q.scales + rows[i] * q.blocks * (4 / parts);
+    }
     for (int b = 0; b < q.blocks; b++)
         for (int i = 0; i < TOGETHER; i++) {
             const uint8_t* block = packed[i] + b * 16 * bits;
