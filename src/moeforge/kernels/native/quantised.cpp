@@ -83,7 +83,7 @@ inline __m512i step(__m512i sum, __m512i is_unsigned, __m512i is_signed) {
 #endif
 }
 
-// Value `at` of a block as stored is input inputs(at): four neighbours of each quarter in turn.
+// Value `at` of a block as stored is input input_of(at): four neighbours of each quarter in turn.
 inline int input_of(int at) { return at / 4 % 4 * 32 + at / 16 % 4 * 8 + at / 64 * 4 + at % 4; }
 
 void arrange(const Quantised& q, const uint16_t* x, Halves* row) {
