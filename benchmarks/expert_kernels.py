@@ -1,8 +1,8 @@
 """Expert kernels against transformers, a sorted loop and a dense MLP, and a training step: what docs/kernels.md shows.
 
 ``python benchmarks/expert_kernels.py`` measures all parts and writes ``expert_kernels.json`` and ``docs/kernels.png``;
-with names of parts it measures those anew and keeps the others. Not called kernels.py: transformers looks for a package
-of that name.
+with names of parts it measures those anew and keeps the others, with ``--case`` only the cases called so. Not called
+kernels.py: transformers looks for a package of that name.
 """
 
 import argparse
@@ -24,11 +24,11 @@ COLOURS = {"native": "C3", "streaming": "C0", "grouped": "C1", "sorted loop": "C
 COLOURS |= dict.fromkeys(("torch int8pack_mm", "torch int4pack_mm"), "C4")
 
 
-def layers(allocator: str) -> dict[str, object]:
+def layers(allocator: str, words: list[str]) -> dict[str, dict]:
     """What ``moeforge bench kernels`` finds, in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "found.json"
-        options = ["--allocator", allocator, "--out", str(out)]
+        options = ["--allocator", allocator, "--out", str(out), *(f"--case={word}" for word in words)]
         subprocess.run([sys.executable, "-m", "moeforge", "bench", "kernels", *options], check=True)
         return json.loads(out.read_text(encoding="utf-8"))[allocator]
 
@@ -75,11 +75,19 @@ def main() -> None:
     """Measures, writes, draws."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="all where none is named")
-    wanted = parser.parse_args().parts or PARTS
+    parser.add_argument(
+        "--case", action="append", default=[], help="part of a case's name: measure only such cases anew"
+    )
+    options = parser.parse_args()
+    wanted = options.parts or (PARTS[:2] if options.case else PARTS)
     file = HERE / "expert_kernels.json"
     results = json.loads(file.read_text(encoding="utf-8"))["results"] if file.exists() else {}
     for part in wanted:
-        results[part] = training() if part == "training" else layers(part)
+        found = training() if part == "training" else layers(part, options.case)
+        if options.case:  # with the limits of their own run
+            cases = {name: case | {"limits": found["limits"]} for name, case in found["cases"].items()}
+            found = results[part] | {"cases": results[part]["cases"] | cases}
+        results[part] = found
         write("expert_kernels", results)
     if {"default", "kept"} <= results.keys():
         plot(results, HERE.parent / "docs" / "kernels.png")

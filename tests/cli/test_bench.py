@@ -33,7 +33,7 @@ def test_the_command_writes_json(call, tmp_path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_what_it_does_not_know_it_refuses(call) -> None:
-    assert chosen([]) == list(CASES) and [case.bits for case in chosen(["int4"])] == [4]
+    assert chosen([]) == list(CASES) and [case.bits for case in chosen(["int4"])] == [4, 4]
     with pytest.raises(UserError, match=r"no case is called like \['E7'\]\. There are: E64 k8 "):
         chosen(["E7"])
     code, _, err = call("bench", "kernels", "--allocator", "mine")

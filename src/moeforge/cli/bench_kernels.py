@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from moeforge.errors import UserError
 
@@ -35,6 +35,8 @@ class Case:
     dtype: str = "bfloat16"
     backward: bool = False
     bits: int = 0
+    rows: Literal["bf16", "int8"] = "bf16"
+    """What quantised weights are multiplied with."""
     most: float | None = None
     least: float | None = None
     reads: float | None = None
@@ -44,7 +46,7 @@ class Case:
     def name(self) -> str:
         """As ``--case`` finds it."""
         shape = f"E{self.num_experts} k{self.top_k} D{self.d_model} H{self.d_expert} T{self.tokens}"
-        weights = f"int{self.bits} weights " if self.bits else ""
+        weights = f"int{self.bits} weights {self.rows} rows " if self.bits else ""
         return f"{shape} {self.dtype} {weights}{'forward + backward' if self.backward else 'forward'}"
 
 
@@ -57,7 +59,9 @@ CASES = (
     Case(8, 2, 1024, 1792, 2048, backward=True, most=1.5, least=1.15),
     Case(64, 8, 1024, 512, 2048, "float32", backward=True, most=1.4, least=1.25),
     Case(64, 8, 1024, 512, 1, bits=8, least=2.0, reads=0.75),
+    Case(64, 8, 1024, 512, 1, bits=8, rows="int8", least=2.0, reads=0.75),
     Case(64, 8, 1024, 512, 1, bits=4, least=2.0, reads=0.65),
+    Case(64, 8, 1024, 512, 1, bits=4, rows="int8", least=2.0, reads=0.65),
     Case(64, 8, 1024, 512, 64, backward=True),
     Case(64, 8, 1024, 512, 1, backward=True),
     Case(16, 1, 64, 128, 4096, "float32", backward=True),
@@ -182,7 +186,7 @@ def _quantised_variants(
     up, down = (quantise(weight, case.bits, GROUP) for weight in (up_EHD, down_EDH))
     variants = {
         DENSE: _step(_dense(case, x_TD), [], None),
-        "native": lambda: expert_mlp_quantised(x_TD, route, up, down, "swiglu"),
+        "native": lambda: expert_mlp_quantised(x_TD, route, up, down, "swiglu", case.rows),
         f"torch int{case.bits}pack_mm": _torch_quantised(case, x_TD, route, up_EHD, down_EDH),
     }
     return variants, {}, (up.nbytes + down.nbytes) * int((route.counts > 0).sum()) // case.num_experts

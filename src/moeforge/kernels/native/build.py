@@ -23,7 +23,7 @@ from pathlib import Path
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=off")
 """Products and sums are fused only where the source says so: what must agree bit for bit hangs on no compiler."""
 NEEDED = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl")
-USED = {"avx512_bf16": ("-mavx512bf16",), "amx_bf16": ("-mamx-tile", "-mamx-bf16")}
+USED = {"avx512_bf16": ("-mavx512bf16",), "avx512_vnni": ("-mavx512vnni",), "amx_bf16": ("-mamx-tile", "-mamx-bf16")}
 """Flags of the processor, as Linux names them, to what tells the compiler to use them."""
 DIGEST = hashlib.sha256().digest_size
 PATIENCE = 300

@@ -1,6 +1,9 @@
-// Experts with weights of 8 or 4 bits, for few tokens at a time: a row of weights is read once, widened to bf16 in
-// registers and multiplied along K with each token. The format is described in quantised.py. A row's sum has one order
-// whatever the number of tokens, so results never depend on who their neighbours are.
+// Experts with weights of 8 or 4 bits, for few tokens at a time: a row of weights is read once and multiplied along K
+// with each token, in bf16 (the weights widened in registers) or in int8 (the token quantised as well). The format is
+// described in quantised.py. A row's sum has one order whatever the number of tokens, so results never depend on who
+// their neighbours are.
+#include <cmath>
+
 #include "activation.h"
 #include "layer.h"
 #include "numbers.h"
@@ -9,18 +12,27 @@ struct Quantised {
     const uint8_t* packed;
     const uint16_t* scales;  // float16
     int32_t bits, group, rows, blocks;  // rows of one expert, of so many blocks of 128 inputs
+};
 
-    size_t row_bytes() const { return size_t(blocks) * 16 * bits; }
-    const uint8_t* row(size_t r) const { return packed + r * row_bytes(); }
-    const uint16_t* scale(size_t r) const { return scales + r * blocks * (128 / group); }
+// A block of a token, in the order in which weights come out of their registers: bf16, or int8 with scales.
+struct Halves {
+    uint16_t values[128];
+};
+
+struct Bytes {
+    int8_t codes[128];
+    int32_t offset[16];  // less what weights held as code + 128 or + 8 add to the lane's sum
+    float scales[4];     // of each 32 inputs
 };
 
 namespace {
 
-constexpr int BATCH = 4;   // tokens that share a widened block
-constexpr int TOGETHER = 2;  // rows that share a token's values
-constexpr int SHARE = 32;  // rows of a task
-constexpr int AHEAD = 4096;  // bytes: the processor's own prefetching ends at each page
+constexpr int BATCH = 4;     // tokens that share a widened block
+constexpr int TOGETHER = 4;  // rows that share a token's values
+constexpr int AHEAD = 8192;  // bytes: the processor's own prefetching ends at each page
+
+// Rows of a task: few tasks, since memory is slow at the start of each, but enough for all threads.
+inline int share(int rows, int threads) { return std::clamp(rows / (2 * threads) / VECTOR * VECTOR, 32, 256); }
 
 inline __m512 both(__m512 low, __m512 high) {
 #ifdef __AVX512BF16__
@@ -29,7 +41,7 @@ inline __m512 both(__m512 low, __m512 high) {
     return _mm512_castsi512_ps(_mm512_inserti64x4(_mm512_castsi256_si512(Bf16::narrow(low)), Bf16::narrow(high), 1));
 }
 
-// 128 inputs as four vectors of bf16, in order.
+// A block of weights as four vectors of bf16.
 template <int bits>
 inline void widen(const uint8_t* p, __m512 w[4]) {
     if (bits == 8) {
@@ -50,112 +62,249 @@ inline void widen(const uint8_t* p, __m512 w[4]) {
         w[j] = _mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * j), table));
 }
 
-// out[i * BATCH + m] = row r + i . x[m], for R rows and M tokens; groups of `parts` vectors share a scale.
-template <int bits, int R, int M, int parts>
-inline void dots(const Quantised& q, size_t r, const uint16_t* const* x, float* out) {
-    __m512 sum[R][M];
-    for (auto& row : sum)
-        for (auto& s : row) s = _mm512_setzero_ps();
-    for (int b = 0; b < q.blocks; b++)
-        for (int i = 0; i < R; i++) {
-            const uint8_t* packed = q.row(r + i) + b * 16 * bits;
-            const uint16_t* scales = q.scale(r + i) + b * (4 / parts);
-            for (int line = 0; line < bits / 4; line++)
-                _mm_prefetch((const char*)packed + AHEAD + 64 * line, _MM_HINT_T0);
-            __m512 w[4];
-            widen<bits>(packed, w);
-            for (int j = 0; j < 4; j += parts) {
-                __m512 scale = _mm512_cvtph_ps(_mm256_set1_epi16(*scales++));
-                for (int m = 0; m < M; m++) {
-                    __m512 part = _mm512_setzero_ps();
-                    for (int n = j; n < j + parts; n++)
-                        part = Bf16::step(part, w[n], _mm512_loadu_ps((const float*)(x[m] + b * 128 + n * 32)));
-                    sum[i][m] = _mm512_fmadd_ps(part, scale, sum[i][m]);
-                }
-            }
+// The same as two vectors of unsigned bytes, code + 128 or + 8.
+template <int bits>
+inline void unpack(const uint8_t* p, __m512i w[2]) {
+    __m512i low = _mm512_loadu_si512(p), sign = _mm512_set1_epi8(-128), nibble = _mm512_set1_epi8(15);
+    w[0] = bits == 8 ? _mm512_xor_si512(low, sign) : _mm512_and_si512(low, nibble);
+    w[1] = bits == 8 ? _mm512_xor_si512(_mm512_loadu_si512(p + 64), sign)
+                     : _mm512_and_si512(_mm512_srli_epi16(low, 4), nibble);
+}
+
+// sum plus, in each lane of 32 bits, the products of four bytes.
+inline __m512i step(__m512i sum, __m512i is_unsigned, __m512i is_signed) {
+#ifdef __AVX512VNNI__
+    return _mm512_dpbusd_epi32(sum, is_unsigned, is_signed);
+#else
+    __m512i even = _mm512_srai_epi16(_mm512_slli_epi16(is_signed, 8), 8), odd = _mm512_srai_epi16(is_signed, 8);
+    even = _mm512_madd_epi16(_mm512_and_si512(is_unsigned, _mm512_set1_epi16(255)), even);
+    odd = _mm512_madd_epi16(_mm512_srli_epi16(is_unsigned, 8), odd);
+    return _mm512_add_epi32(sum, _mm512_add_epi32(even, odd));
+#endif
+}
+
+// Value `at` of a block as stored is input input_of(at): four neighbours of each quarter in turn.
+inline int input_of(int at) { return at / 4 % 4 * 32 + at / 16 % 4 * 8 + at / 64 * 4 + at % 4; }
+
+void arrange(const Quantised& q, const uint16_t* x, Halves* row) {
+    for (Halves* to = row; to < row + q.blocks; to++, x += 128)
+        for (int i = 0; i < 128; i++) {  // a shift of 4 bits leaves one byte of two: even ones come first
+            int byte = i % 32 * 2 + i / 64, half = i / 32 % 2;
+            to->values[i] = x[input_of(q.bits == 8 ? i : 64 * half + byte)];
         }
-    for (int i = 0; i < R; i++)
-        for (int m = 0; m < M; m++) out[i * BATCH + m] = _mm512_reduce_add_ps(sum[i][m]);
 }
 
-template <int bits, int R, int M>
-inline void by_group(const Quantised& q, size_t r, const uint16_t* const* x, float* out) {
+// One group: to nearest, ties to even. A value that is not a number makes the scale, and with it the row's sums, one.
+inline float to_codes(const uint16_t* x, int group, int8_t* codes) {
+    __m512 most = _mm512_setzero_ps();
+    __mmask16 nan = 0;
+    for (int k = 0; k < group; k += VECTOR) {
+        __m512 v = Bf16::load(x + k, first(VECTOR));
+        nan |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+        most = _mm512_max_ps(most, _mm512_abs_ps(v));
+    }
+    float scale = nan ? NAN : _mm512_reduce_max_ps(most) / 127;
+    for (int k = 0; k < group; k += VECTOR) {
+        __m512 v = _mm512_maskz_div_ps(first(scale > 0 ? VECTOR : 0), Bf16::load(x + k, first(VECTOR)), splat(scale));
+        v = _mm512_max_ps(_mm512_min_ps(v, splat(127)), splat(-127));  // a scale of few bits may be too small
+        _mm_storeu_si128((__m128i*)(codes + k), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+    }
+    return scale;
+}
+
+void arrange(const Quantised& q, const uint16_t* x, Bytes* row) {
+    for (Bytes* to = row; to < row + q.blocks; to++, x += 128) {
+        int8_t codes[128];
+        for (int k = 0; k < 128; k += q.group)
+            std::fill_n(to->scales + k / 32, q.group / 32, to_codes(x + k, q.group, codes + k));
+        for (int i = 0; i < 128; i += 4) std::memcpy(to->codes + i, codes + input_of(i), 4);
+        __m512i added = _mm512_setzero_si512(), code = _mm512_set1_epi8(q.bits == 8 ? -128 : 8);
+        for (int j = 0; j < 2; j++) added = step(added, code, _mm512_loadu_si512(to->codes + 64 * j));
+        _mm512_storeu_si512(to->offset, _mm512_sub_epi32(_mm512_setzero_si512(), added));
+    }
+}
+
+// The scales of the block's quarters, again and again; `parts` quarters share one.
+template <int parts>
+inline __m512 scales_of(const uint16_t* scales) {
+    uint64_t s = 0;
+    std::memcpy(&s, scales, 8 / parts);
+    if (parts == 2) s = (s & 0xFFFF) * 0x10001 | (s >> 16) * 0x10001 << 32;
+    return _mm512_cvtph_ps(parts == 4 ? _mm256_set1_epi16(s) : _mm256_set1_epi64x(s));
+}
+
+template <int bits>
+inline __m512 product(const uint8_t* packed, const Halves& x) {
+    __m512 w[4], sum = _mm512_setzero_ps();
+    widen<bits>(packed, w);
+    for (int j = 0; j < 4; j++) sum = Bf16::step(sum, w[j], _mm512_loadu_ps((const float*)(x.values + 32 * j)));
+    return sum;
+}
+
+template <int bits>
+inline __m512 product(const uint8_t* packed, const Bytes& x) {
+    __m512i w[2], sum = _mm512_loadu_si512(x.offset);
+    unpack<bits>(packed, w);
+    for (int j = 0; j < 2; j++) sum = step(sum, w[j], _mm512_loadu_si512(x.codes + 64 * j));
+    return _mm512_cvtepi32_ps(sum);
+}
+
+// Each lane's scale: of its weights, and of the token's values.
+template <int bits>
+inline __m512 scaled(__m512 scales, const Halves&) {
+    if (bits == 4) return scales;
+    const __m512i lanes = _mm512_set4_epi64(0x300000003, 0x200000002, 0x100000001, 0);  // two lanes to a quarter
+    return _mm512_permutexvar_ps(lanes, scales);
+}
+
+template <int bits>
+inline __m512 scaled(__m512 scales, const Bytes& x) {
+    return _mm512_mul_ps(scales, _mm512_broadcast_f32x4(_mm_loadu_ps(x.scales)));
+}
+
+// The sums of four vectors, each in the same order.
+inline __m128 sums_of(const __m512* v) {
+    auto pair = [](__m512 a, __m512 b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); };
+    __m512 a = pair(v[0], v[2]), b = pair(v[1], v[3]), quads = pair(a, b);
+    __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(quads), _mm512_extractf32x8_ps(quads, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
+}
+
+// out[m * TOGETHER + i] = row rows[i] . x[m], for M tokens.
+template <int bits, int M, int parts, class X>
+void dots(const Quantised& q, const size_t* rows, const X* const* x, float* out) {
+    __m512 sum[M][TOGETHER];
+    for (auto& token : sum)
+        for (auto& s : token) s = _mm512_setzero_ps();
+    const uint8_t* packed[TOGETHER];
+    const uint16_t* scales[TOGETHER];
+    for (int i = 0; i < TOGETHER; i++) {
+        packed[i] = q.packed + rows[i] * q.blocks * (16 * bits);
+        scales[i] = q.scales + rows[i] * q.blocks * (4 / parts);
+    }
+    for (int b = 0; b < q.blocks; b++)
+        for (int i = 0; i < TOGETHER; i++) {
+            const uint8_t* block = packed[i] + b * 16 * bits;
+            for (int line = 0; line < bits / 4; line++)
+                _mm_prefetch((const char*)block + AHEAD + 64 * line, _MM_HINT_T0);
+            __m512 scale = scales_of<parts>(scales[i] + b * (4 / parts));
+            for (int m = 0; m < M; m++)
+                sum[m][i] = _mm512_fmadd_ps(product<bits>(block, x[m][b]), scaled<bits>(scale, x[m][b]), sum[m][i]);
+        }
+    for (int m = 0; m < M; m++) _mm_storeu_ps(out + m * TOGETHER, sums_of(sum[m]));
+}
+
+template <int bits, int M, class X>
+void by_group(const Quantised& q, const size_t* rows, const X* const* x, float* out) {
     switch (q.group) {
-        case 32: return dots<bits, R, M, 1>(q, r, x, out);
-        case 64: return dots<bits, R, M, 2>(q, r, x, out);
-        default: return dots<bits, R, M, 4>(q, r, x, out);
+        case 32: return dots<bits, M, 1>(q, rows, x, out);
+        case 64: return dots<bits, M, 2>(q, rows, x, out);
+        default: return dots<bits, M, 4>(q, rows, x, out);
     }
 }
 
-template <int bits, int R>
-inline void by_count(const Quantised& q, size_t r, const uint16_t* const* x, int count, float* out) {
+template <int bits, class X>
+void by_count(const Quantised& q, const size_t* rows, const X* const* x, int count, float* out) {
     switch (count) {
-        case 1: return by_group<bits, R, 1>(q, r, x, out);
-        case 2: return by_group<bits, R, 2>(q, r, x, out);
-        case 3: return by_group<bits, R, 3>(q, r, x, out);
-        default: return by_group<bits, R, 4>(q, r, x, out);
+        case 1: return by_group<bits, 1>(q, rows, x, out);
+        case 2: return by_group<bits, 2>(q, rows, x, out);
+        case 3: return by_group<bits, 3>(q, rows, x, out);
+        default: return by_group<bits, 4>(q, rows, x, out);
     }
-}
-
-template <int R>
-inline void by_bits(const Quantised& q, size_t r, const uint16_t* const* x, int count, float* out) {
-    q.bits == 8 ? by_count<8, R>(q, r, x, count, out) : by_count<4, R>(q, r, x, count, out);
 }
 
 // Rows from.. of the matrix against `count` tokens; put(row, token, value) takes each.
 template <class Token, class Put>
 void rows_against(const Quantised& q, size_t base, int from, int end, int count, Token token, Put put) {
-    for (int r = from; r < end;) {
-        int rows = end - r >= TOGETHER ? TOGETHER : 1;
+    for (int r = from; r < end; r += TOGETHER) {
+        size_t rows[TOGETHER];
+        for (int i = 0; i < TOGETHER; i++) rows[i] = base + std::min(r + i, end - 1);
         for (int m = 0; m < count; m += BATCH) {
-            const uint16_t* x[BATCH];
+            decltype(token(0)) x[BATCH];
             float out[TOGETHER * BATCH];
             int batch = std::min(BATCH, count - m);
             for (int i = 0; i < batch; i++) x[i] = token(m + i);
-            rows == 1 ? by_bits<1>(q, base + r, x, batch, out) : by_bits<TOGETHER>(q, base + r, x, batch, out);
-            for (int j = 0; j < rows; j++)
-                for (int i = 0; i < batch; i++) put(r + j, m + i, out[j * BATCH + i]);
+            q.bits == 8 ? by_count<8>(q, rows, x, batch, out) : by_count<4>(q, rows, x, batch, out);
+            for (int i = 0; i < batch; i++)
+                for (int j = 0; j < std::min(TOGETHER, end - r); j++) put(r + j, m + i, out[i * TOGETHER + j]);
         }
-        r += rows;
     }
 }
 
 inline uint16_t rounded(float v) { return _mm_extract_epi16(_mm256_castsi256_si128(Bf16::narrow(splat(v))), 0); }
 
-// hidden [edges, blocks of down * 128] bf16: zero in its padding, filled here.
-void project(const Layer& l, const Quantised& up, const uint16_t* x, uint16_t* hidden, int stride) {
-    int shares = (l.d_expert + SHARE - 1) / SHARE, K = up.blocks * 128;
+// What a matrix is multiplied with: `count` rows of bf16, padded with zeros, arranged for its format.
+template <class X>
+struct Rows {
+    std::unique_ptr<X[]> first;
+    size_t blocks;
+
+    Rows(const Quantised& q, const uint16_t* x, int64_t count, int threads)
+        : first(new X[count * q.blocks]), blocks(q.blocks) {
+        on_threads((count + BATCH - 1) / BATCH, count > BATCH ? threads : 1, [&](int batch) {
+            for (int64_t t = int64_t(batch) * BATCH; t < std::min(count, (int64_t(batch) + 1) * BATCH); t++)
+                arrange(q, x + t * blocks * 128, first.get() + t * blocks);
+        });
+    }
+    const X* operator[](size_t row) const { return first.get() + row * blocks; }
+};
+
+// hidden [edges, stride] bf16: zero in its padding, filled here.
+template <class X>
+void project(const Layer& l, const Quantised& up, const Rows<X>& x, uint16_t* hidden, size_t stride) {
+    const int rows = share(l.d_expert, l.threads), shares = (l.d_expert + rows - 1) / rows;
     on_threads(l.experts * shares, l.threads, [&](int task) {
         int e = task / shares, from = e ? l.ends[e - 1] : 0, count = l.ends[e] - from;
         if (!count) return;
-        int begin = task % shares * SHARE, end = std::min(begin + SHARE, l.d_expert);
+        int begin = task % shares * rows, end = std::min(begin + rows, l.d_expert);
         size_t base = size_t(e) * up.rows;
-        float *gate = scratch<0>(size_t(count) * SHARE), *linear = scratch<1>(size_t(count) * SHARE);
-        auto token = [&](int m) { return x + l.token[from + m] * K; };
-        auto into = [&](float* all) { return [=](int r, int m, float v) { all[m * SHARE + r % SHARE] = v; }; };
+        float *gate = scratch<0>(size_t(count) * rows), *linear = scratch<1>(size_t(count) * rows);
+        auto token = [&](int m) { return x[l.token[from + m]]; };
+        auto into = [&](float* all) { return [=](int r, int m, float v) { all[m * rows + r - begin] = v; }; };
         rows_against(up, base, begin, end, count, token, into(gate));
         if (l.gated) rows_against(up, base + l.d_expert, begin, end, count, token, into(linear));
         for (int m = 0; m < count; m++)
             for (int r = 0; r < end - begin; r += VECTOR) {
-                __m512 a = activate(_mm512_loadu_ps(gate + m * SHARE + r), Pointwise(l.pointwise)).value;
-                if (l.gated) a = _mm512_mul_ps(a, _mm512_loadu_ps(linear + m * SHARE + r));
-                Bf16::store(hidden + size_t(from + m) * stride + begin + r, first(end - begin - r), a);
+                __m512 a = activate(_mm512_loadu_ps(gate + m * rows + r), Pointwise(l.pointwise)).value;
+                if (l.gated) a = _mm512_mul_ps(a, _mm512_loadu_ps(linear + m * rows + r));
+                Bf16::store(hidden + (from + m) * stride + begin + r, first(end - begin - r), a);
             }
     });
 }
 
-void combine(const Layer& l, const Quantised& down, const uint16_t* hidden, int stride, uint16_t* y) {
-    on_threads((l.d_model + SHARE - 1) / SHARE, l.threads, [&](int share) {
-        int from = share * SHARE, end = std::min(from + SHARE, l.d_model);
-        float* sums = scratch<0>(l.tokens * SHARE);
-        std::fill_n(sums, l.tokens * SHARE, 0.f);
+template <class X>
+void combine(const Layer& l, const Quantised& down, const Rows<X>& hidden, uint16_t* y) {
+    const int rows = share(l.d_model, l.threads);
+    on_threads((l.d_model + rows - 1) / rows, l.threads, [&](int task) {
+        int from = task * rows, end = std::min(from + rows, l.d_model);
+        float* sums = scratch<0>(l.tokens * rows);
+        std::fill_n(sums, l.tokens * rows, 0.f);
         for (int e = 0, edge = 0; e < l.experts; edge = l.ends[e++])
             rows_against(
-                down, size_t(e) * down.rows, from, end, l.ends[e] - edge,
-                [&](int m) { return hidden + size_t(edge + m) * stride; },
-                [&](int r, int m, float v) { sums[l.token[edge + m] * SHARE + r - from] += l.weight[edge + m] * v; });
+                down, size_t(e) * down.rows, from, end, l.ends[e] - edge, [&](int m) { return hidden[edge + m]; },
+                [&](int r, int m, float v) { sums[l.token[edge + m] * rows + r - from] += l.weight[edge + m] * v; });
         for (int64_t t = 0; t < l.tokens; t++)
-            for (int d = from; d < end; d++) y[t * l.d_model + d] = rounded(sums[t * SHARE + d - from]);
+            for (int d = from; d < end; d++) y[t * l.d_model + d] = rounded(sums[t * rows + d - from]);
+    });
+}
+
+template <class X>
+void layer(const Layer& l, uint16_t* y) {
+    const auto &up = *(const Quantised*)l.up, &down = *(const Quantised*)l.down;
+    const size_t stride = size_t(down.blocks) * 128;
+    std::vector<uint16_t> hidden(l.edges * stride);
+    project<X>(l, up, {up, (const uint16_t*)l.x, l.tokens, l.threads}, hidden.data(), stride);
+    combine<X>(l, down, {down, hidden.data(), l.edges, l.threads}, y);
+}
+
+template <class X>
+void linear(const Quantised& q, const uint16_t* x_TK, int64_t tokens, int threads, uint16_t* y) {
+    const Rows<X> x(q, x_TK, tokens, threads);
+    const int rows = share(q.rows, threads);
+    on_threads((q.rows + rows - 1) / rows, threads, [&](int task) {
+        rows_against(
+            q, 0, task * rows, std::min((task + 1) * rows, q.rows), tokens, [&](int m) { return x[m]; },
+            [&](int r, int m, float v) { y[size_t(m) * q.rows + r] = rounded(v); });
     });
 }
 
@@ -163,25 +312,15 @@ void combine(const Layer& l, const Quantised& down, const uint16_t* hidden, int 
 
 extern "C" {
 
-// x [T, blocks * 128] bf16, padded with zeros; y [T, D] bf16. Returns a Status.
-int moeforge_quantised(const Layer* l, uint16_t* y, uint16_t* hidden) {
+// x [T, blocks * 128] bf16, padded with zeros; y [T, D] bf16; as_bytes: x and hidden go to int8. Returns a Status.
+int moeforge_quantised(const Layer* l, int as_bytes, uint16_t* y) {
     if (!l->sound()) return unsound;
-    const auto &up = *(const Quantised*)l->up, &down = *(const Quantised*)l->down;
-    int stride = down.blocks * 128;
-    return status_of([&] {
-        project(*l, up, (const uint16_t*)l->x, hidden, stride);
-        combine(*l, down, hidden, stride, y);
-    });
+    return status_of([&] { (as_bytes ? layer<Bytes> : layer<Halves>)(*l, y); });
 }
 
-// y [T, rows] = x W^T for one matrix.
-void moeforge_quantised_linear(const Quantised* q, const uint16_t* x, int64_t tokens, int32_t threads, uint16_t* y) {
-    on_threads((q->rows + SHARE - 1) / SHARE, threads, [&](int share) {
-        int from = share * SHARE;
-        rows_against(
-            *q, 0, from, std::min(from + SHARE, q->rows), tokens,
-            [&](int m) { return x + size_t(m) * q->blocks * 128; },
-            [&](int r, int m, float v) { y[size_t(m) * q->rows + r] = rounded(v); });
-    });
+// y [T, rows] = x W^T for one matrix. Returns a Status.
+int moeforge_quantised_linear(const Quantised* q, const uint16_t* x, int64_t tokens, int as_bytes, int threads,
+                              uint16_t* y) {
+    return status_of([&] { (as_bytes ? linear<Bytes> : linear<Halves>)(*q, x, tokens, threads, y); });
 }
 }

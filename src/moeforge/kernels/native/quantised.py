@@ -1,18 +1,21 @@
-"""Weights of 8 or 4 bits for decoding: rows in bf16, weights alone quantised, symmetric, one scale per group.
+"""Weights of 8 or 4 bits for decoding, symmetric, one scale per group; rows in bf16 or, with a loss, in int8.
 
 The format, for a weight [..., out, in]. ``in`` is padded with zeros to blocks of 128. A group is 32, 64 or 128
-consecutive inputs of one row, and its float16 scale is the largest magnitude in it divided by 127 or 7; a weight is
+consecutive inputs of one row, and its float16 scale is the largest magnitude in it divided by 127 or 7; a code is
 round(w / scale), between -127 and 127 or between -7 and 7.
 
 - ``scales`` [..., out, in / group] float16.
-- 8 bits: ``packed`` [..., out, in] int8, in order.
-- 4 bits: ``packed`` [..., out, in / 2] uint8. Each block of 128 inputs is 32 little-endian words of 16 bits; word i
-  holds inputs i, 32 + i, 64 + i and 96 + i of the block, the first in its lowest four bits, each plus 8. So a shift and
-  one table look-up widen 32 weights, in order.
+- Codes lie in an order that gives each quarter of a block its own lanes of a vector: the 128 codes of a block, taken as
+  [quarter 4][step 4][half 2][4], are stored as [half][step][quarter][4].
+- 8 bits: ``packed`` [..., out, in] int8.
+- 4 bits: ``packed`` [..., out, in / 2] uint8, each code plus 8. Of the 64 bytes of a block the low four bits are its
+  first half as stored, the high four bits its second.
 """
 
 import ctypes
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,14 +23,30 @@ from torch.nn import functional as F
 
 from moeforge.config import Activation
 from moeforge.errors import UserError
-from moeforge.kernels.activation import is_gated
-from moeforge.kernels.edges import Edges
+from moeforge.kernels.activation import activate, is_gated
+from moeforge.kernels.edges import Edges, segments
 from moeforge.kernels.native import engine
-from moeforge.kernels.reference import reference
 
 BLOCK = 128
 LARGEST = {8: 127, 4: 7}
 GROUPS = (32, 64, 128)
+ORDER = torch.arange(BLOCK).view(4, 4, 2, 4).permute(2, 1, 0, 3).flatten()
+"""The input of a block whose code lies at each place."""
+
+RowType = Literal["bf16", "int8"]
+"""What rows are multiplied as. ``int8`` rounds each group of a row, as wide as the weights', to codes of -127 to 127
+with a float32 scale. That skips widening the weights, for an error of 0.8 % (a trained model) to 1.2 % (random numbers)
+of a layer's output beside what the weights' own rounding costs (docs/kernels.md)."""
+
+
+class _Matrix(ctypes.Structure):
+    """``struct Quantised`` of ``quantised.cpp``."""
+
+    _fields_ = (
+        ("packed", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        *((name, ctypes.c_int32) for name in ("bits", "group", "rows", "blocks")),
+    )
 
 
 @dataclass(frozen=True)
@@ -46,9 +65,21 @@ class QuantisedWeight:
         """Bytes in memory."""
         return self.packed.nbytes + self.scales.nbytes
 
+    @cached_property
+    def matrix(self) -> _Matrix:
+        """What the C++ reads: made once, since one token's experts take little longer than making it."""
+        blocks = -(-self.shape[-1] // BLOCK)
+        addresses = engine.pointer(self.packed), engine.pointer(self.scales)
+        return _Matrix(*addresses, self.bits, self.group, self.shape[-2], blocks)
+
+    def __getstate__(self) -> dict[str, object]:
+        """A copy has addresses of its own."""
+        return {name: value for name, value in self.__dict__.items() if name != "matrix"}
+
     def dequantise(self) -> Tensor:
         """[..., out, in] float32: what the numbers stand for."""
-        codes = self.packed if self.bits == 8 else _unpack(self.packed)
+        stored = self.packed if self.bits == 8 else _bytes_of(self.packed)
+        codes = stored.unflatten(-1, (-1, BLOCK))[..., ORDER.argsort()].flatten(-2)
         grouped = codes.float().unflatten(-1, (-1, self.group)) * self.scales.float()[..., None]
         return grouped.flatten(-2)[..., : self.shape[-1]]
 
@@ -65,32 +96,33 @@ def quantise(weight: Tensor, bits: int, group: int) -> QuantisedWeight:
         raise UserError("a weight is too large for a float16 scale")
     steps = scales.float()[..., None]
     codes = torch.where(steps > 0, padded / steps, 0).round().clamp(-LARGEST[bits], LARGEST[bits]).to(torch.int8)
-    codes = codes.flatten(-2)
-    packed = codes if bits == 8 else _pack(codes)
+    stored = codes.flatten(-2).unflatten(-1, (-1, BLOCK))[..., ORDER].flatten(-2)
+    packed = stored if bits == 8 else _nibbles_of(stored)
     return QuantisedWeight(packed.contiguous(), scales.contiguous(), bits, group, tuple(weight.shape))
 
 
-def _pack(codes: Tensor) -> Tensor:
-    nibbles = (codes.to(torch.int32) + 8).unflatten(-1, (-1, 4, 32))
-    shifts = torch.arange(0, 16, 4, dtype=torch.int32)[:, None]
-    words = (nibbles << shifts).sum(-2)
-    low, high = words & 255, words >> 8
-    return torch.stack([low, high], -1).to(torch.uint8).flatten(-3)
+def _nibbles_of(codes: Tensor) -> Tensor:
+    low, high = (codes + 8).to(torch.uint8).unflatten(-1, (-1, 2, BLOCK // 2)).unbind(-2)
+    return (low | high << 4).flatten(-2)
 
 
-def _unpack(packed: Tensor) -> Tensor:
-    halves = packed.to(torch.int32).unflatten(-1, (-1, 32, 2))
-    words = halves[..., 0] | halves[..., 1] << 8
-    return torch.stack([(words >> (4 * j) & 15) - 8 for j in range(4)], -2).flatten(-3)
+def _bytes_of(packed: Tensor) -> Tensor:
+    blocks = packed.unflatten(-1, (-1, BLOCK // 2))
+    return torch.stack([blocks & 15, blocks >> 4], -2).to(torch.int8).flatten(-3) - 8
 
 
 def expert_mlp_quantised(
-    x_TD: Tensor, edges: Edges, up: QuantisedWeight, down: QuantisedWeight, activation: Activation
+    x_TD: Tensor,
+    edges: Edges,
+    up: QuantisedWeight,
+    down: QuantisedWeight,
+    activation: Activation,
+    rows: RowType = "bf16",
 ) -> Tensor:
     """``expert_mlp`` without gradients over quantised weights, up [E, H or 2H, D] and down [E, D, H]: bf16 [T, D].
 
-    A row's bits do not depend on the other rows. Made for few tokens per expert; where the native engine does not run,
-    torch computes with dequantised weights.
+    ``rows`` is what x and the hidden values are multiplied as. A row's bits do not depend on the other rows. Made for
+    few tokens per expert; where the native engine does not run, torch computes with dequantised weights and rows.
     """
     num_experts, d_model, d_expert = down.shape
     if up.shape != (num_experts, d_expert * (1 + is_gated(activation)), d_model):
@@ -98,52 +130,68 @@ def expert_mlp_quantised(
     if x_TD.shape != (edges.num_tokens, d_model) or x_TD.device != up.packed.device:
         where = f"on {x_TD.device} do not fit weights for {d_model} on {up.packed.device}, {edges.num_tokens} tokens"
         raise UserError(f"rows {tuple(x_TD.shape)} {where}")
+    as_bytes = _as_bytes(rows)
     x_TD = x_TD.detach().to(torch.bfloat16)
     if x_TD.device.type != "cpu" or engine.missing() is not None:
-        up_EHD, down_EDH = (weight.dequantise().to(torch.bfloat16) for weight in (up, down))
-        return reference(x_TD, edges, up_EHD, down_EDH, activation).detach()
+        return _experts_in_torch(x_TD, edges, up, down, activation, rows)
     lib = engine.open_library()
-    matrices = _Matrix.of(up), _Matrix.of(down)
     layer, held = engine.layer_of(_padded(x_TD), edges, down.shape, activation)
-    layer.up, layer.down = (ctypes.addressof(matrix) for matrix in matrices)
-    y_TD = x_TD.new_empty(x_TD.shape)
-    hidden_NH = x_TD.new_zeros(len(edges.token), matrices[1].blocks * BLOCK)
-    status = lib.moeforge_quantised(ctypes.byref(layer), engine.address(y_TD), engine.address(hidden_NH))
+    layer.up, layer.down = ctypes.addressof(up.matrix), ctypes.addressof(down.matrix)
+    y_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
+    status = lib.moeforge_quantised(ctypes.byref(layer), as_bytes, engine.address(y_TD))
     del held
     engine.check(status)
     return y_TD
 
 
-def linear_quantised(x_TD: Tensor, weight: QuantisedWeight) -> Tensor:
+def linear_quantised(x_TD: Tensor, weight: QuantisedWeight, rows: RowType = "bf16") -> Tensor:
     """[..., in] times one quantised matrix [out, in], without gradients; returns bf16 [..., out]."""
     if len(weight.shape) != 2 or x_TD.shape[-1] != weight.shape[1] or x_TD.device != weight.packed.device:
         raise UserError(f"rows of {x_TD.shape[-1]} values do not fit a quantised matrix {weight.shape}")
+    as_bytes = _as_bytes(rows)
     x_TD = x_TD.detach().to(torch.bfloat16)
     if x_TD.device.type != "cpu" or engine.missing() is not None:
-        return F.linear(x_TD, weight.dequantise().to(torch.bfloat16))
-    rows, matrix = _padded(x_TD.flatten(0, -2)), _Matrix.of(weight)
-    y_TD = rows.new_empty(len(rows), weight.shape[0])
-    sizes = ctypes.c_int64(len(rows)), ctypes.c_int32(torch.get_num_threads())
+        return F.linear(_rounded(x_TD, weight.group, rows), weight.dequantise()).to(torch.bfloat16)
+    x_NK = _padded(x_TD.flatten(0, -2))
+    y_TD = x_NK.new_empty(len(x_NK), weight.shape[0])
+    sizes = ctypes.c_int64(len(x_NK)), as_bytes, torch.get_num_threads()
     lib = engine.open_library()
-    lib.moeforge_quantised_linear(ctypes.byref(matrix), engine.address(rows), *sizes, engine.address(y_TD))
+    engine.check(
+        lib.moeforge_quantised_linear(ctypes.byref(weight.matrix), engine.address(x_NK), *sizes, engine.address(y_TD))
+    )
     return y_TD.view(*x_TD.shape[:-1], weight.shape[0])
 
 
-class _Matrix(ctypes.Structure):
-    """``struct Quantised`` of ``quantised.cpp``; lives shorter than the weight."""
+def _as_bytes(rows: RowType) -> int:
+    if rows not in get_args(RowType):
+        raise UserError(f"rows are multiplied as one of {', '.join(get_args(RowType))}, not as {rows}")
+    return int(rows == "int8")
 
-    _fields_ = (
-        ("packed", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        *((name, ctypes.c_int32) for name in ("bits", "group", "rows", "blocks")),
-    )
 
-    @classmethod
-    def of(cls, weight: QuantisedWeight) -> "_Matrix":
-        blocks = -(-weight.shape[-1] // BLOCK)
-        addresses = engine.pointer(weight.packed), engine.pointer(weight.scales)
-        return cls(*addresses, weight.bits, weight.group, weight.shape[-2], blocks)
+def _experts_in_torch(
+    x_TD: Tensor, edges: Edges, up: QuantisedWeight, down: QuantisedWeight, activation: Activation, rows: RowType
+) -> Tensor:
+    """What the C++ computes, in float32: the hidden values too go through bf16 before they are rounded."""
+    y_TD, up_EHD, down_EDH = torch.zeros_like(x_TD, dtype=torch.float32), up.dequantise(), down.dequantise()
+    x_TD = _rounded(x_TD, up.group, rows)
+    for expert, low, high in segments(edges.ends):
+        token = edges.token[low:high]
+        hidden_NH = activate(F.linear(x_TD[token], up_EHD[expert]), activation).to(torch.bfloat16)
+        rows_ND = F.linear(_rounded(hidden_NH, down.group, rows), down_EDH[expert])
+        y_TD.index_add_(0, token, rows_ND * edges.weight.detach()[low:high, None].float())
+    return y_TD.to(torch.bfloat16)
+
+
+def _rounded(x_TD: Tensor, group: int, rows: RowType) -> Tensor:
+    """Float32 [..., in]: what the rows stand for once they are ``rows``."""
+    if rows == "bf16":
+        return x_TD.float()
+    groups = F.pad(x_TD.float(), (0, -x_TD.shape[-1] % group)).unflatten(-1, (-1, group))
+    scales = groups.abs().amax(-1, keepdim=True) / 127
+    codes = torch.where(scales > 0, groups / scales, 0).clamp(-127, 127).round()
+    return (codes * scales).flatten(-2)[..., : x_TD.shape[-1]]
 
 
 def _padded(x_TD: Tensor) -> Tensor:
-    return F.pad(x_TD, (0, -x_TD.shape[-1] % BLOCK)).contiguous()
+    padding = -x_TD.shape[-1] % BLOCK
+    return (F.pad(x_TD, (0, padding)) if padding else x_TD).contiguous()
