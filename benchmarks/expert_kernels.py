@@ -1,46 +1,64 @@
 """Expert kernels against transformers, a sorted loop and a dense MLP, and a training step: what docs/kernels.md shows.
 
-``python benchmarks/expert_kernels.py`` measures all parts and writes ``expert_kernels.json`` and ``docs/kernels.png``;
-with names of parts it measures those anew and keeps the others, with ``--case`` only the cases called so. Not called
-kernels.py: transformers looks for a package of that name.
+``python benchmarks/expert_kernels.py`` measures all parts and writes ``expert_kernels.json``, ``docs/kernels.png`` and
+the table of that page; with names of parts it measures those anew and keeps the others, with ``--case`` only the cases
+called so. Not called kernels.py: transformers looks for a package of that name.
 """
 
 import argparse
 import json
-import subprocess
-import sys
-import tempfile
+import re
 from pathlib import Path
 
 import torch
-import training_speed
 from report import HERE, interleaved, ratios, write
 
+from moeforge.cli.bench import in_own_process
+from moeforge.cli.bench_kernels import CASES, Case
 from moeforge.kernels.allocator import keep_freed_memory
 
 PARTS = ("default", "kept", "training")
+ROUNDS = 7
+PAGE = HERE.parent / "docs" / "kernels.md"
 STEP = {"d_model": 512, "num_experts": 64, "top_k": 8, "d_expert": 256, "num_layers": 6}
 COLOURS = {"native": "C3", "streaming": "C0", "grouped": "C1", "sorted loop": "C7", "transformers grouped_mm": "C2"}
 COLOURS |= dict.fromkeys(("torch int8pack_mm", "torch int4pack_mm"), "C4")
 
 
-def layers(allocator: str, words: list[str]) -> dict[str, dict]:
-    """What ``moeforge bench kernels`` finds, in a process of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "found.json"
-        options = ["--allocator", allocator, "--out", str(out), *(f"--case={word}" for word in words)]
-        subprocess.run([sys.executable, "-m", "moeforge", "bench", "kernels", *options], check=True)
-        return json.loads(out.read_text(encoding="utf-8"))[allocator]
-
-
-def training(rounds: int = 7) -> dict[str, object]:
+def training() -> dict[str, object]:
     """A whole training step of an OLMoE-shaped model, 4 x 512 tokens in bf16, against transformers' class."""
+    import training_speed  # needs transformers, which the table does not
+
     keep_freed_memory()
     training_speed.BATCH, training_speed.LENGTH = 4, 512
     torch.manual_seed(0)
     builders = {"moeforge": training_speed.ours, "transformers": training_speed.theirs}
     variants = {name: training_speed.step(build(STEP, torch.bfloat16)) for name, build in builders.items()}
-    return ratios(interleaved(variants, rounds), over="transformers")
+    return ratios(interleaved(variants, ROUNDS), over="transformers")
+
+
+def with_table(page: str, results: dict) -> str:
+    """The page, its table of cases made anew."""
+    made = "\n".join(row(case, allocator, results[allocator]) for case in CASES for allocator in PARTS[:2])
+    return re.sub(r"(?<=\n)(\| case \|.*\n\|-.*\n)(?:\|.*\n)*", lambda found: f"{found[1]}{made}\n", page)
+
+
+def row(case: Case, allocator: str, found: dict) -> str:
+    """One line: milliseconds, and each ratio beside its target; the share of memory's speed where weights limit."""
+    one = found["cases"][case.name]
+    share = one["weights_gb_per_s"] / found["limits"]["read GB/s"]
+    cells = [
+        case.name,
+        allocator,
+        f"{one['variants']['native']['median_ms']:.2f}",
+        f"{one['over_dense']:.2f}",
+        f"{case.most:g}" if case.most else "",
+        f"{one['times_best_peer']:.2f} ({one['best_peer']})",
+        f"{case.least:g}" if case.least else "",
+        f"{share:.0%}" if case.tokens <= 64 and not case.backward else "",
+        f"{case.reads:.0%}" if case.reads else "",
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 def plot(results: dict, path: Path) -> None:
@@ -83,14 +101,15 @@ def main() -> None:
     file = HERE / "expert_kernels.json"
     results = json.loads(file.read_text(encoding="utf-8"))["results"] if file.exists() else {}
     for part in wanted:
-        found = training() if part == "training" else layers(part, options.case)
+        found = training() if part == "training" else in_own_process(part, options.case, ROUNDS)
         if options.case:  # with the limits of their own run
             cases = {name: case | {"limits": found["limits"]} for name, case in found["cases"].items()}
             found = results[part] | {"cases": results[part]["cases"] | cases}
         results[part] = found
         write("expert_kernels", results)
     if {"default", "kept"} <= results.keys():
-        plot(results, HERE.parent / "docs" / "kernels.png")
+        plot(results, PAGE.with_suffix(".png"))
+        PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), results), encoding="utf-8")
 
 
 if __name__ == "__main__":

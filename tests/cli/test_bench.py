@@ -1,6 +1,8 @@
 """``moeforge bench kernels``: a small case end to end, in a process for each allocator, and what it refuses."""
 
+import importlib
 import json
+from pathlib import Path
 
 import pytest
 
@@ -38,3 +40,14 @@ def test_what_it_does_not_know_it_refuses(call) -> None:
         chosen(["E7"])
     code, _, err = call("bench", "kernels", "--allocator", "mine")
     assert code == 2 and "--allocator is default, kept or both, not 'mine'" in err
+
+
+def test_the_page_shows_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).parents[2]
+    monkeypatch.syspath_prepend(root / "benchmarks")
+    with_table = importlib.import_module("expert_kernels").with_table
+    results = json.loads((root / "benchmarks" / "expert_kernels.json").read_text(encoding="utf-8"))["results"]
+    page = (root / "docs" / "kernels.md").read_text(encoding="utf-8")
+    assert with_table(page, results) == page
+    results["kept"]["cases"][CASES[0].name]["variants"]["native"]["median_ms"] = 12345
+    assert "| 12345.00 |" in with_table(page, results)

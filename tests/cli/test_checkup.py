@@ -1,11 +1,13 @@
 """What ``moeforge doctor`` finds out."""
 
 import json
+import tomllib
+from pathlib import Path
 
 import pytest
 import torch
 
-from moeforge.cli.checkup import _cpu_flags, checkup, try_engine
+from moeforge.cli.checkup import OPTIONAL, _cpu_flags, checkup, try_engine
 from moeforge.kernels import choose
 from moeforge.kernels.native import engine as native
 
@@ -33,13 +35,15 @@ def test_wrong_results_are_noticed(monkeypatch: pytest.MonkeyPatch):
     assert try_engine("reference", "cpu", "float32") == "works"
 
 
-def test_flags_are_read_where_the_system_has_them(tmp_path):
-    file = tmp_path / "cpuinfo"
-    assert _cpu_flags(file).startswith("unknown")
-    file.write_text("flags : fpu avx2 amx_bf16\n")
-    assert _cpu_flags(file) == "avx2, amx_bf16"
-    file.write_text("flags : fpu\n")
-    assert _cpu_flags(file).startswith("none of")
+def test_flags_are_shown_where_the_system_has_them():
+    assert _cpu_flags(set()).startswith("unknown")
+    assert _cpu_flags({"fpu", "amx_bf16", "avx2"}) == "avx2, amx_bf16"
+    assert _cpu_flags({"fpu"}).startswith("none of")
+
+
+def test_every_optional_extra_is_looked_for():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert set(OPTIONAL.values()) == project["optional-dependencies"].keys() - {"all", "dev", "docs"}
 
 
 def test_the_command_prints_it_all(call):

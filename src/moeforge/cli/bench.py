@@ -31,7 +31,7 @@ def kernels(
         raise UserError(f"--allocator is default, kept or both, not '{allocator}'")
     cases = chosen(case or [])
     if allocator == "both":
-        results = {which: _in_own_process(which, case or [], rounds) for which in ("default", "kept")}
+        results = {which: in_own_process(which, case or [], rounds) for which in ("default", "kept")}
     else:
         results = {allocator: measure(cases, rounds, keep_memory=allocator == "kept")}
     if out:
@@ -41,7 +41,7 @@ def kernels(
         show(found)
 
 
-def _in_own_process(allocator: str, cases: list[str], rounds: int) -> dict[str, object]:
+def in_own_process(allocator: str, cases: list[str], rounds: int) -> dict[str, object]:
     """What one setting of the allocator does must not reach the next."""
     import tempfile
 

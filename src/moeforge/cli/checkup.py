@@ -4,7 +4,6 @@ import os
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moeforge.cli.amounts import in_bytes
@@ -16,9 +15,12 @@ OPTIONAL = {
     "transformers": "hf",
     "datasets": "data",
     "pyarrow": "data",
+    "gguf": "gguf",
     "matplotlib": "report",
     "jinja2": "report",
     "tensorboard": "track",
+    "lm-eval": "eval",
+    "triton": "triton",
 }
 """Package to the extra that brings it."""
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8")
@@ -57,8 +59,10 @@ def _software() -> Facts:
 def _devices() -> Facts:
     import torch
 
+    from moeforge.kernels.native.build import processor
+
     facts = {"cpu": f"{platform.machine()}, torch uses {torch.backends.cpu.get_cpu_capability()}"}
-    facts["bf16 and matrix units"] = _cpu_flags(Path("/proc/cpuinfo"))
+    facts["bf16 and matrix units"] = _cpu_flags(processor())
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         facts["memory"] = in_bytes(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     for index in range(torch.cuda.device_count()):
@@ -69,11 +73,10 @@ def _devices() -> Facts:
     return facts
 
 
-def _cpu_flags(file: Path) -> str:
-    if not file.exists():
-        return "unknown: this system has no /proc/cpuinfo"
-    words = set(file.read_text(encoding="utf-8").split())
-    return ", ".join(flag for flag in CPU_FLAGS if flag in words) or "none of " + ", ".join(CPU_FLAGS)
+def _cpu_flags(has: set[str]) -> str:
+    if not has:
+        return "unknown: this system has no /proc/cpuinfo that lists them"
+    return ", ".join(flag for flag in CPU_FLAGS if flag in has) or "none of " + ", ".join(CPU_FLAGS)
 
 
 def _engines() -> Facts:

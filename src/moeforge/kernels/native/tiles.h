@@ -27,6 +27,7 @@ struct alignas(64) TileShapes {
 };
 
 // Sums in tiles 0 to 2, rows in 3, lanes in 4 and 5 by turns; 6 and 7 are rows and lanes of what 32 does not divide.
+// Written out, since a tile's number must be a literal: GCC pastes it into the instruction's text.
 template <int V>
 inline void tile_product(const uint16_t* a, size_t lda, int rows, const float* panel, int k, float* c) {
     int left = k % 32, words = words_of(left, 2);
