@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from moeforge.recipes import RECIPES, load
-from moeforge.recipes.page import lines_per_member, outcome, papers_page, with_outcome
+from moeforge.recipes.page import FIELDS, lines_per_member, outcome, papers_page, with_outcome
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,7 +29,10 @@ def test_a_stored_result_is_on_the_page(tmp_path: Path) -> None:
         "runs": {"top-p": [run] * 2, "mixtral": [other, run]},
     }
     (tmp_path / "top-p.json").write_text(json.dumps(found))
-    (row,) = [line for line in papers_page(tmp_path).splitlines() if line.startswith("| `top-p`")]
+    page = papers_page(tmp_path)
+    assert f"Of {len(RECIPES)} recipes: not run {len(RECIPES) - 1}, shows 1." in page
+    assert [field for field in FIELDS if f"`{field}`" not in page] == []
+    (row,) = [line for line in page.splitlines() if line.startswith("| `top-p`")]
     said = (
         "1.5000 ± 0.0000 bits per byte against 1.5500 ± 0.0500, 1.2500 ± 0.0000 against 1.2500 ± 0.0000 in experts per "
         "token, 0.90 times its FLOPs per token (2 seeds, 77 steps)"

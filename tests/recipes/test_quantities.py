@@ -15,6 +15,7 @@ from moeforge.data.document import Document
 from moeforge.data.packing import Batch, evaluation_batches, pack
 from moeforge.data.prepare import TextData
 from moeforge.data.tokenizers import Bytes, train_or_open
+from moeforge.errors import UserError
 from moeforge.evaluate import bits_per_byte
 from moeforge.models import Decoder, ModelConfig
 from moeforge.moe import Context, MoE
@@ -98,6 +99,15 @@ def test_flips_are_choices_that_a_scaled_draw_undoes() -> None:
         lost += len({*before} - {*after})
     found = int(flipped(moe.router, x_TD, context, moe.router(x_TD, context)).sum())
     assert found == lost and 0 < lost < 200
+
+
+def test_choices_of_a_model_that_chooses_nothing_are_refused() -> None:
+    soft = {"score": "logits", "select": {"type": "soft", "slots": 8}, "losses": [], "weigh": "scores"}
+    decoder = Decoder(
+        build(ModelConfig, CONFIG | {"moe": {"experts": {"num_experts": E, "d_expert": 5}, "router": soft}})
+    )
+    with pytest.raises(UserError, match="select: soft and merged choose no experts: take by=bits_per_byte"):
+        share_of_choices(local, decoder, [batch()])
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 import ctypes
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Self
@@ -158,8 +158,11 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Self:
         """The batch on another device."""
-        tensors = {field.name: getattr(self, field.name).to(device) for field in fields(self)[:-1]}
-        return replace(self, **tensors)
+        return self.with_each(lambda tensor_BL: tensor_BL.to(device))
+
+    def with_each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The batch with every tensor changed; ``num_bytes`` stays."""
+        return replace(self, **{field.name: change(getattr(self, field.name)) for field in fields(self)[:-1]})
 
 
 class _Arrangement:

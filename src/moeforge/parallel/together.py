@@ -4,7 +4,6 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
 from typing import TypeVar
 
 import torch
@@ -46,8 +45,7 @@ class Together:
 
     def own(self, batch: Batch) -> Batch:
         """This process' rows, of as even shares as there are, maybe none; ``num_bytes`` stays that of all."""
-        tensors = {field.name: getattr(batch, field.name) for field in fields(batch)[:-1]}
-        return replace(batch, **{name: x.tensor_split(self.size)[self.mesh.rank] for name, x in tensors.items()})
+        return batch.with_each(lambda tensor_BL: tensor_BL.tensor_split(self.size)[self.mesh.rank])
 
     def total(self, values: Tensor) -> Tensor:
         """Summed over all processes, in place."""

@@ -43,7 +43,6 @@ FIELDS = (
     "token_block",
     "frozen_experts",
     "shared",
-    "input_jitter",
     "train_k",
 )
 """Settings that are a mechanism by themselves."""

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from moeforge.data.packing import IGNORED, Batch, Packed, evaluation_batches
 from moeforge.data.prepare import TextData
+from moeforge.errors import UserError
 from moeforge.evaluate import bits_per_byte
 from moeforge.models import Decoder
 from moeforge.moe import Context, Route, Router, Routing
@@ -26,9 +27,9 @@ Quantity = Callable[[Decoder, TextData, RunConfig], float]
 
 
 def chosen(route: Any) -> Tensor:
-    """[T, E] bool: which experts a token has."""
+    """[T, E] bool: which experts a token has. Raises UserError where none has any of its own."""
     if not isinstance(route, Route):
-        raise TypeError(f"{type(route).__name__} sends no token to experts of its own")
+        raise UserError("recipe.against.by: select: soft and merged choose no experts: take by=bits_per_byte")
     mask_TE = torch.zeros(route.num_tokens, route.num_experts, dtype=torch.bool, device=route.token.device)
     mask_TE[route.token, route.expert] = True
     return mask_TE

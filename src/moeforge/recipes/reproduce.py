@@ -1,7 +1,6 @@
 """A paper's claim beside what came out here: a recipe and what it is compared with, over several seeds."""
 
 import json
-import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -189,7 +188,8 @@ def verdict(ours: Sequence[Measured], other: Sequence[Measured], note: RecipeNot
         return [gain(by, a, b) for a, b in zip(ours, other, strict=True)]
 
     # Of quantities that are estimated on text nobody knows what seeds alone do: one seed shows nothing.
-    shows = by == "bits_per_byte" or _above_zero(gains(by), math.inf if by in QUANTITIES else 0.0)
+    enough = len(ours) > 1 or by not in QUANTITIES
+    shows = by == "bits_per_byte" or (enough and _above_zero(gains(by), deviation=0.0))
     if by == "bits_per_byte" or within is not None:
         shows &= _above_zero([each + (within or 0.0) for each in gains("bits_per_byte")], OF_SEEDS)
     if shows:
@@ -200,7 +200,7 @@ def verdict(ours: Sequence[Measured], other: Sequence[Measured], note: RecipeNot
 def _above_zero(gains: Sequence[float], deviation: float) -> bool:
     """Whether the mean is above twice its standard error; ``deviation`` is what is known of others, for a single gain,
     and the least that is believed of several: two seeds agree by chance."""
-    spread = max(statistics.stdev(gains), deviation if math.isfinite(deviation) else 0) if len(gains) > 1 else deviation
+    spread = max(deviation, statistics.stdev(gains)) if len(gains) > 1 else deviation
     return statistics.fmean(gains) > 2 * spread / len(gains) ** 0.5
 
 

@@ -44,8 +44,10 @@ def check_phases(phases: Sequence[Phase], model: nn.Module) -> None:
 
 def hold(model: nn.Module, phase: Phase | None) -> None:
     """Takes away the gradients of what does not move: the optimizer then leaves it, its decay and moments alone."""
+    if phase is None:
+        return
     for name, parameter in model.named_parameters():
-        if phase is not None and not _moves(name, phase):
+        if not _moves(name, phase):
             parameter.grad = None
 
 

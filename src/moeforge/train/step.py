@@ -112,8 +112,7 @@ def _add_up(result: StepResult, ranks: Ranks) -> None:
 def _run(model: Decoder, batch: Batch, dtype: torch.dtype, step: int) -> Output:
     device = batch.input_ids.device.type
     with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        where = {"position": batch.position, "document": batch.document}
-        return model(batch.input_ids, **where, step=step, known=batch.known)
+        return model(batch.input_ids, position=batch.position, document=batch.document, step=step, known=batch.known)
 
 
 def _broken(model: Decoder, batch: Batch, dtype: torch.dtype, step: int, loss: float, ranks: Ranks) -> str:
