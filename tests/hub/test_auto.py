@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import moeforge
 from moeforge.errors import UserError
 from moeforge.generate import Sampling, generate
-from moeforge.hub import load
+from moeforge.hub import load, save
 from moeforge.models import Decoder
 from tests.hub import own
 
@@ -136,6 +136,16 @@ def test_saving_gives_the_same_tensors_and_a_folder_that_our_verbs_open(folder, 
     fresh.save_pretrained(tmp_path / "fresh")
     assert load_file(tmp_path / "fresh" / "model.safetensors").keys() == before.keys()
     assert fresh.decoder.embedding.weight.std() > 0.2, "it starts by its own config's rule"
+
+
+def test_every_token_that_ends_a_text_is_known_and_kept(tmp_path):
+    tokenizer = own.tokenizer()
+    save(own.build(own.PYRAMID), type(tokenizer)(tokenizer.inner, tokenizer.eos_id, [10]), tmp_path / "m")
+    model = Auto.from_pretrained(tmp_path / "m")
+    assert model.generation_config.eos_token_id == [256, 10] and model.config.pad_token_id == 256
+    model.save_pretrained(tmp_path / "again")
+    tokenizer.save(tmp_path / "again")
+    assert load(tmp_path / "again")[1].end_ids == {10, 256}
 
 
 def test_dtype_and_a_larger_vocabulary(pyramid, tmp_path):
