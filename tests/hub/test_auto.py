@@ -230,8 +230,9 @@ def test_a_static_cache_and_an_option_of_nobody_are_refused(pyramid):
         greedy(model, IDS, max_new_tokenz=3)
 
 
-def test_routers_that_compare_tokens_do_not_generate_nor_read_padding(tmp_path):
-    model = Auto.from_pretrained(own.write(tmp_path / "m", own.COMPARES))
+@pytest.mark.parametrize("shape", [own.COMPARES, own.IN_BLOCKS])
+def test_layers_that_compare_tokens_do_not_generate_nor_read_padding(tmp_path, shape):
+    model = Auto.from_pretrained(own.write(tmp_path / "m", shape))
     assert torch.isfinite(model(IDS, labels=IDS).loss)
     with pytest.raises(UserError, match="a token's experts depend on other tokens"):
         greedy(model, IDS)
