@@ -156,7 +156,12 @@ NATIVE: dict[str, dict[str, dict[str, object]]] = {
         "window in the upper layer": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
     },
     "qwen3": {"plain": {}, "tied": {"tie_word_embeddings": True, "attention_bias": True}},
-    "mixtral": {"plain": {}, "window": {"sliding_window": 4, "head_dim": 24}, "tied": {"tie_word_embeddings": True}},
+    "mixtral": {
+        "plain": {},
+        "window": {"sliding_window": 4, "head_dim": 24},
+        "tied": {"tie_word_embeddings": True},
+        "one expert": {"num_experts_per_tok": 1},
+    },
     "olmoe": {"plain": {}, "clipped, normalised": {"clip_qkv": 0.5, "norm_topk_prob": True}},
     "qwen2_moe": {
         "plain": {},

@@ -47,6 +47,7 @@ SHAPES = {
 }
 """What is special -> the settings that make it so."""
 COMPARES = {"moe": {"experts": {"num_experts": 4, "d_expert": 8}, "router": {"select": "expert_choice", "losses": []}}}
+IN_BLOCKS = {"moe": {"experts": {"num_experts": 4, "d_expert": 8}, "token_block": 3}}
 
 
 def build(changes: dict[str, object], seed: int = 1) -> Decoder:

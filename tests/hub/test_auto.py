@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import moeforge
 from moeforge.errors import UserError
 from moeforge.generate import Sampling, generate
-from moeforge.hub import load
+from moeforge.hub import load, save
 from moeforge.models import Decoder
 from tests.hub import own
 
@@ -138,6 +138,16 @@ def test_saving_gives_the_same_tensors_and_a_folder_that_our_verbs_open(folder, 
     assert fresh.decoder.embedding.weight.std() > 0.2, "it starts by its own config's rule"
 
 
+def test_every_token_that_ends_a_text_is_known_and_kept(tmp_path):
+    tokenizer = own.tokenizer()
+    save(own.build(own.PYRAMID), type(tokenizer)(tokenizer.inner, tokenizer.eos_id, [10]), tmp_path / "m")
+    model = Auto.from_pretrained(tmp_path / "m")
+    assert model.generation_config.eos_token_id == [256, 10] and model.config.pad_token_id == 256
+    model.save_pretrained(tmp_path / "again")
+    tokenizer.save(tmp_path / "again")
+    assert load(tmp_path / "again")[1].end_ids == {10, 256}
+
+
 def test_dtype_and_a_larger_vocabulary(pyramid, tmp_path):
     model = Auto.from_pretrained(pyramid, dtype=torch.bfloat16)
     assert model.dtype == model(IDS).logits.dtype == torch.bfloat16
@@ -220,8 +230,9 @@ def test_a_static_cache_and_an_option_of_nobody_are_refused(pyramid):
         greedy(model, IDS, max_new_tokenz=3)
 
 
-def test_routers_that_compare_tokens_do_not_generate_nor_read_padding(tmp_path):
-    model = Auto.from_pretrained(own.write(tmp_path / "m", own.COMPARES))
+@pytest.mark.parametrize("shape", [own.COMPARES, own.IN_BLOCKS])
+def test_layers_that_compare_tokens_do_not_generate_nor_read_padding(tmp_path, shape):
+    model = Auto.from_pretrained(own.write(tmp_path / "m", shape))
     assert torch.isfinite(model(IDS, labels=IDS).loss)
     with pytest.raises(UserError, match="a token's experts depend on other tokens"):
         greedy(model, IDS)

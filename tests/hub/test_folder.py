@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import moeforge
 from moeforge.data.tokenizers import Bytes, Tokenizer, train_or_open
 from moeforge.errors import UserError
 from moeforge.hub import load, save
@@ -117,3 +118,33 @@ def test_a_failed_write_leaves_the_old_folder_and_no_rubbish(folder):
         write_whole(folder, fill)
     assert contents(folder) == before
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_what_was_opened_goes_home_with_all_that_lay_beside_it(folder, tmp_path):
+    beside = {"generation_config.json": '{"eos_token_id": [256, 65]}', "chat_template.jinja": "{{ messages }}"}
+    for name, text in beside.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    model = moeforge.load(folder)
+    model.save_pretrained(tmp_path / "again")
+    save(model, load(folder)[1], tmp_path / "third")
+    want = {path.relative_to(folder): data for path, data in contents(folder).items()}
+    for again in (tmp_path / "again", tmp_path / "third"):
+        assert {path.relative_to(again): data for path, data in contents(again).items()} == want
+
+
+def test_it_goes_home_in_shards_and_in_another_type(folder, tmp_path):
+    model = moeforge.load(folder, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "again", max_shard_size="20KB")
+    assert len(list((tmp_path / "again").glob("*.safetensors"))) > 1
+    again = moeforge.load(tmp_path / "again").state_dict()
+    for name, weight in model.state_dict().items():
+        assert again[name].dtype == weight.dtype and again[name].equal(weight), name
+    with pytest.raises(UserError, match="max_shard_size = 'much' is no number of bytes"):
+        model.save_pretrained(tmp_path / "none", max_shard_size="much")
+    assert not (tmp_path / "none").exists()
+
+
+def test_every_token_that_ends_a_text_is_kept(tmp_path, tokenizer):
+    several = Tokenizer(tokenizer.inner, tokenizer.eos_id, [65, 10])
+    save(Decoder(config()), several, tmp_path / "m")
+    assert load(tmp_path / "m")[1].end_ids == {10, 65, 256}

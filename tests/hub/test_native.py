@@ -109,6 +109,28 @@ def test_what_is_saved_is_what_was_opened(theirs, tmp_path):
     torch.testing.assert_close(again(IDS).logits, theirs(IDS).logits, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("family", "changes", "frozen"),
+    [
+        ("mixtral", {"num_experts_per_tok": 1}, True),
+        ("mixtral", {}, False),
+        ("olmoe", {"num_experts_per_tok": 1, "norm_topk_prob": True}, True),
+        ("olmoe", {"num_experts_per_tok": 1}, False),
+    ],
+)
+def test_a_gate_that_no_gradient_reaches_is_frozen(family, changes, frozen, tmp_path):
+    theirs = families.build(family, **changes)
+    ours = moeforge.load(saved(theirs, tmp_path / "m"))
+    torch.testing.assert_close(ours(IDS).logits, theirs(IDS).logits, atol=1e-4, rtol=0)
+    assert all(router.gate.weight.requires_grad is not frozen for router in ours.routers.values())
+
+
+def test_one_normalised_expert_beside_a_correction_bias_is_refused(tmp_path):
+    saved(families.build("glm4_moe", num_experts_per_tok=1, n_group=1), tmp_path / "m")
+    with pytest.raises(UserError, match="normalised over one expert is always one"):
+        moeforge.load(tmp_path / "m")
+
+
 @pytest.mark.parametrize("family", families.NATIVE)
 def test_bfloat16_comes_back_byte_by_byte(family, tmp_path):
     saved(families.build(family).to(torch.bfloat16), tmp_path / "theirs")

@@ -54,9 +54,8 @@ def _open(
     source: Path, dtype: "torch.dtype | None", tokenizer: Path | None, pickle: bool
 ) -> "tuple[Decoder, Tokenizer | None]":
     """The model in ``dtype``, and its tokenizer where it has one."""
-    from moeforge.data.tokenizers import Tokenizer
     from moeforge.hub import deepspeed, llama2c, open_model
-    from moeforge.hub.folder import model_folder
+    from moeforge.hub.folder import model_folder, open_tokenizer
 
     if source.is_file():
         if pickle:
@@ -68,10 +67,10 @@ def _open(
         if not pickle:
             raise UserError(f"{source} is a checkpoint of DeepSpeed, in pickles: if you trust them, add --pickle")
         model = deepspeed.load(source, dtype)
-        return model, Tokenizer.open(source) if (source / "tokenizer.json").exists() else None
+        return model, open_tokenizer(source) if (source / "tokenizer.json").exists() else None
     folder = model_folder(source)
     model = open_model(folder, dtype=dtype, pickle=pickle)
-    return model, Tokenizer.open(folder) if (folder / "tokenizer.json").exists() else None
+    return model, open_tokenizer(folder) if (folder / "tokenizer.json").exists() else None
 
 
 def _write_folder(model: "Decoder", words: "Tokenizer | None", target: Path, verified: bool) -> None:

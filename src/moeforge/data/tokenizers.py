@@ -120,6 +120,12 @@ class Tokenizer:
             settings["bos_token"] = self.inner.id_to_token(self.start_ids[0])
         (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
+    @property
+    def eos_token_id(self) -> int | list[int]:
+        """As ``config.json`` has it: a list, ``eos_id`` first, where a text may end in several ways."""
+        others = sorted(self.end_ids - {self.eos_id})
+        return [self.eos_id, *others] if others else self.eos_id
+
     @cached_property
     def vocab_size(self) -> int:
         """One more than the largest id: the rows an embedding needs."""

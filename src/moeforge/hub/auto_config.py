@@ -13,7 +13,8 @@ from moeforge.models.config import ModelConfig
 class MoeforgeConfig(PreTrainedConfig):
     """``model`` holds the decoder's settings, as ``moeforge train`` takes them; everything about its shape is there.
 
-    Text starts with the end-of-document token and padding is masked, so both are that token unless set.
+    Text starts with the end-of-document token and padding is masked, so both are that token unless set; of
+    several, the first.
     """
 
     model_type = "moeforge"
@@ -21,7 +22,7 @@ class MoeforgeConfig(PreTrainedConfig):
 
     model: dict[str, Any] | None = None
     moeforge_version: str | None = None
-    eos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
     bos_token_id: int | None = None
     pad_token_id: int | None = None
     use_cache: bool = True
@@ -30,8 +31,9 @@ class MoeforgeConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         """Raises UserError for settings of the decoder that it does not know, or that cannot be together."""
         super().__post_init__(**kwargs)
-        self.bos_token_id = self.eos_token_id if self.bos_token_id is None else self.bos_token_id
-        self.pad_token_id = self.eos_token_id if self.pad_token_id is None else self.pad_token_id
+        end = self.eos_token_id[0] if isinstance(self.eos_token_id, list) else self.eos_token_id
+        self.bos_token_id = end if self.bos_token_id is None else self.bos_token_id
+        self.pad_token_id = end if self.pad_token_id is None else self.pad_token_id
         _ = self.settings
 
     @property

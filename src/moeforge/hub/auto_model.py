@@ -103,7 +103,7 @@ class MoeforgeForCausalLM(PreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As transformers does. Raises UserError for a model whose routers compare tokens."""
-        if leaking := self._comparing:
+        if leaking := self.decoder.cannot_write:
             raise UserError(
                 f"in {', '.join(leaking)} a token's experts depend on other tokens than itself, so text token by token "
                 "is not what was trained; moeforge generate --unsafe-batch-dependent writes anyway"
@@ -162,8 +162,9 @@ class MoeforgeForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> Output:
         if attention_mask is not None and attention_mask.ndim != 2:
             raise UserError(f"attention_mask has {attention_mask.ndim} dimensions: this model takes [batch, tokens]")
-        if self._comparing and attention_mask is not None and not bool(attention_mask.all()):
-            raise UserError(f"{', '.join(self._comparing)} compare tokens, padding too: give rows of one length")
+        leaking = self.decoder.cannot_write
+        if leaking and attention_mask is not None and not bool(attention_mask.all()):
+            raise UserError(f"{', '.join(leaking)} compare tokens, padding too: give rows of one length")
         self.decoder.recompute_activations = self.gradient_checkpointing and self.training
         return self.decoder(
             input_ids,
@@ -171,11 +172,6 @@ class MoeforgeForCausalLM(PreTrainedModel, GenerationMixin):
             cache=None if past is None else _Layers(past, self.decoder),
             known=known(self.decoder, domain, input_ids),
         )
-
-    @property
-    def _comparing(self) -> list[str]:
-        """Routers that choose a token's experts by looking at other tokens too."""
-        return [name for name, router in self.decoder.routers.items() if not router.config.decodes]
 
     def _losses(
         self, output: Output, labels: Tensor | None, num_items_in_batch: Tensor | int | None

@@ -4,20 +4,20 @@ Opening one leaves no weight at its random start and drops none from the file: b
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from moeforge import __version__
 from moeforge.config import Tree
 from moeforge.data.tokenizers import Tokenizer
 from moeforge.errors import UserError
 from moeforge.hub.layout import plan
-from moeforge.hub.pretrained import Pretrained, check, family_of, fill, open_family
-from moeforge.hub.remote import carry
-from moeforge.hub.shards import Shards
+from moeforge.hub.pretrained import Pretrained, carry_files, check, family_of, fill, open_family
+from moeforge.hub.remote import CODE, carry
+from moeforge.hub.shards import MAX_SHARD_SIZE, Shards, write
 from moeforge.hub.versions import model_config
 from moeforge.hub.whole import write_text as write_text
 from moeforge.hub.whole import write_whole as write_whole
@@ -26,26 +26,61 @@ from moeforge.models import Decoder, ModelConfig
 MODEL_TYPE = "moeforge"
 
 
+class Own(Decoder):
+    """A decoder that was opened from a folder of our own type."""
+
+    def __init__(self, config: ModelConfig, fields: Tree, folder: Path) -> None:
+        """``fields`` are those of the ``config.json`` in ``folder``."""
+        super().__init__(config)
+        self.fields, self.folder = fields, folder
+
+    def save_pretrained(
+        self, folder: str | Path, max_shard_size: int | str = MAX_SHARD_SIZE, tokenizer: Tokenizer | None = None
+    ) -> None:
+        """Writes a folder of our own type with what lay beside the weights, tokenizer and generation config among it,
+        and safetensors of at most ``max_shard_size`` bytes each (``"5GB"`` is understood).
+
+        ``tokenizer`` is for a folder that came without one. Raises UserError when it cannot be written.
+        """
+
+        def beside(fresh: Path) -> None:
+            carry_files(self.folder, fresh)
+            if tokenizer is not None and not (fresh / "tokenizer.json").exists():
+                tokenizer.save(fresh)
+
+        _write_own(self, Path(folder), self.fields, beside, max_shard_size)
+
+
 def save(model: Decoder, tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes the model folder; weights in the type they have. What was opened from a public family's folder is
-    written as one."""
-    if isinstance(model, Pretrained):
+    """Writes the model folder; weights in the type they have. What was opened from a folder goes home to one of the
+    same kind."""
+    if isinstance(model, Pretrained | Own):
         return model.save_pretrained(folder, tokenizer=tokenizer)
+    _write_own(model, folder, {"eos_token_id": tokenizer.eos_token_id}, tokenizer.save)
+
+
+def _write_own(
+    model: Decoder,
+    folder: Path,
+    fields: Tree,
+    beside: Callable[[Path], None],
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+) -> None:
+    """A folder of our own type: ``fields`` go into its config.json too, ``beside`` writes what else lies there."""
+    tensors = model.state_dict()
 
     def contents(fresh: Path) -> None:
-        save_file(
-            {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, fresh / "model.safetensors"
-        )
+        write(fresh, {name: tensor.nbytes for name, tensor in tensors.items()}, tensors.__getitem__, max_shard_size)
+        beside(fresh)
         config = {
             "model_type": MODEL_TYPE,
+            **{name: value for name, value in fields.items() if name not in CODE},
             "moeforge_version": __version__,
             "dtype": str(model.embedding.weight.dtype).removeprefix("torch."),
-            "eos_token_id": tokenizer.eos_id,
             "model": json.loads(model.config.model_dump_json()),
             **carry(model.config, fresh),
         }
         (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        tokenizer.save(fresh)
 
     write_whole(folder, contents)
 
@@ -57,7 +92,7 @@ def load(folder: str | Path, device: str = "cpu") -> tuple[Decoder, Tokenizer]:
     """
     folder = model_folder(Path(folder))
     config, _ = read_config(folder)
-    tokenizer = Tokenizer.open(folder, _end_ids(folder))
+    tokenizer = open_tokenizer(folder)
     # Public models round their vocabulary up; ours is the tokenizer's.
     ours, known = config.vocab_size or 0, tokenizer.vocab_size
     if known > ours or (known < ours and config_json(folder)["model_type"] == MODEL_TYPE):
@@ -67,7 +102,7 @@ def load(folder: str | Path, device: str = "cpu") -> tuple[Decoder, Tokenizer]:
 
 def open_model(
     folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu", pickle: bool = False
-) -> Decoder:
+) -> Pretrained | Own:
     """``moeforge.load``: the decoder of one of our folders or of a public family's, in evaluation mode.
 
     ``dtype`` None: every weight in the type it has. ``pickle`` lets ``pytorch_model.bin`` be opened. At most the model
@@ -79,7 +114,7 @@ def open_model(
         return open_family(folder, fields, dtype, device, pickle)
     config, _ = read_config(folder)
     with torch.device("meta"):
-        model = Decoder(config)
+        model = Own(config, fields, folder)
     fill(model, plan(model, None), Shards(folder, pickle), set(), dtype, device)
     return model.eval()
 
@@ -116,6 +151,11 @@ def config_json(folder: Path) -> Tree:
     if not isinstance(tree.get("model_type"), str):
         raise UserError(f"{path} names no model_type: it is no model's config")
     return tree
+
+
+def open_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a model folder, with every token that ends its texts. Raises UserError as ``load`` does."""
+    return Tokenizer.open(folder, _end_ids(folder))
 
 
 def _end_ids(folder: Path) -> list[int]:

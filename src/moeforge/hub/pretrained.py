@@ -1,7 +1,6 @@
 """``load`` and ``save_pretrained``: a folder of a public family becomes our decoder, and goes home unchanged."""
 
 import json
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -18,11 +17,9 @@ from moeforge.hub.bridge import REFUSED
 from moeforge.hub.card import card
 from moeforge.hub.families import FAMILIES, Family
 from moeforge.hub.layout import Piece, plan
-from moeforge.hub.shards import Shards, Source, write
+from moeforge.hub.shards import MAX_SHARD_SIZE, Shards, Source, write
 from moeforge.hub.whole import write_whole
 from moeforge.models import Decoder, ModelConfig
-
-MAX_SHARD_SIZE = "5GB"
 
 CARRIED = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*"),
@@ -86,12 +83,11 @@ def contents(
     max_shard_size: int | str = MAX_SHARD_SIZE,
 ) -> Callable[[Path], None]:
     """What fills a folder as ``save_as`` does; ``name`` is the model's."""
-    limit = _bytes(max_shard_size)
     config_json = family.write(model.config, origin.config_json if origin else None)
     dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
     config_json["torch_dtype" if "torch_dtype" in config_json else "dtype"] = dtype
     if tokenizer is not None:
-        config_json.setdefault("eos_token_id", tokenizer.eos_id)
+        config_json.setdefault("eos_token_id", tokenizer.eos_token_id)
         if tokenizer.start_ids != [tokenizer.eos_id]:
             config_json.setdefault("bos_token_id", tokenizer.start_ids[0])
     tensors = model.state_dict()
@@ -107,9 +103,9 @@ def contents(
         return kept.get(name)
 
     def fill(fresh: Path) -> None:
-        write(fresh, sizes, get, limit)
+        write(fresh, sizes, get, max_shard_size)
         if origin is not None:
-            _carry(origin.folder, fresh)
+            carry_files(origin.folder, fresh)
         if tokenizer is not None and not (fresh / "tokenizer.json").exists():
             tokenizer.save(fresh)
         _write_json(fresh / "config.json", config_json)
@@ -137,15 +133,8 @@ def _write_json(path: Path, tree: Tree) -> None:
     path.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _bytes(size: int | str) -> int:
-    """``5GB``, ``200MB`` or a number. Raises UserError."""
-    match = re.fullmatch(r"\s*([\d.]+)\s*([KMG]?)B?\s*", str(size), re.IGNORECASE)
-    if match is None or not float(match[1]):
-        raise UserError(f"max_shard_size = {size!r} is no number of bytes; 5GB and 200MB are understood")
-    return round(float(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[match[2].upper()])
-
-
-def _carry(source: Path, fresh: Path) -> None:
+def carry_files(source: Path, fresh: Path) -> None:
+    """Copies what lies beside the weights of a folder."""
     for pattern in CARRIED:
         for path in source.glob(pattern):
             if path.is_file():

@@ -21,6 +21,8 @@ CLASSES = {
     "AutoModelForCausalLM": ("hub.auto_model", "MoeforgeForCausalLM"),
 }
 """What transformers asks for -> the module below moeforge, and the class in it."""
+CODE = ("auto_map", "needs")
+"""Fields of ``config.json`` by which ``carry`` says how a model is opened."""
 HEADER = """\
 # moeforge/{path} of moeforge {version} (Apache-2.0); only its imports are rewritten.
 # With it transformers opens this model by trust_remote_code=True where moeforge is not installed. Where it is

@@ -1,6 +1,7 @@
 """The weight files of a folder: one, or several with an index; safetensors, or pickles where asked for."""
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from moeforge.errors import UserError
 from moeforge.hub.packed import Packed, find_packed
 
 SAFE, PICKLE = "model.safetensors", "pytorch_model.bin"
+MAX_SHARD_SIZE = "5GB"
 
 
 class Source(Protocol):
@@ -161,15 +163,17 @@ def _unpickled(file: Path) -> Mapping[str, Tensor]:
     return tensors
 
 
-def write(folder: Path, sizes: Mapping[str, int], get: Callable[[str], Tensor], max_shard_size: int) -> None:
-    """Safetensors of at most so many bytes each, with an index where there are several, as transformers writes them.
+def write(folder: Path, sizes: Mapping[str, int], get: Callable[[str], Tensor], max_shard_size: int | str) -> None:
+    """Safetensors of at most so many bytes each (``"5GB"`` is understood), with an index where there are several, as
+    transformers writes them.
 
-    ``sizes`` are the bytes of each tensor, in order. One shard's tensors are asked for at a time.
+    ``sizes`` are the bytes of each tensor, in order. One shard's tensors are asked for at a time. Raises UserError.
     """
+    limit = _bytes(max_shard_size)
     shards: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():
-        if shards[-1] and filled + size > max_shard_size:
+        if shards[-1] and filled + size > limit:
             shards.append([])
             filled = 0
         shards[-1].append(name)
@@ -182,3 +186,11 @@ def write(folder: Path, sizes: Mapping[str, int], get: Callable[[str], Tensor], 
         index = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
         tree = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(index.items()))}
         (folder / f"{SAFE}.index.json").write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+
+
+def _bytes(size: int | str) -> int:
+    """``5GB``, ``200MB`` or a number. Raises UserError."""
+    match = re.fullmatch(r"\s*([\d.]+)\s*([KMG]?)B?\s*", str(size), re.IGNORECASE)
+    if match is None or not float(match[1]):
+        raise UserError(f"max_shard_size = {size!r} is no number of bytes; 5GB and 200MB are understood")
+    return round(float(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[match[2].upper()])

@@ -26,7 +26,7 @@ INERT = frozenset(
 
 TRAINING_ONLY = (
     *("moe.router.losses", "moe.router.noise", "moe.router.input_jitter", "moe.router.select.train_k"),
-    *("moe.router.controller.rate", "moe.router.controller.by", "moe.experts.engine"),
+    *("moe.router.controller.rate", "moe.router.controller.by", "moe.experts.engine", "moe.router.gate.frozen"),
 )
 """Settings that no logit depends on in evaluation mode, and that no config.json of these families holds."""
 
@@ -113,6 +113,7 @@ class Family:
                 _put(tree, path, value)
         if problems:
             raise UserError(f"{source}, model_type {self.model_type}: " + "; ".join(problems))
+        _freeze_idle_gate(tree.get("moe"))
         return build(ModelConfig, tree, source=source)
 
     def write(self, config: ModelConfig, base: Tree | None = None) -> Tree:
@@ -158,6 +159,15 @@ def _put(tree: Any, path: str, value: Any) -> None:
         if tree is None:
             return
     tree[last] = value
+
+
+def _freeze_idle_gate(moe: Tree | None) -> None:
+    """A weight normalised over one expert is always one, and no gradient reaches its gate: it opens frozen."""
+    router = moe["router"] if moe else {}
+    weigh = router.get("weigh")
+    normalised = weigh == "softmax" or (isinstance(weigh, Mapping) and weigh.get("normalize_weights"))
+    if normalised and router["select"]["k"] == 1 and not router.get("controller"):
+        _put(router, "gate.frozen", True)
 
 
 def differences(config: ModelConfig, other: ModelConfig) -> list[str]:
