@@ -12,7 +12,7 @@ import moeforge
 from moeforge.data.tokenizers import Bytes, Tokenizer, train_or_open
 from moeforge.errors import UserError
 from moeforge.hub import load, save
-from moeforge.hub.folder import write_whole
+from moeforge.hub.whole import write_whole
 from moeforge.models import Decoder, ModelConfig
 
 MOE = {

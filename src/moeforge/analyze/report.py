@@ -14,7 +14,7 @@ from moeforge import __version__
 from moeforge.analyze import figures
 from moeforge.analyze.record import EqualTime, Record, Sample, at_equal_time
 from moeforge.errors import UserError
-from moeforge.hub.folder import write_text
+from moeforge.hub.whole import write_text
 
 if TYPE_CHECKING:
     from jinja2 import Environment

@@ -47,7 +47,7 @@ def run_demo(config: "RunConfig", out: Path, quiet: bool, command: str) -> Tree:
     from moeforge.analyze.figures import png, summary
     from moeforge.cli.analyze import read_run
     from moeforge.data.prepare import prepare
-    from moeforge.hub.folder import write_text
+    from moeforge.hub.whole import write_text
     from moeforge.train import train
 
     check_packages()

@@ -28,7 +28,7 @@ def reproduce(
 
     Settings go to both, as --steps=100. A run that --out already holds is read, not trained again.
     """
-    from moeforge.hub.folder import write_text
+    from moeforge.hub.whole import write_text
     from moeforge.recipes.reproduce import reproduce as run
 
     folder, changes = out or Path("runs/reproduce") / Path(name).stem, list(context.obj)

@@ -19,8 +19,7 @@ from moeforge.hub.pretrained import Pretrained, carry_files, check, family_of, f
 from moeforge.hub.remote import CODE, carry
 from moeforge.hub.shards import MAX_SHARD_SIZE, Shards, write
 from moeforge.hub.versions import model_config
-from moeforge.hub.whole import write_text as write_text
-from moeforge.hub.whole import write_whole as write_whole
+from moeforge.hub.whole import write_whole
 from moeforge.models import Decoder, ModelConfig
 
 MODEL_TYPE = "moeforge"

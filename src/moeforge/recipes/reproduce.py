@@ -17,7 +17,7 @@ from moeforge.data.tokenizers import TokenizerConfig
 from moeforge.errors import UserError
 from moeforge.evaluate import bits_per_byte
 from moeforge.hub import load as open_model
-from moeforge.hub.folder import write_text
+from moeforge.hub.whole import write_text
 from moeforge.models import measure
 from moeforge.recipes.catalogue import load_tree
 from moeforge.recipes.quantities import QUANTITIES

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 
 from moeforge.config import Tree, build, difference
 from moeforge.errors import UserError
-from moeforge.hub.folder import fit, read_tensors, write_whole
+from moeforge.hub.folder import fit, read_tensors
+from moeforge.hub.whole import write_whole
 from moeforge.models import Decoder
 from moeforge.parallel.ranks import ALONE, Ranks
 from moeforge.train.config import RunConfig

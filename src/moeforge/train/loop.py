@@ -15,7 +15,7 @@ from moeforge.data.prepare import TextData, prepare
 from moeforge.errors import UserError
 from moeforge.evaluate import Score, bits_per_byte
 from moeforge.hub import save
-from moeforge.hub.folder import write_text
+from moeforge.hub.whole import write_text
 from moeforge.kernels.allocator import keep_freed_memory
 from moeforge.models import Decoder, ModelConfig
 from moeforge.parallel.ranks import ALONE, Ranks
