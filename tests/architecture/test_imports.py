@@ -11,10 +11,13 @@ from tests.architecture.source import ROOT, SRC, parse, place, python_files
 # The packages of the optional extras; what needs one says so when it's missing, so there's one place to say it.
 OPTIONAL = (
     *("transformers", "gguf", "datasets", "pyarrow", "matplotlib", "jinja2", "tensorboard", "lm_eval", "triton"),
+    *("fastapi", "uvicorn", "prometheus_client", "llguidance", "scipy", "compressed_tensors"),
 )
 BORROWS = {"transformers": "src/moeforge/models/rope.py"}
 """A file besides the owner that calls single functions of the package."""
 ENTRY = {"tensorboard": "torch.utils.tensorboard"}
+
+MADE_OF = (SRC / "hub", SRC / "serve")
 
 ROOMS = {"kernels", "moe", "models", "hub", "data", "parallel", "recipes", "cli"}
 VERBS = {"train", "upcycle", "compress", "generate", "serve", "evaluate", "analyze"}
@@ -44,8 +47,8 @@ def test_an_optional_package_has_one_owner(package: str) -> None:
     users = [
         path for path in python_files("src") if imports(parse(path), package) and place(path) != BORROWS.get(package)
     ]
-    # What stands in the hub may be made of transformers' own classes; its modules for that import it at the top.
-    owners = {SRC / "hub" if path.is_relative_to(SRC / "hub") else path for path in users}
+    # What stands in these rooms may be made of a package's own classes; its modules for that import it at the top.
+    owners = {next((room for room in MADE_OF if path.is_relative_to(room)), path) for path in users}
     assert len(owners) <= 1, f"{package} is imported in {owners}: let one of them own it"
 
 
