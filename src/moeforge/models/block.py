@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moeforge.models.attention import Attention, LayerCache, Positions, build
+from moeforge.models.attention import Attention, BlockLayer, LayerCache, Positions, build
 from moeforge.models.config import LayerConfig, ModelConfig
 from moeforge.moe import Context, MoE, Routing
 from moeforge.moe.shared import MLP
@@ -39,7 +39,7 @@ class Block(nn.Module):
         self.mlp = None if layer.moe else MLP(config.d_model, layer.d_ff, layer.activation, layer.mlp_bias)
 
     def forward(
-        self, x: Tensor, positions: Positions, context: Context, cache: LayerCache | None, recompute: bool
+        self, x: Tensor, positions: Positions, context: Context, cache: LayerCache | BlockLayer | None, recompute: bool
     ) -> Passed:
         """With ``recompute``, activations are made again in backward; the route is not, so it cannot change."""
         run, before, heads = _recomputed if recompute else _called, x, None
@@ -65,7 +65,7 @@ class Block(nn.Module):
         router = self.attention.router
         return router(self._normed(x).flatten(0, -2), context) if router else None
 
-    def _attend(self, x: Tensor, positions: Positions, cache: LayerCache | None, route: Any) -> Tensor:
+    def _attend(self, x: Tensor, positions: Positions, cache: LayerCache | BlockLayer | None, route: Any) -> Tensor:
         assert self.attention is not None
         return self.attention(self._normed(x), positions, cache, route)
 

@@ -7,7 +7,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from moeforge.models.attention import Attention, LatentAttention, LayerCache, locate
+from moeforge.kernels.paged import Rows
+from moeforge.models.attention import Attention, BlockLayer, LatentAttention, LayerCache, locate
 from moeforge.models.block import Block, norm, scaled
 from moeforge.models.config import ModelConfig
 from moeforge.models.init import initialise
@@ -22,7 +23,7 @@ class Output:
     """Of one forward pass."""
 
     logits: Tensor
-    """[B, L, V]."""
+    """[B, L, V], or of the places asked for."""
     routings: dict[int, Routing]
     """By depth, for layers with experts: the layer's number, and ``num_layers`` more with every repeat."""
     heads: dict[int, Routing] = field(default_factory=dict)
@@ -51,6 +52,27 @@ class Cache:
         return next(iter(self.layers.values())).length
 
 
+class Blocks:
+    """The same for many texts at once: pools of blocks at every depth that attends (``kernels/paged.py``).
+
+    A pass is one row of ids [1, T], of any texts: ``rows`` says whose and where they are stored.
+    """
+
+    def __init__(self, model: "Decoder", blocks: int, block_size: int) -> None:
+        like = model.embedding.weight
+        self.block_size = block_size
+        self.layers = {
+            depth: BlockLayer(blocks, block_size, layer.attention.cached(model.config), like, layer.window)
+            for depth, layer in enumerate(model.config.applied_layers)
+            if layer.attends
+        }
+
+    def take(self, rows: Rows) -> None:
+        """The rows of the next pass."""
+        for layer in self.layers.values():
+            layer.rows = rows
+
+
 class Decoder(nn.Module):
     """Config-driven; each layer has its own experts or none. ``config.vocab_size`` must be set."""
 
@@ -74,24 +96,27 @@ class Decoder(nn.Module):
         *,
         position: Tensor | None = None,
         document: Tensor | None = None,
-        cache: Cache | None = None,
+        cache: Cache | Blocks | None = None,
         step: int | None = None,
         known: Mapping[str, Tensor] | None = None,
+        logits_of: Tensor | None = None,
     ) -> Output:
         """[B, L] ids -> logits [B, L, V].
 
         ``attention_mask`` [B, past + L] is 0 for padding, left or right, which no token sees and no position counts.
         ``position`` and ``document`` [B, L] describe packed sequences: positions restart with each document, and no
         token sees another document. With a ``cache`` the ids follow what it holds. ``known`` [B, L] by kind is what the
-        tokens are known to be (``domain``), for gates that look it up.
+        tokens are known to be (``domain``), for gates that look it up. ``Blocks`` need ``position``. ``logits_of`` are
+        the places in L that logits are wanted of; None: all.
         """
-        past = cache.length if cache else 0
+        blocks = isinstance(cache, Blocks)
+        past = cache.length if cache and not blocks else 0
         visible = _visible(attention_mask, input_ids, past)
         if position is None:
             position = torch.arange(past, past + input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
             if visible is not None:
                 position = (visible.cumsum(1) - 1).clamp_min(0)[:, past:]
-        positions = locate(self.config, position, document, past, visible)
+        positions = locate(self.config, position, document, None if blocks else past, visible)
         x, routings, heads = scaled(self.embedding(input_ids), self.config.embedding_scale), {}, {}
         facts = {kind: ids.flatten() for kind, ids in (known or {}).items()}
         tokens, embedded = input_ids.flatten(), x.flatten(0, 1)
@@ -109,7 +134,8 @@ class Decoder(nn.Module):
                 if momentum is not None:
                     added, moments = momentum(added, moments)
             x = x + scaled(added, self.config.residual_scale)
-        return Output(self._logits(self.norm(x)), routings, heads)
+        wanted = x if logits_of is None else x[:, logits_of]
+        return Output(self._logits(self.norm(wanted)), routings, heads)
 
     def _logits(self, x: Tensor) -> Tensor:
         """[B, L, D] -> [B, L, V]."""

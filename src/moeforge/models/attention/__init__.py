@@ -1,6 +1,7 @@
 """Causal self-attention: how queries, keys and values are made, who sees whom, and what a cache keeps."""
 
 from moeforge.models.attention.attention import Attention as Attention
+from moeforge.models.attention.cache import BlockLayer as BlockLayer
 from moeforge.models.attention.cache import LayerCache as LayerCache
 from moeforge.models.attention.latent import LatentAttention as LatentAttention
 from moeforge.models.attention.positions import Positions as Positions

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from moeforge.models.attention.cache import LayerCache
+from moeforge.models.attention.cache import BlockLayer, LayerCache
 from moeforge.models.attention.mix import attend, received
 from moeforge.models.attention.positions import Positions, rotate
 from moeforge.models.attention.routed import PerExpert, places
@@ -41,14 +41,17 @@ class Attention(nn.Module):
         self.sinks = nn.Parameter(torch.zeros(config.num_heads)) if self.heads.sinks else None
 
     def forward(
-        self, x: Tensor, positions: Positions, cache: LayerCache | None = None, route: Route | None = None
+        self, x: Tensor, positions: Positions, cache: LayerCache | BlockLayer | None = None, route: Route | None = None
     ) -> Tensor:
         """One pass; with a cache, x is what follows what the cache holds."""
         queries, keys = self._queries_and_keys(x, positions, route)
         values = self._clipped(self._heads(self.v_proj(x)))
-        if cache is not None:
-            keys, values = cache.append(keys, values)
-        mixed = attend(queries, keys, values, positions.masks[self.window], self.heads.scale, self.sinks)
+        if isinstance(cache, BlockLayer):
+            mixed = cache.attend(queries, (keys, values), self.heads.scale, self.sinks)
+        else:
+            if cache is not None:
+                keys, values = cache.append(keys, values)
+            mixed = attend(queries, keys, values, positions.mask(self.window), self.heads.scale, self.sinks)
         return self._output(mixed.transpose(1, 2).flatten(2), x, route)
 
     def _queries(self, x: Tensor, route: Route | None) -> Tensor:
@@ -90,7 +93,7 @@ class Attention(nn.Module):
         Among these tokens alone, not what a cache holds.
         """
         queries, keys = self._queries_and_keys(x, positions, route)
-        return received(queries, keys, positions.masks[self.window], self.heads.scale, self.sinks)
+        return received(queries, keys, positions.mask(self.window), self.heads.scale, self.sinks)
 
     def _queries_and_keys(self, x: Tensor, positions: Positions, route: Route | None) -> tuple[Tensor, Tensor]:
         """[B, heads, L, head_dim] each, rotated."""

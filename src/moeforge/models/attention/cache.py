@@ -1,8 +1,11 @@
-"""What attention keeps of the tokens before, so that each is computed once."""
+"""What attention keeps of the tokens before, so that each is computed once: of a batch that grows in step, or of many
+texts, in blocks."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from moeforge.kernels.paged import Rows, attend_blocks, store
 
 
 class LayerCache:
@@ -39,3 +42,27 @@ class LayerCache:
         if room < end:
             more = min(max(end, 2 * room), self.max_len) - room
             self.tensors = [F.pad(tensor, (0, 0, 0, more)) for tensor in self.tensors]
+
+
+class BlockLayer:
+    """The same for the rows of many texts in one pass, [1, heads, T, width]: pools of blocks, which texts share out.
+
+    A pool is [blocks, block size, heads, width]. ``rows`` of the pass are set before it.
+    """
+
+    def __init__(
+        self, blocks: int, block_size: int, shapes: tuple[tuple[int, int], ...], like: Tensor, window: int | None
+    ) -> None:
+        self.pools = [like.new_zeros(blocks, block_size, heads, width) for heads, width in shapes]
+        self.window = window
+        self.rows: Rows | None = None
+
+    def attend(self, queries: Tensor, news: tuple[Tensor, ...], scale: float | None, sinks: Tensor | None) -> Tensor:
+        """Stores ``news``, keys and values or one tensor for both, and attends; the rows say who sees whom."""
+        assert self.rows is not None
+        for pool, new in zip(self.pools, news, strict=True):
+            store(pool, self.rows, new[0].transpose(0, 1))
+        scale = queries.shape[3] ** -0.5 if scale is None else scale
+        asked_TQW = queries[0].transpose(0, 1)
+        mixed = attend_blocks(asked_TQW, self.pools[0], self.pools[-1], self.rows, scale, self.window, sinks)
+        return mixed.transpose(0, 1)[None]

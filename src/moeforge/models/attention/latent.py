@@ -1,9 +1,11 @@
 """Latent attention: keys and values of all heads come out of one narrow row per token, which is all a cache keeps."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-from moeforge.models.attention.cache import LayerCache
+from moeforge.models.attention.cache import BlockLayer, LayerCache
 from moeforge.models.attention.mix import attend
 from moeforge.models.attention.positions import Positions, rotate
 from moeforge.models.config import ModelConfig
@@ -39,14 +41,19 @@ class LatentAttention(nn.Module):
         self.o_proj = nn.Linear(config.num_heads * heads.v_head_dim, d_model, bias=bias)
 
     def forward(
-        self, x: Tensor, positions: Positions, cache: LayerCache | None = None, route: Route | None = None
+        self, x: Tensor, positions: Positions, cache: LayerCache | BlockLayer | None = None, route: Route | None = None
     ) -> Tensor:
         """One pass; with a cache, x is what follows what the cache holds. There is no route here."""
-        queries, rows = self._queries(x, positions), self._rows(x, positions)
-        if cache is not None:
-            (rows,) = cache.append(rows)
-        own = rows.shape[2] == x.shape[1]
-        mixed = (self._by_heads if own else self._by_rows)(queries, rows, positions.masks[self.window])
+        queries, rows, mask = self._queries(x, positions), self._rows(x, positions), positions.mask(self.window)
+        if isinstance(cache, BlockLayer):
+            mixed = self._by_rows(queries, lambda asked: cache.attend(asked, (rows,), self.scale, None))
+        else:
+            if cache is not None:
+                (rows,) = cache.append(rows)
+            if rows.shape[2] == x.shape[1]:
+                mixed = self._by_heads(queries, rows, mask)
+            else:
+                mixed = self._by_rows(queries, lambda asked: attend(asked, rows, rows, mask, self.scale))
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
     def _queries(self, x: Tensor, positions: Positions) -> Tensor:
@@ -73,11 +80,11 @@ class LatentAttention(nn.Module):
         keys = torch.cat((plain, turned.expand(-1, self.num_heads, -1, -1)), -1)
         return attend(queries, keys, values, mask, self.scale)
 
-    def _by_rows(self, queries: Tensor, rows: Tensor, mask: Tensor | None) -> Tensor:
+    def _by_rows(self, queries: Tensor, mix: Callable[[Tensor], Tensor]) -> Tensor:
         """The same with the matrices taken to the queries' side: rows are keys, their latent part is values."""
         matrices = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))
         to_key, to_value = matrices.split((self.heads.qk_nope_head_dim, self.heads.v_head_dim), 1)
         plain, turned = queries.split((self.heads.qk_nope_head_dim, self.heads.qk_rope_head_dim), -1)
         asked = torch.cat((torch.einsum("bhld,hdr->bhlr", plain, to_key), turned), -1)
-        latent = attend(asked, rows, rows, mask, self.scale)[..., : self.heads.kv_lora_rank]
+        latent = mix(asked)[..., : self.heads.kv_lora_rank]
         return torch.einsum("bhlr,hvr->bhlv", latent, to_value)

@@ -21,16 +21,22 @@ class Positions:
     masks: Mapping[int | None, Tensor | None]
     """By the layers' windows, [B or 1, 1, L, past + L] bool, true where a query may look; None means plain causal."""
 
+    def mask(self, window: int | None) -> Tensor | None:
+        """Of a layer with this window; None also where its cache knows who sees whom."""
+        return self.masks.get(window)
+
 
 def locate(
-    config: ModelConfig, position: Tensor, document: Tensor | None, past: int, visible: Tensor | None = None
+    config: ModelConfig, position: Tensor, document: Tensor | None, past: int | None, visible: Tensor | None = None
 ) -> Positions:
     """Rotations and masks for [B, L] positions. ``document`` [B, L] keeps packed documents from seeing each other.
 
-    ``visible`` [B, past + L] is false for padding, which nobody sees but itself.
+    ``visible`` [B, past + L] is false for padding, which nobody sees but itself. With ``past`` None there are no masks.
     """
     frequency, gain = frequencies(config, position)
     angle = (position[:, None, :, None].float() * frequency[:, None, None]).repeat(1, 1, 1, 2)
+    if past is None:
+        return Positions(angle.cos() * gain, angle.sin() * gain, {})
     mask = _mask(position, document, past, visible)
     windows = {layer.window for layer in config.all_layers}
     masks = {window: _within(mask, window, position, past) for window in windows}
