@@ -8,7 +8,7 @@ import torch
 from moeforge.data.tokenizers import Tokenizer
 from moeforge.errors import UserError
 from moeforge.generate import Sampling, Writer, generate
-from moeforge.generate.sample import next_token
+from moeforge.generate.sample import draw
 from moeforge.generate.trace import choices
 from moeforge.models import Decoder, ModelConfig
 from tests.data.test_tokenizers import metaspace
@@ -23,7 +23,7 @@ def from_scratch(model: Decoder, tokenizer: Tokenizer, prompt: str, sampling: Sa
     ids, generator = [tokenizer.eos_id, *tokenizer.encode(prompt)], sampling.generator()
     start = len(ids)
     while len(ids) < min(start + sampling.max_tokens, model.config.max_seq_len):
-        token = next_token(model(torch.tensor([ids])).logits[0, -1], sampling, generator)
+        token = draw(model(torch.tensor([ids])).logits[0, -1], sampling, generator)
         if token == tokenizer.eos_id:
             break
         ids.append(token)

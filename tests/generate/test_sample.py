@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 
 from moeforge.errors import UserError
-from moeforge.generate.sample import Sampling, next_token, probabilities
+from moeforge.generate.sample import Sampler, Sampling, draw, probabilities
 
 SETTINGS = [
     {},
@@ -50,21 +50,21 @@ def test_cuts_keep_what_brute_force_keeps(settings):
 def test_tokens_are_drawn_as_often_as_their_probability_says():
     logits_V, sampling = torch.tensor([0.0, 1.0, 2.0, -1.0]), Sampling(temperature=1.0, sample_k=3)
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.tensor([next_token(logits_V, sampling, generator) for _ in range(3000)]).bincount(minlength=4) / 3000
+    drawn = torch.tensor([draw(logits_V, sampling, generator) for _ in range(3000)]).bincount(minlength=4) / 3000
     torch.testing.assert_close(drawn, probabilities(logits_V, sampling), atol=0.03, rtol=0)
     assert drawn[3] == 0
 
 
 def test_temperature_zero_and_nearly_zero_take_the_likeliest():
     logits_V, generator = torch.tensor([3.0, 90.0, 89.9, -5.0]), torch.Generator()
-    assert next_token(logits_V, Sampling(temperature=0), generator) == 1
-    assert next_token(logits_V, Sampling(temperature=1e-39), generator) == 1
+    assert draw(logits_V, Sampling(temperature=0), generator) == 1
+    assert draw(logits_V, Sampling(temperature=1e-39), generator) == 1
 
 
 def test_the_seed_decides_and_no_seed_does_not():
     def draws(seed: int | None) -> list[int]:
         generator = Sampling(seed=seed).generator()
-        return [next_token(torch.zeros(1000), Sampling(), generator) for _ in range(8)]
+        return [draw(torch.zeros(1000), Sampling(), generator) for _ in range(8)]
 
     assert draws(3) == draws(3) != draws(4)
     assert draws(None) != draws(None)
@@ -78,4 +78,4 @@ def test_a_cut_that_would_do_nothing_is_refused():
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_broken_logits_are_the_models_fault(bad):
     with pytest.raises(UserError, match="not finite"):
-        next_token(torch.tensor([0.0, bad]), Sampling(), torch.Generator())
+        Sampler(Sampling(), []).pick(torch.tensor([0.0, bad]))

@@ -8,7 +8,7 @@ import torch
 
 from moeforge.data.tokenizers import Tokenizer
 from moeforge.errors import UserError
-from moeforge.generate.sample import Sampling, next_token
+from moeforge.generate.sample import Sampler, Sampling
 from moeforge.generate.trace import choices, refuse_blocks
 from moeforge.models import Cache, Decoder
 from moeforge.models.domain import known
@@ -75,17 +75,17 @@ class Writer:
         Each step comes after its token was read, so it carries that token's own experts and the document can go on
         from there. Nothing comes when the model ends the document at once.
         """
-        generator, stream = sampling.generator(), self.tokenizer.stream(self._text)
+        sampler, stream = Sampler(sampling, self._text), self.tokenizer.stream(self._text)
         if self._unread:
             self._feed(self._unread)
             self._unread = []
-        token = next_token(self._logits, sampling, generator)
+        token = sampler.pick(self._logits).token_id
         for count in range(1, sampling.max_tokens + 1):
             if token in self.tokenizer.end_ids or self.length == self.max_len:
                 return
             experts = self._feed([token])
             self._text.append(token)
-            following = next_token(self._logits, sampling, generator)
+            following = sampler.pick(self._logits).token_id
             stop = self._stop(following, count == sampling.max_tokens)
             yield Step(token, stream.push(token) + (stream.finish() if stop else ""), experts, stop)
             token = following

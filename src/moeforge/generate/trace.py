@@ -53,9 +53,9 @@ def trace(model: Decoder, tokenizer: Tokenizer, text: str, domain: str | None = 
     return [Traced(piece, chosen) for piece, chosen in zip(tokenizer.pieces(ids), by_token, strict=True)]
 
 
-def choices(output: Output) -> list[dict[int, Choice]]:
-    """Of each row of a forward pass, what every layer's router decided."""
-    count = output.logits.shape[0] * output.logits.shape[1]
+def choices(output: Output, count: int | None = None) -> list[dict[int, Choice]]:
+    """Of each row of a forward pass, what every layer's router decided. ``count`` rows, where not all have logits."""
+    count = output.logits.shape[0] * output.logits.shape[1] if count is None else count
     rows: list[dict[int, Choice]] = [{} for _ in range(count)]
     for layer, routing in output.routings.items():
         route = routing.route.edges if isinstance(routing.route, MergedRoute) else routing.route

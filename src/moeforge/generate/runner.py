@@ -1,0 +1,135 @@
+"""One pass over pieces of many texts, by a decoder whose keys and values lie in blocks."""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from moeforge.errors import UserError
+from moeforge.generate.schedule import Piece
+from moeforge.generate.settings import Settings
+from moeforge.generate.trace import choices, refuse_blocks
+from moeforge.kernels.paged import Rows
+from moeforge.models import Decoder
+from moeforge.models.decoder import Blocks, Output
+from moeforge.models.domain import known
+from moeforge.moe import Route
+
+
+class Passed(NamedTuple):
+    """What a pass gave, piece by piece."""
+
+    logits: list[Tensor]
+    """[n, V] of each piece: of its last token, or of all its tokens where they were asked for."""
+    experts: list[list[dict[int, list[int]]]] | None
+    """Of each piece and token, by layer, heaviest first; None unless asked for."""
+    counts: dict[int, Tensor]
+    """[E] int64 by layer: choices of all tokens together."""
+
+
+class Runner(Protocol):
+    """What an engine runs: our decoder, or a model of transformers."""
+
+    max_len: int
+    """Tokens of a text, those to come included."""
+    vocab_size: int
+
+    def run(self, pieces: Sequence[Piece], show_experts: bool) -> Passed:
+        """Reads the pieces."""
+
+
+def bytes_per_block(model: Decoder, block_size: int) -> int:
+    """Of keys and values, all layers together."""
+    config, itemsize = model.config, model.embedding.weight.element_size()
+    shapes = [layer.attention.cached(config) for layer in config.applied_layers if layer.attends]
+    return itemsize * block_size * sum(heads * width for shape in shapes for heads, width in shape)
+
+
+def blocks_wanted(model: Decoder, settings: Settings) -> int:
+    """Blocks of an engine. Raises UserError where they would not even hold one."""
+    if settings.kv_blocks is not None:
+        return settings.kv_blocks
+    size = bytes_per_block(model, settings.block_size)
+    enough = settings.max_running * -(-model.config.max_seq_len // settings.block_size)
+    count = min(enough, int(settings.kv_memory * 2**30) // max(size, 1))
+    if count < 1:
+        raise UserError(f"kv_memory = {settings.kv_memory} GiB holds no block: one takes {size / 2**20:.1f} MiB")
+    return count
+
+
+class BlockRunner:
+    """Our decoder. All texts of a pass are rows of one batch, and what one row gets depends on its own text alone."""
+
+    def __init__(self, model: Decoder, settings: Settings, blocks: int, domain: str | None = None) -> None:
+        """Raises UserError where the model's routers compare tokens and no setting allows that, and as ``known``."""
+        refuse_blocks(model)
+        if model.cannot_write and not settings.unsafe_batch_dependent:
+            raise UserError(
+                f"in {', '.join(model.cannot_write)} a token's experts depend on other tokens than itself, "
+                "also on those of other requests; --unsafe-batch-dependent runs it anyway"
+            )
+        if any(layer.moe and layer.moe.router.select.reads_importance for layer in model.config.all_layers):
+            raise UserError("this model's routers go by the attention that a token gets from later ones")
+        self.model, self.domain, self.block_size = model, domain, settings.block_size
+        self.cache = Blocks(model, blocks, settings.block_size)
+        self.vocab_size = model.config.vocab_size or 0
+        self.max_len = min(model.config.max_seq_len, blocks * settings.block_size)
+        known(model, domain, torch.empty(0))
+
+    @torch.no_grad()
+    def run(self, pieces: Sequence[Piece], show_experts: bool = False) -> Passed:
+        """Reads the pieces in one forward pass."""
+        device = self.model.embedding.weight.device
+        ids = torch.tensor([[token for p in pieces for token in p.text.tokens[p.start : p.end]]], device=device)
+        rows, wanted, sizes = self._rows(pieces)
+        self.cache.take(rows)
+        facts = known(self.model, self.domain, ids)
+        output = self.model(ids, position=rows.position[None], cache=self.cache, known=facts, logits_of=wanted)
+        logits = output.logits[0].float().cpu().split(sizes)
+        experts = self._experts(output, pieces) if show_experts else None
+        return Passed(list(logits), experts, _counts(output))
+
+    def _rows(self, pieces: Sequence[Piece]) -> tuple[Rows, Tensor, list[int]]:
+        """The rows, the places whose logits are wanted, and how many of each piece."""
+        size, device = self.block_size, self.model.embedding.weight.device
+        longest = max(len(piece.text.blocks) for piece in pieces)
+        table = torch.tensor([[*p.text.blocks, *[0] * (longest - len(p.text.blocks))] for p in pieces])
+        counts = torch.tensor([piece.end - piece.start for piece in pieces])
+        text = torch.arange(len(pieces)).repeat_interleave(counts)
+        position = torch.cat([torch.arange(piece.start, piece.end) for piece in pieces])
+        slot = table[text, position // size] * size + position % size
+        ends = counts.cumsum(0).tolist()
+        wanted, sizes = [], []
+        for piece, end in zip(pieces, ends, strict=True):
+            first = end - (piece.end - piece.start) if _wants_all(piece) else end - 1
+            wanted += range(first, end)
+            sizes.append(end - first)
+        rows = Rows(text.to(torch.int32), position, table.to(torch.int32), slot)
+        on_device = Rows(*(tensor.to(device) for tensor in (rows.text, rows.position, rows.table, rows.slot)))
+        return on_device, torch.tensor(wanted, device=device), sizes
+
+    def _experts(self, output: Output, pieces: Sequence[Piece]) -> list[list[dict[int, list[int]]]]:
+        by_row = [
+            {layer: choice.experts for layer, choice in row.items()} for row in choices(output, self._count(pieces))
+        ]
+        starts, at = [], 0
+        for piece in pieces:
+            starts.append(by_row[at : at + piece.end - piece.start])
+            at += piece.end - piece.start
+        return starts
+
+    @staticmethod
+    def _count(pieces: Sequence[Piece]) -> int:
+        return sum(piece.end - piece.start for piece in pieces)
+
+
+def _wants_all(piece: Piece) -> bool:
+    """Whether the logits of every token of the prompt are asked for, and this is a part of it."""
+    request = piece.text.request
+    return request.sampling.prompt_logprobs is not None and piece.start < len(request.prompt)
+
+
+def _counts(output: Output) -> dict[int, Tensor]:
+    routes = {layer: routing.route for layer, routing in output.routings.items()}
+    return {layer: route.counts.cpu() for layer, route in routes.items() if isinstance(route, Route)}
