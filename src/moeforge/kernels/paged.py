@@ -1,9 +1,12 @@
 """Attention over a pool of blocks: the keys and values of many texts, each in blocks of its own wherever they lie."""
 
+import ctypes
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from moeforge.kernels.native import engine
 
 
 @dataclass(frozen=True)
@@ -21,8 +24,23 @@ class Rows:
 
 
 def store(pool: Tensor, rows: Rows, new_THW: Tensor) -> None:
-    """Writes [T, heads, width] into a pool [blocks, block size, heads, width], in the pool's type."""
-    pool.flatten(0, 1)[rows.slot] = new_THW.to(pool.dtype)
+    """Writes [T, heads, width] into a pool [blocks, heads, block size, width], in the pool's type."""
+    size = pool.shape[2]
+    pool[rows.slot // size, :, rows.slot % size] = new_THW.to(pool.dtype)
+
+
+class _Paged(ctypes.Structure):
+    """``struct Paged`` of ``paged.h``."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in "queries keys values sinks text table position".split()),
+        ("scale", ctypes.c_float),
+        *(
+            (name, ctypes.c_int32)
+            for name in "rows num_queries heads width value_width key_stride value_stride block_size table_width threads".split()
+        ),
+        ("window", ctypes.c_int64),
+    )
 
 
 def attend_blocks(
@@ -36,18 +54,57 @@ def attend_blocks(
 ) -> Tensor:
     """[T, Q, V] in the queries' type: each row attends to its own text, computed in float32.
 
-    Queries [T, Q, W]; pools of keys [blocks, block size, H, W] and values [.., H, V] may be the same memory; queries
+    Queries [T, Q, W]; pools of keys [blocks, H, block size, W] and values [.., V] may be the same memory; queries
     that share a key head stand side by side. With a ``window`` a row sees so many positions, itself included.
     ``sinks_Q`` are logits of one more key, whose value is zero. A row's bits depend on its own text alone: not on the
     other rows, on where blocks lie, or on how many rows of its text come in one pass.
     """
+    if queries_TQW.dtype == keys.dtype and keys.dtype in engine.TYPES and engine.why_not(keys, keys, keys) is None:
+        return _native(queries_TQW, keys, values, rows, scale, window, sinks_Q)
+    return attend_in_turn(queries_TQW, keys, values, rows, scale, window, sinks_Q)
+
+
+def _native(
+    queries_TQW: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rows: Rows,
+    scale: float,
+    window: int | None,
+    sinks_Q: Tensor | None,
+) -> Tensor:
+    lib = engine.open_library()
+    num_rows, num_queries, width = queries_TQW.shape
+    queries, sinks = queries_TQW.contiguous(), None if sinks_Q is None else sinks_Q.float().contiguous()
+    out = queries.new_empty(num_rows, num_queries, values.shape[3])
+    paged = _Paged(scale=scale, rows=num_rows, num_queries=num_queries, heads=keys.shape[1], width=width)
+    paged.queries, paged.keys, paged.values = queries.data_ptr(), keys.data_ptr(), values.data_ptr()
+    paged.sinks = None if sinks is None else sinks.data_ptr()
+    paged.text, paged.table, paged.position = (t.data_ptr() for t in (rows.text, rows.table, rows.position))
+    paged.value_width, paged.key_stride, paged.value_stride = values.shape[3], keys.stride(2), values.stride(2)
+    paged.block_size, paged.table_width, paged.threads = keys.shape[2], rows.table.shape[1], torch.get_num_threads()
+    paged.window = window or 0
+    engine.check(lib.moeforge_attend(ctypes.byref(paged), int(keys.dtype == torch.bfloat16), engine.address(out)))
+    return out
+
+
+def attend_in_turn(
+    queries_TQW: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rows: Rows,
+    scale: float,
+    window: int | None = None,
+    sinks_Q: Tensor | None = None,
+) -> Tensor:
+    """``attend_blocks``, row by row: what it is tested against."""
     out = []
     for row, (text, position) in enumerate(zip(rows.text.tolist(), rows.position.tolist(), strict=True)):
         first = 0 if window is None else max(0, position + 1 - window)
         places = torch.arange(first, position + 1)
-        block, inside = rows.table[text, places // keys.shape[1]].long(), places % keys.shape[1]
-        seen_SHW, seen_SHV = keys[block, inside].float(), values[block, inside].float()
-        asked_HGW = queries_TQW[row].float().unflatten(0, (keys.shape[2], -1))
+        block, inside = rows.table[text, places // keys.shape[2]].long(), places % keys.shape[2]
+        seen_SHW, seen_SHV = keys[block, :, inside].float(), values[block, :, inside].float()
+        asked_HGW = queries_TQW[row].float().unflatten(0, (keys.shape[1], -1))
         logits_HGS = (asked_HGW[:, :, None] * seen_SHW.transpose(0, 1)[:, None]).sum(-1) * scale
         if sinks_Q is not None:
             logits_HGS = torch.cat((logits_HGS, sinks_Q.float().unflatten(0, logits_HGS.shape[:2])[..., None]), -1)

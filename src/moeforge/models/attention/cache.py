@@ -47,13 +47,13 @@ class LayerCache:
 class BlockLayer:
     """The same for the rows of many texts in one pass, [1, heads, T, width]: pools of blocks, which texts share out.
 
-    A pool is [blocks, block size, heads, width]. ``rows`` of the pass are set before it.
+    A pool is [blocks, heads, block size, width]. ``rows`` of the pass are set before it.
     """
 
     def __init__(
         self, blocks: int, block_size: int, shapes: tuple[tuple[int, int], ...], like: Tensor, window: int | None
     ) -> None:
-        self.pools = [like.new_zeros(blocks, block_size, heads, width) for heads, width in shapes]
+        self.pools = [like.new_zeros(blocks, heads, block_size, width) for heads, width in shapes]
         self.window = window
         self.rows: Rows | None = None
 
