@@ -14,6 +14,7 @@ from moeforge.kernels.paged import Rows
 from moeforge.models import Decoder
 from moeforge.models.decoder import Blocks, Output
 from moeforge.models.domain import known
+from moeforge.models.fused import fuse
 from moeforge.moe import Route
 
 
@@ -73,6 +74,7 @@ class BlockRunner:
             raise UserError("this model's routers go by the attention that a token gets from later ones")
         self.model, self.domain, self.block_size = model, domain, settings.block_size
         self.cache = Blocks(model, blocks, settings.block_size)
+        self.unfused = fuse(model, self.cache)
         self.vocab_size = model.config.vocab_size or 0
         self.max_len = min(model.config.max_seq_len, blocks * settings.block_size)
         known(model, domain, torch.empty(0))
@@ -113,6 +115,10 @@ class BlockRunner:
         by_row = [
             {layer: choice.experts for layer, choice in row.items()} for row in choices(output, self._count(pieces))
         ]
+        for layer, (ids_TK, _) in output.taken.items():
+            for row, ids in zip(by_row, ids_TK.tolist(), strict=True):
+                if ids:
+                    row[layer] = ids
         starts, at = [], 0
         for piece in pieces:
             starts.append(by_row[at : at + piece.end - piece.start])
@@ -132,4 +138,8 @@ def _wants_all(piece: Piece) -> bool:
 
 def _counts(output: Output) -> dict[int, Tensor]:
     routes = {layer: routing.route for layer, routing in output.routings.items()}
-    return {layer: route.counts.cpu() for layer, route in routes.items() if isinstance(route, Route)}
+    counts = {layer: route.counts.cpu() for layer, route in routes.items() if isinstance(route, Route)}
+    for layer, (_, ends_E) in output.taken.items():
+        if len(ends_E):
+            counts[layer] = ends_E.diff(prepend=ends_E.new_zeros(1)).long()
+    return counts

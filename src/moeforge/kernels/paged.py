@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moeforge.kernels.native import engine
+from moeforge.kernels.native.decoder import Paged
 
 
 @dataclass(frozen=True)
@@ -27,20 +28,6 @@ def store(pool: Tensor, rows: Rows, new_THW: Tensor) -> None:
     """Writes [T, heads, width] into a pool [blocks, heads, block size, width], in the pool's type."""
     size = pool.shape[2]
     pool[rows.slot // size, :, rows.slot % size] = new_THW.to(pool.dtype)
-
-
-class _Paged(ctypes.Structure):
-    """``struct Paged`` of ``paged.h``."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in "queries keys values sinks text table position".split()),
-        ("scale", ctypes.c_float),
-        *(
-            (name, ctypes.c_int32)
-            for name in "rows num_queries heads width value_width key_stride value_stride block_size table_width threads".split()
-        ),
-        ("window", ctypes.c_int64),
-    )
 
 
 def attend_blocks(
@@ -77,8 +64,8 @@ def _native(
     num_rows, num_queries, width = queries_TQW.shape
     queries, sinks = queries_TQW.contiguous(), None if sinks_Q is None else sinks_Q.float().contiguous()
     out = queries.new_empty(num_rows, num_queries, values.shape[3])
-    paged = _Paged(scale=scale, rows=num_rows, num_queries=num_queries, heads=keys.shape[1], width=width)
-    paged.queries, paged.keys, paged.values = queries.data_ptr(), keys.data_ptr(), values.data_ptr()
+    paged = Paged(scale=scale, rows=num_rows, queries=num_queries, heads=keys.shape[1], width=width)
+    paged.queries_in, paged.keys, paged.values = queries.data_ptr(), keys.data_ptr(), values.data_ptr()
     paged.sinks = None if sinks is None else sinks.data_ptr()
     paged.text, paged.table, paged.position = (t.data_ptr() for t in (rows.text, rows.table, rows.position))
     paged.value_width, paged.key_stride, paged.value_stride = values.shape[3], keys.stride(2), values.stride(2)

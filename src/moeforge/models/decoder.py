@@ -1,6 +1,6 @@
 """The decoder: token ids in, logits and every router's decision out."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moeforge.kernels.paged import Rows
-from moeforge.models.attention import Attention, BlockLayer, LatentAttention, LayerCache, locate
+from moeforge.models.attention import Attention, BlockLayer, LatentAttention, LayerCache, Positions, locate
 from moeforge.models.block import Block, norm, scaled
 from moeforge.models.config import ModelConfig
 from moeforge.models.init import initialise
@@ -28,6 +28,8 @@ class Output:
     """By depth, for layers with experts: the layer's number, and ``num_layers`` more with every repeat."""
     heads: dict[int, Routing] = field(default_factory=dict)
     """By depth, for layers whose attention heads are routed."""
+    taken: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """In place of ``routings``, of layers that ran in one call: experts [T, K], best first, and their ends [E]."""
 
     @property
     def by_name(self) -> dict[str, Routing]:
@@ -61,6 +63,8 @@ class Blocks:
     def __init__(self, model: "Decoder", blocks: int, block_size: int) -> None:
         like = model.embedding.weight
         self.block_size = block_size
+        self.fused: dict[int, Callable[[Tensor, Positions], tuple[Tensor, tuple[Tensor, Tensor]]]] = {}
+        """Layers that run in one call, where ``models.fused`` has put them."""
         self.layers = {
             depth: BlockLayer(blocks, block_size, layer.attention.cached(model.config), like, layer.window)
             for depth, layer in enumerate(model.config.applied_layers)
@@ -117,13 +121,16 @@ class Decoder(nn.Module):
             if visible is not None:
                 position = (visible.cumsum(1) - 1).clamp_min(0)[:, past:]
         positions = locate(self.config, position, document, None if blocks else past, visible)
-        x, routings, heads = scaled(self.embedding(input_ids), self.config.embedding_scale), {}, {}
+        x, routings, heads, taken = scaled(self.embedding(input_ids), self.config.embedding_scale), {}, {}, {}
         facts = {kind: ids.flatten() for kind, ids in (known or {}).items()}
         tokens, embedded = input_ids.flatten(), x.flatten(0, 1)
         context = Context(len(input_ids), tokens, embedded, positions=position.flatten(), step=step, ids=facts)
         recompute = self.recompute_activations and torch.is_grad_enabled()
         moments, momentum = Moments(), self.config.momentum
         for depth, block in enumerate(self.stack):
+            if isinstance(cache, Blocks) and depth in cache.fused:
+                x, taken[depth] = cache.fused[depth](x, positions)
+                continue
             stored = cache.layers.get(depth) if cache else None
             x, added, routing, chosen = block(x, positions, context, stored, recompute)
             if chosen is not None:
@@ -135,7 +142,7 @@ class Decoder(nn.Module):
                     added, moments = momentum(added, moments)
             x = x + scaled(added, self.config.residual_scale)
         wanted = x if logits_of is None else x[:, logits_of]
-        return Output(self._logits(self.norm(wanted)), routings, heads)
+        return Output(self._logits(self.norm(wanted)), routings, heads, taken)
 
     def _logits(self, x: Tensor) -> Tensor:
         """[B, L, D] -> [B, L, V]."""

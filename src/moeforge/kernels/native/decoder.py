@@ -1,0 +1,112 @@
+"""A decoder layer of the usual parts in one call: the structures of ``decoder.cpp`` and ``paged.h``."""
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeforge.kernels.native import engine
+from moeforge.kernels.native.quantised import QuantisedWeight
+
+POINTERS = ctypes.c_void_p
+SCORES = {"softmax": 0, "sigmoid": 1, "logits": 2}
+
+
+def _fields(kind: Any, names: str) -> tuple[tuple[str, Any], ...]:
+    return tuple((name, kind) for name in names.split())
+
+
+class Paged(ctypes.Structure):
+    """``struct Paged`` of ``paged.h``."""
+
+    _fields_ = (
+        *_fields(POINTERS, "queries_in keys values sinks text table position"),
+        ("scale", ctypes.c_float),
+        *_fields(ctypes.c_int32, "rows queries heads width value_width key_stride value_stride"),
+        *_fields(ctypes.c_int32, "block_size table_width threads"),
+        ("window", ctypes.c_int64),
+    )
+
+
+class Matrix(ctypes.Structure):
+    """``struct Matrix``: of the model's type, or quantised; none where ``data`` is null."""
+
+    _fields_ = (*_fields(POINTERS, "data bias"), *_fields(ctypes.c_int32, "out in_ quantised as_bytes"))
+
+
+class Mlp(ctypes.Structure):
+    """``struct Mlp``."""
+
+    _fields_ = (("gate_up", Matrix), ("down", Matrix), *_fields(ctypes.c_int32, "pointwise gated"))
+
+
+class DecoderLayer(ctypes.Structure):
+    """``struct DecoderLayer``."""
+
+    _fields_ = (
+        *_fields(POINTERS, "attention_norm q_norm k_norm mlp_norm"),
+        *_fields(Matrix, "q k v o"),
+        ("paged", Paged),
+        ("router", Matrix),
+        *_fields(POINTERS, "selection_bias up down"),
+        ("mlp", Mlp),
+        *_fields(ctypes.c_float, "eps residual_scale weight_scale min_total"),
+        *_fields(
+            ctypes.c_int32, "d_model rotary_width whole_norm score normalize softmax_chosen top_k experts d_expert"
+        ),
+        *_fields(ctypes.c_int32, "pointwise gated quantised as_bytes bf16"),
+    )
+
+
+class _Rows(ctypes.Structure):
+    """``struct Rows``."""
+
+    _fields_ = (
+        *_fields(POINTERS, "text table position slot cos sin"),
+        *_fields(ctypes.c_int32, "rows table_width threads"),
+    )
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What the rows of one pass have in common in all layers: made once, its tensors held."""
+
+    rows: _Rows
+    held: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, rows: Any, cos_TW: Tensor, sin_TW: Tensor) -> "Pass":
+        """``rows`` as in ``kernels/paged.py``; rotations [T, W] float32."""
+        held = tuple(t.contiguous() for t in (rows.text, rows.table, rows.position, rows.slot, cos_TW, sin_TW))
+        made = _Rows(*(t.data_ptr() for t in held), len(rows.text), rows.table.shape[1], torch.get_num_threads())
+        return cls(made, held)
+
+
+def run(layer: DecoderLayer, rows: Pass, x_TD: Tensor, top_k: int, experts: int) -> tuple[Tensor, Tensor]:
+    """Changes x in place. Returns ids [T, K] int32, best first, and ends [E] int32; empty without experts."""
+    ids_TK = torch.empty(len(x_TD), top_k, dtype=torch.int32)
+    ends_E = torch.empty(experts, dtype=torch.int32)
+    status = engine.open_library().moeforge_decoder_layer(
+        ctypes.byref(layer),
+        ctypes.byref(rows.rows),
+        ctypes.c_void_p(x_TD.data_ptr()),
+        ctypes.c_void_p(ids_TK.data_ptr()),
+        ctypes.c_void_p(ends_E.data_ptr()),
+    )
+    engine.check(status)
+    return ids_TK, ends_E
+
+
+def matrix(weight: Tensor | QuantisedWeight, bias: Tensor | None, held: list[Any], as_bytes: bool = False) -> Matrix:
+    """A matrix for C++; what it points to is put into ``held``."""
+    bias = None if bias is None else bias.detach().float().contiguous()
+    held.append(bias)
+    where = None if bias is None else bias.data_ptr()
+    if isinstance(weight, QuantisedWeight):
+        held.append(weight)
+        return Matrix(ctypes.addressof(weight.matrix), where, *weight.shape, 1, int(as_bytes))
+    weight = weight.detach().contiguous()
+    held.append(weight)
+    return Matrix(weight.data_ptr(), where, *weight.shape, 0, 0)
