@@ -10,6 +10,7 @@ from moeforge.errors import UserError
 from moeforge.generate.schedule import Piece
 from moeforge.generate.settings import Settings
 from moeforge.generate.trace import choices, refuse_blocks
+from moeforge.kernels.apart import apart
 from moeforge.kernels.paged import Rows
 from moeforge.models import Decoder
 from moeforge.models.decoder import Blocks, Output
@@ -87,7 +88,8 @@ class BlockRunner:
         rows, wanted, sizes = self._rows(pieces)
         self.cache.take(rows)
         facts = known(self.model, self.domain, ids)
-        output = self.model(ids, position=rows.position[None], cache=self.cache, known=facts, logits_of=wanted)
+        with apart():
+            output = self.model(ids, position=rows.position[None], cache=self.cache, known=facts, logits_of=wanted)
         logits = output.logits[0].float().cpu().split(sizes)
         experts = self._experts(output, pieces) if show_experts else None
         return Passed(list(logits), experts, _counts(output))

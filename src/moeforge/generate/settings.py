@@ -21,7 +21,7 @@ class Settings(Config):
     """Requests that wait for a place; one more is refused."""
     token_budget: Count = Field(512, ge=1)
     """Tokens of one pass: those of texts that are being written first, then chunks of prompts."""
-    block_size: Count = Field(16, ge=1)
+    block_size: Count = Field(16, ge=16, multiple_of=16)
     """Tokens of one block of keys and values."""
     kv_memory: float = Field(1.0, gt=0)
     """GiB for keys and values."""

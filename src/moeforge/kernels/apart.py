@@ -1,0 +1,122 @@
+"""Products whose rows do not know each other: what a row gets has the same bits alone and among any others.
+
+torch's own products on a CPU do not promise that: which loop runs depends on how many rows there are. ``apart`` is a
+mode in which every product that a model asks torch for is computed here, and one that is not known here is refused.
+"""
+
+import ctypes
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from moeforge.kernels.native import engine
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """[..., in] times [out, in] transposed: ``F.linear`` without gradient, each row by itself."""
+    if x.device.type != "cpu":
+        return F.linear(x, weight, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    native = x.dtype == weight.dtype and x.dtype in engine.TYPES and engine.missing() is None
+    y = _native(rows, weight, bias) if native else _one_by_one(rows, weight, bias)
+    return y.view(*x.shape[:-1], len(weight))
+
+
+def _one_by_one(x_TK: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Slow, and right: torch gets one row at a time."""
+    rows = [F.linear(row[None], weight, bias) for row in x_TK]
+    return torch.cat(rows) if rows else x_TK.new_empty(0, len(weight))
+
+
+def _native(x_TK: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    x_TK, weight = x_TK.detach().contiguous(), weight.detach().contiguous()
+    bias = None if bias is None else bias.detach().float().contiguous()
+    y_TN = x_TK.new_empty(len(x_TK), len(weight))
+    where = x_TK.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr()
+    sizes = len(x_TK), *weight.shape, int(x_TK.dtype == torch.bfloat16), torch.get_num_threads(), 0
+    engine.check(_function()(*where, *sizes, y_TN.data_ptr()))
+    return y_TN
+
+
+@cache
+def _function() -> Any:
+    function = engine.open_library().moeforge_linear
+    function.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] + [ctypes.c_int] * 5 + [ctypes.c_void_p]
+    return function
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """``torch.matmul``: every value is a sum in one order, whatever else is computed."""
+    if a.device.type != "cpu":
+        return torch.matmul(a, b)
+    if b.dim() == 1:
+        return linear(a, b[None]).squeeze(-1)
+    if a.dim() == 1:
+        return matmul(a[None], b).squeeze(-2)
+    if b.dim() == 2:
+        return linear(a, b.T)
+    shape = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    a, b = a.expand(*shape, *a.shape[-2:]), b.expand(*shape, *b.shape[-2:])
+    parts = zip(a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:]), strict=True)
+    products = [linear(one, other.T) for one, other in parts]
+    return torch.stack(products).view(*shape, a.shape[-2], b.shape[-1])
+
+
+def einsum(equation: str, *operands: Any) -> Tensor:
+    """``torch.einsum`` of two tensors, by ``matmul``."""
+    if len(operands) != 2:
+        raise NotImplementedError(f"einsum of {len(operands)} tensors keeps no rows apart")
+    inputs, _, out = equation.replace(" ", "").partition("->")
+    left, right = inputs.split(",")
+    shared = [c for c in left if c in right and c in out]
+    summed = [c for c in left if c in right and c not in out]
+    own_left, own_right = ([c for c in names if c not in shared + summed] for names in (left, right))
+    a = operands[0].permute([left.index(c) for c in shared + own_left + summed])
+    b = operands[1].permute([right.index(c) for c in shared + summed + own_right])
+    sizes = dict(zip(left + right, [*operands[0].shape, *operands[1].shape], strict=True))
+
+    def size(names: Iterable[str]) -> int:
+        count = 1
+        for name in names:
+            count *= sizes[name]
+        return count
+
+    folded = size(shared), size(own_left), size(summed), size(own_right)
+    product = matmul(a.reshape(folded[0], folded[1], folded[2]), b.reshape(folded[0], folded[2], folded[3]))
+    names = shared + own_left + own_right
+    return product.view([sizes[c] for c in names]).permute([names.index(c) for c in out])
+
+
+OURS: dict[Any, Callable[..., Tensor]] = {
+    F.linear: linear,
+    torch.einsum: einsum,
+    **dict.fromkeys((torch.matmul, torch.mm, torch.bmm, torch.mv), matmul),
+    **dict.fromkeys((Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm, Tensor.mv), matmul),
+}
+REFUSED = {
+    *(torch.addmm, torch.baddbmm, torch.addbmm, torch.addmv, torch.tensordot, torch.cdist, torch.bilinear),
+    *(Tensor.addmm, Tensor.baddbmm, Tensor.addbmm, Tensor.addmv, F.bilinear, F.grouped_mm, torch.chain_matmul),
+    *(F.conv1d, F.conv2d, F.conv3d, F.scaled_dot_product_attention, F.multi_head_attention_forward),
+}
+"""Products that nothing of ours runs in a pass over blocks; a third party's gate that does is told so."""
+
+
+class _Apart(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        ours = OURS.get(func)
+        if ours is not None:
+            with torch._C.DisableTorchFunction():
+                return ours(*args, **(kwargs or {}))
+        if func in REFUSED:
+            raise NotImplementedError(f"{func.__name__} keeps no rows apart: use linear, matmul or einsum")
+        return func(*args, **(kwargs or {}))
+
+
+def apart() -> TorchFunctionMode:
+    """``with apart():`` every product inside is row by row; no gradients."""
+    return _Apart()
