@@ -15,6 +15,7 @@ VERBS = (
     "train",
     "generate",
     "chat",
+    "serve",
     "evaluate",
     "analyze",
     "inspect",

@@ -1,5 +1,6 @@
 """Text out of a model: sampling, streaming with a KV cache, and which experts each token took."""
 
+from moeforge.generate.engine import ContextError as ContextError
 from moeforge.generate.engine import Engine as Engine
 from moeforge.generate.engine import FullError as FullError
 from moeforge.generate.engine import Report as Report

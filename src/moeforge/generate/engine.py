@@ -13,6 +13,7 @@ import torch
 from moeforge.data.tokenizers import Tokenizer
 from moeforge.errors import UserError
 from moeforge.generate.blocks import Pool
+from moeforge.generate.grammar import Matcher
 from moeforge.generate.request import End, Event, Likely, Put, Read, Request, Stop, Token, Usage
 from moeforge.generate.runner import Passed, Runner
 from moeforge.generate.sample import Sampler, Sampling, likely
@@ -23,6 +24,10 @@ from moeforge.generate.text import Held
 
 class FullError(UserError):
     """The waiting line is full: ask again later."""
+
+
+class ContextError(UserError):
+    """The prompt is longer than the context."""
 
 
 @dataclass
@@ -42,6 +47,8 @@ class Report:
     passes: int = 0
     busy_s: float = 0.0
     """Seconds spent in passes."""
+    weight_bytes: int = 0
+    """Of weights, those that passes have read: all but the experts, and the experts that some token took."""
     tokens_per_expert: dict[int, list[int]] = field(default_factory=dict)
     """By layer, choices of all tokens of all requests together."""
 
@@ -55,7 +62,8 @@ class _Writing:
         self.ends = frozenset() if sampling.ignore_end else tokenizer.end_ids
         if sampling.ignore_end:
             banned += sorted(tokenizer.end_ids)
-        self.sampler = Sampler(sampling, request.prompt, banned)
+        matcher = None if sampling.grammar is None else Matcher(sampling.grammar, tokenizer)
+        self.sampler = Sampler(sampling, request.prompt, banned, matcher)
         self.held = Held(tokenizer.stream(request.prompt), sampling.stop)
         self.prompt: list[tuple[Likely, tuple[Likely, ...]] | None] = [None]
 
@@ -70,7 +78,7 @@ class Engine:
     def __init__(
         self, runner: Runner, tokenizer: Tokenizer, settings: Settings, blocks: int, name: str = "model"
     ) -> None:
-        self.runner, self.tokenizer, self.settings, self.name = runner, tokenizer, settings, name
+        self.runner, self.tokenizer, self.settings, self.name, self.about = runner, tokenizer, settings, name, ""
         self.max_len, self.vocab_size = runner.max_len, min(tokenizer.vocab_size, runner.vocab_size)
         self._pool = Pool(blocks, settings.block_size, settings.prefix_reuse)
         self._schedule = Schedule(self._pool, settings.max_running, settings.token_budget)
@@ -149,6 +157,11 @@ class Engine:
         self.close()
 
     @property
+    def broken(self) -> str:
+        """Why it has stopped, or nothing."""
+        return self._broken
+
+    @property
     def _waiting(self) -> int:
         return len(self._new) + len(self._schedule.waiting)
 
@@ -160,10 +173,12 @@ class Engine:
             raise UserError(f"there is no token {absent[0]}: ids go from 0 to {self.vocab_size - 1}")
         room = self.max_len - len(prompt)
         if room < min(1, sampling.max_tokens):
-            raise UserError(
+            raise ContextError(
                 f"the prompt has {len(prompt)} tokens, and the context takes {self.max_len} with what is to be written"
             )
         sampling.check(self.vocab_size)
+        if sampling.grammar is not None:
+            Matcher(sampling.grammar, self.tokenizer)
 
     def _work(self) -> None:
         """The thread."""
@@ -218,6 +233,7 @@ class Engine:
         for piece in pieces:
             if piece.start < len(piece.text.request.prompt):
                 report.tokens_read += piece.end - piece.start
+        report.weight_bytes += self.runner.weight_bytes(passed.counts)
         for layer, counts in passed.counts.items():
             self._counts[layer] = counts if layer not in self._counts else self._counts[layer] + counts
 

@@ -16,6 +16,7 @@ from moeforge.models import Decoder
 from moeforge.models.decoder import Blocks, Output
 from moeforge.models.domain import known
 from moeforge.models.fused import fuse
+from moeforge.models.weights import bytes_by_class
 from moeforge.moe import Route
 
 
@@ -39,6 +40,9 @@ class Runner(Protocol):
 
     def run(self, pieces: Sequence[Piece], show_experts: bool) -> Passed:
         """Reads the pieces."""
+
+    def weight_bytes(self, counts: dict[int, Tensor]) -> int:
+        """Bytes of weights that a pass with these choices by layer has read."""
 
 
 def bytes_per_block(model: Decoder, block_size: int) -> int:
@@ -76,6 +80,10 @@ class BlockRunner:
         self.model, self.domain, self.block_size = model, domain, settings.block_size
         self.cache = Blocks(model, blocks, settings.block_size)
         self.unfused = fuse(model, self.cache)
+        self.bytes, self.num_experts = (
+            bytes_by_class(model),
+            sum(moe.config.num_experts for moe in model.moe_layers.values()),
+        )
         self.vocab_size = model.config.vocab_size or 0
         self.max_len = min(model.config.max_seq_len, blocks * settings.block_size)
         known(model, domain, torch.empty(0))
@@ -93,6 +101,12 @@ class BlockRunner:
         logits = output.logits[0].float().cpu().split(sizes)
         experts = self._experts(output, pieces) if show_experts else None
         return Passed(list(logits), experts, _counts(output))
+
+    def weight_bytes(self, counts: dict[int, Tensor]) -> int:
+        """All but embeddings and experts once, and each expert that somebody chose."""
+        per_expert = self.bytes["experts"] / max(1, self.num_experts)
+        always = self.bytes["dense"] + self.bytes["router"] + self.bytes["other"]
+        return int(always + per_expert * sum(int((count > 0).sum()) for count in counts.values()))
 
     def _rows(self, pieces: Sequence[Piece]) -> tuple[Rows, Tensor, list[int]]:
         """The rows, the places whose logits are wanted, and how many of each piece."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moeforge.config import Config, Count
 from moeforge.errors import UserError
+from moeforge.generate.grammar import Grammar, Matcher
 
 
 class Sampling(Config):
@@ -50,6 +51,8 @@ class Sampling(Config):
     """Give each token's log probability, and those of so many likeliest."""
     prompt_logprobs: int | None = Field(None, ge=0)
     """The same of the tokens of the prompt."""
+    grammar: Grammar | None = None
+    """What form the text has."""
 
     @model_validator(mode="after")
     def _acts(self) -> Self:
@@ -57,6 +60,8 @@ class Sampling(Config):
             raise ValueError("temperature = 0 takes the likeliest token: sample_k, top_p and min_p would do nothing")
         if self.max_tokens == 0 and self.prompt_logprobs is None:
             raise ValueError("max_tokens = 0 would do nothing: only with prompt_logprobs is there something to give")
+        if self.grammar is not None and self.ignore_end:
+            raise ValueError("ignore_end: with a grammar the text ends where that is complete")
         if "" in self.stop:
             raise ValueError("stop: an empty text stops everything before it starts")
         if any(value != value or abs(value) > 1e6 for value in self.logit_bias.values()):
@@ -89,9 +94,11 @@ class Picked(NamedTuple):
 class Sampler:
     """Draws the tokens of one text. What it draws depends on that text and its settings alone."""
 
-    def __init__(self, sampling: Sampling, prompt: Sequence[int], banned: Sequence[int] = ()) -> None:
-        """``banned`` tokens are never drawn."""
-        self.sampling, self._generator = sampling, sampling.generator()
+    def __init__(
+        self, sampling: Sampling, prompt: Sequence[int], banned: Sequence[int] = (), matcher: Matcher | None = None
+    ) -> None:
+        """``banned`` tokens are never drawn; ``matcher`` is that of the grammar."""
+        self.sampling, self._generator, self._matcher = sampling, sampling.generator(), matcher
         self._banned = torch.tensor(sorted(banned), dtype=torch.int64)
         self._seen = {*prompt} if sampling.repetition_penalty != 1 else set[int]()
         self._written: Counter[int] = Counter()
@@ -102,6 +109,8 @@ class Sampler:
         if not bool(torch.isfinite(logits_V).all()):
             raise UserError("the model's logits are not finite: its weights are damaged, or its training diverged")
         token = draw(self._changed(logits_V), self.sampling, self._generator)
+        if self._matcher is not None:
+            self._matcher.take(token)
         if self.sampling.repetition_penalty != 1:
             self._seen.add(token)
         if self.sampling.presence_penalty or self.sampling.frequency_penalty:
@@ -124,6 +133,8 @@ class Sampler:
             times = torch.tensor(list(self._written.values()))
             logits_V[ids] -= sampling.presence_penalty + sampling.frequency_penalty * times
         logits_V[self._banned] = -torch.inf
+        if self._matcher is not None:
+            logits_V[self._matcher.forbidden(len(logits_V))] = -torch.inf
         return logits_V
 
 

@@ -29,7 +29,7 @@ class MLPBank(Bank):
         self.down_proj = matrix(config.num_experts, d_model, config.d_expert)
         self.gate_up_bias = nn.Parameter(torch.zeros(config.num_experts, width)) if config.bias else None
         self.down_bias = nn.Parameter(torch.zeros(config.num_experts, d_model)) if config.bias else None
-        self.held: nn.Module | None = None  # in place of the matrices, for inference: models/weights.py
+        self.held: Any = None  # in place of the matrices, for inference (models/weights.py)
 
     def rows(self, rows_ND: Tensor, ends_E: Tensor) -> Tensor:
         """[N, D] -> [N, D], every row an edge of weight one to itself."""
