@@ -19,6 +19,7 @@ from moeforge.hub.families import FAMILIES, Family
 from moeforge.hub.layout import Piece, plan
 from moeforge.hub.shards import MAX_SHARD_SIZE, Shards, Source, write
 from moeforge.hub.whole import write_whole
+from moeforge.kernels.allocator import ask_for_huge_pages
 from moeforge.models import Decoder, ModelConfig
 
 CARRIED = (
@@ -201,7 +202,10 @@ def fill(
     for piece in pieces:  # parts of several types lie in the one that holds them all
         own = dtype if dtype and piece.parameter in learnt else shards.dtypes[piece.name]
         types[piece.parameter] = torch.promote_types(types.get(piece.parameter, own), own)
-    tensors = {name: torch.empty_like(tensor, dtype=types[name], device=device) for name, tensor in meta.items()}
+    tensors = {
+        name: ask_for_huge_pages(torch.empty_like(tensor, dtype=types[name], device=device))
+        for name, tensor in meta.items()
+    }
     for piece in sorted(pieces, key=lambda piece: shards.file_of[piece.name]):
         piece.of_ours(tensors[piece.parameter]).copy_(piece.as_ours(shards.get(piece.name)))
     shards.close()

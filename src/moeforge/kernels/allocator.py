@@ -1,14 +1,20 @@
-"""Keeping freed memory in the process: on Linux most of the cost of large short-lived tensors is page faults."""
+"""What Linux can be asked about memory: to keep what is freed, and to lay out weights in huge pages."""
 
 import ctypes
+import mmap
 import sys
 
+from torch import Tensor
+
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+HUGE = 2 << 20
+"""Bytes of a huge page."""
 
 
 def keep_freed_memory() -> bool:
     """Tells glibc to reuse large blocks instead of returning each to the kernel; True where that worked.
 
+    Most of the cost of large short-lived tensors is page faults.
     Only our own programs call it (train, demo, benchmarks), never an import: it changes the whole process.
     """
     if not sys.platform.startswith("linux"):
@@ -18,3 +24,18 @@ def keep_freed_memory() -> bool:
         return False
     settings = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 64 << 20))
     return all([mallopt(name, value) == 1 for name, value in settings])
+
+
+def ask_for_huge_pages(fresh: Tensor) -> Tensor:
+    """The tensor, its memory to come in huge pages where the system grants them; ask before anything is written to it.
+
+    Weights that are read once per token touch more ordinary pages than a processor keeps the addresses of: from huge
+    ones they are read faster, and filling them takes a page fault per 2 MiB.
+    """
+    advice = getattr(mmap, "MADV_HUGEPAGE", None)
+    if advice is not None and fresh.device.type == "cpu" and fresh.nbytes >= HUGE:
+        start = -(-fresh.data_ptr() // HUGE) * HUGE
+        size = (fresh.data_ptr() + fresh.nbytes - start) // HUGE * HUGE
+        if size > 0:  # a refusal changes nothing
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), advice)
+    return fresh
