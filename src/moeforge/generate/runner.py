@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moeforge.errors import UserError
 from moeforge.generate.schedule import Piece
@@ -15,7 +15,7 @@ from moeforge.kernels.paged import Rows
 from moeforge.models import Decoder
 from moeforge.models.decoder import Blocks, Output
 from moeforge.models.domain import known
-from moeforge.models.fused import fuse
+from moeforge.models.fused import Whole, fuse
 from moeforge.models.weights import bytes_by_class
 from moeforge.moe import Route
 
@@ -80,6 +80,8 @@ class BlockRunner:
         self.model, self.domain, self.block_size = model, domain, settings.block_size
         self.cache = Blocks(model, blocks, settings.block_size)
         self.unfused = fuse(model, self.cache)
+        fused = len(self.cache.fused) == len(model.stack) and isinstance(model.norm, nn.RMSNorm)
+        self._all_fused = Whole(model, self.cache) if fused else None
         self.bytes, self.num_experts = (
             bytes_by_class(model),
             sum(moe.config.num_experts for moe in model.moe_layers.values()),
@@ -94,13 +96,16 @@ class BlockRunner:
         device = self.model.embedding.weight.device
         ids = torch.tensor([[token for p in pieces for token in p.text.tokens[p.start : p.end]]], device=device)
         rows, wanted, sizes = self._rows(pieces)
-        self.cache.take(rows)
-        facts = known(self.model, self.domain, ids)
-        with apart():
-            output = self.model(ids, position=rows.position[None], cache=self.cache, known=facts, logits_of=wanted)
+        output = self._all_fused(ids[0], rows, wanted) if self._all_fused else self._by_modules(ids, rows, wanted)
         logits = output.logits[0].float().cpu().split(sizes)
         experts = self._experts(output, pieces) if show_experts else None
         return Passed(list(logits), experts, _counts(output))
+
+    def _by_modules(self, ids: Tensor, rows: Rows, wanted: Tensor) -> Output:
+        self.cache.take(rows)
+        facts = known(self.model, self.domain, ids)
+        with apart():
+            return self.model(ids, position=rows.position[None], cache=self.cache, known=facts, logits_of=wanted)
 
     def weight_bytes(self, counts: dict[int, Tensor]) -> int:
         """All but embeddings and experts once, and each expert that somebody chose."""
@@ -155,7 +160,9 @@ def _wants_all(piece: Piece) -> bool:
 def _counts(output: Output) -> dict[int, Tensor]:
     routes = {layer: routing.route for layer, routing in output.routings.items()}
     counts = {layer: route.counts.cpu() for layer, route in routes.items() if isinstance(route, Route)}
-    for layer, (_, ends_E) in output.taken.items():
-        if len(ends_E):
-            counts[layer] = ends_E.diff(prepend=ends_E.new_zeros(1)).long()
+    taken = {layer: ends_E for layer, (_, ends_E) in output.taken.items() if len(ends_E)}
+    for size in {len(ends_E) for ends_E in taken.values()}:  # all of a size at once: a pass may take milliseconds
+        layers = [layer for layer, ends_E in taken.items() if len(ends_E) == size]
+        ends_LE = torch.stack([taken[layer] for layer in layers]).long()
+        counts |= dict(zip(layers, ends_LE.diff(dim=1, prepend=ends_LE.new_zeros(len(layers), 1)), strict=True))
     return counts

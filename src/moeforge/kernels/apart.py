@@ -1,12 +1,14 @@
 """Products whose rows do not know each other: what a row gets has the same bits alone and among any others.
 
-torch's own products on a CPU do not promise that: which loop runs depends on how many rows there are. ``apart`` is a
-mode in which every product that a model asks torch for is computed here, and one that is not known here is refused.
+torch's own products on a CPU do not promise that: which loop runs depends on how many rows there are. Nor do some of
+its functions of single values, of which vectors and a tensor's last few come from different code. ``apart`` is a mode
+in which these are computed here, and a product that is not known here is refused.
 """
 
 import ctypes
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache
+from math import pi, prod
 from typing import Any
 
 import torch
@@ -68,38 +70,96 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def einsum(equation: str, *operands: Any) -> Tensor:
-    """``torch.einsum`` of two tensors, by ``matmul``."""
+    """``torch.einsum`` of two tensors, by ``matmul``; ``...`` stands in one of the two."""
     if len(operands) != 2:
         raise NotImplementedError(f"einsum of {len(operands)} tensors keeps no rows apart")
     inputs, _, out = equation.replace(" ", "").partition("->")
-    left, right = inputs.split(",")
+    names = inputs.split(",")
+    unnamed = max(one.dim() - len(own.replace("...", "")) for own, one in zip(names, operands, strict=True))
+    left, right, out = (own.replace("...", "ABCDEFGH"[:unnamed]) for own in (*names, out))
     shared = [c for c in left if c in right and c in out]
     summed = [c for c in left if c in right and c not in out]
-    own_left, own_right = ([c for c in names if c not in shared + summed] for names in (left, right))
+    own_left, own_right = ([c for c in own if c not in shared + summed] for own in (left, right))
     a = operands[0].permute([left.index(c) for c in shared + own_left + summed])
     b = operands[1].permute([right.index(c) for c in shared + summed + own_right])
     sizes = dict(zip(left + right, [*operands[0].shape, *operands[1].shape], strict=True))
+    batch, rows, inner, columns = (prod(sizes[c] for c in own) for own in (shared, own_left, summed, own_right))
+    product = matmul(a.reshape(batch, rows, inner), b.reshape(batch, inner, columns))
+    order = shared + own_left + own_right
+    return product.view([sizes[c] for c in order]).permute([order.index(c) for c in out])
 
-    def size(names: Iterable[str]) -> int:
-        count = 1
-        for name in names:
-            count *= sizes[name]
-        return count
 
-    folded = size(shared), size(own_left), size(summed), size(own_right)
-    product = matmul(a.reshape(folded[0], folded[1], folded[2]), b.reshape(folded[0], folded[2], folded[3]))
-    names = shared + own_left + own_right
-    return product.view([sizes[c] for c in names]).permute([names.index(c) for c in out])
+def cdist(a: Tensor, b: Tensor, p: float = 2.0, compute_mode: str | None = None) -> Tensor:
+    """``torch.cdist``: distances of [T, K] and [E, K]."""
+    return torch.stack([(a - one).norm(p=p, dim=-1) for one in b], -1)
+
+
+def gru_cell(x: Tensor, state: Tensor, w_x: Tensor, w_state: Tensor, b_x: Tensor, b_state: Tensor) -> Tensor:
+    """``torch.gru_cell``."""
+    reset_x, update_x, new_x = linear(x, w_x, b_x).chunk(3, -1)
+    reset_h, update_h, new_h = linear(state, w_state, b_state).chunk(3, -1)
+    reset, update = (reset_x + reset_h).sigmoid(), (update_x + update_h).sigmoid()
+    new = (new_x + reset * new_h).tanh()
+    return new + update * (state - new)
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """``torch.sigmoid``, whose own vectors and single values at a tensor's end are rounded differently."""
+    return (1 / (1 + (-x.to(_wide(x))).exp())).to(x.dtype)
+
+
+def silu(x: Tensor, inplace: bool = False) -> Tensor:
+    """``F.silu``, for the same reason."""
+    wide = x.to(_wide(x))
+    return (wide * sigmoid(wide)).to(x.dtype)
+
+
+def gelu(x: Tensor, approximate: str = "none") -> Tensor:
+    """``F.gelu``, for the same reason."""
+    if approximate == "none":
+        return F.gelu(x)
+    wide = x.to(_wide(x))
+    return (0.5 * wide * (1 + ((wide + 0.044715 * wide * wide * wide) * (2 / pi) ** 0.5).tanh())).to(x.dtype)
+
+
+def softplus(x: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
+    """``F.softplus``, for the same reason."""
+    scaled = x.to(_wide(x)) * beta
+    return torch.where(scaled > threshold, scaled, scaled.clamp_max(threshold).exp().log1p()).div(beta).to(x.dtype)
+
+
+def power(x: Tensor, exponent: Any) -> Tensor:
+    """``torch.pow``, for the same reason; of small whole numbers it is products."""
+    if isinstance(exponent, Tensor) or exponent in (1, 2, 3, 0.5) or not x.is_floating_point():
+        return torch.pow(x, exponent)
+    return (x.double().log() * exponent).exp().to(x.dtype)
+
+
+def rsqrt(x: Tensor) -> Tensor:
+    """``torch.rsqrt``, for the same reason."""
+    return (1 / x.to(_wide(x)).sqrt()).to(x.dtype)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 OURS: dict[Any, Callable[..., Tensor]] = {
     F.linear: linear,
     torch.einsum: einsum,
+    torch.cdist: cdist,
+    torch.gru_cell: gru_cell,
+    F.silu: silu,
+    F.gelu: gelu,
+    F.softplus: softplus,
+    **dict.fromkeys((torch.sigmoid, Tensor.sigmoid, F.sigmoid), sigmoid),
+    **dict.fromkeys((torch.pow, Tensor.pow, Tensor.__pow__), power),
+    **dict.fromkeys((torch.rsqrt, Tensor.rsqrt), rsqrt),
     **dict.fromkeys((torch.matmul, torch.mm, torch.bmm, torch.mv), matmul),
     **dict.fromkeys((Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm, Tensor.mv), matmul),
 }
 REFUSED = {
-    *(torch.addmm, torch.baddbmm, torch.addbmm, torch.addmv, torch.tensordot, torch.cdist, torch.bilinear),
+    *(torch.addmm, torch.baddbmm, torch.addbmm, torch.addmv, torch.tensordot, torch.bilinear, torch.lstm_cell),
     *(Tensor.addmm, Tensor.baddbmm, Tensor.addbmm, Tensor.addmv, F.bilinear, F.grouped_mm, torch.chain_matmul),
     *(F.conv1d, F.conv2d, F.conv3d, F.scaled_dot_product_attention, F.multi_head_attention_forward),
 }

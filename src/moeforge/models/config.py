@@ -1,6 +1,7 @@
 """The decoder's settings: one default layer, and what each layer changes of it."""
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, Literal, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, field_serializer, model_validator
@@ -221,13 +222,13 @@ class ModelConfig(LayerConfig):
         """``num_kv_heads``, or what follows from the others."""
         return self.num_kv_heads or self.num_heads
 
-    @property
+    @cached_property
     def rotary_width(self) -> int:
         """How much of a query and a key rotates."""
         widths = (layer.attention.rotary_width(self) for layer in self.all_layers if layer.attends)
         return next(widths, self.size_of_head)
 
-    @property
+    @cached_property
     def all_layers(self) -> list[LayerConfig]:
         """Every layer's own config, from the bottom."""
         return [self.layers.get(index) or self._default(index) for index in range(self.num_layers)]

@@ -1,14 +1,14 @@
 """The decoder: token ids in, logits and every router's decision out."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from moeforge.kernels.paged import Rows
-from moeforge.models.attention import Attention, BlockLayer, LatentAttention, LayerCache, Positions, locate
+from moeforge.models.attention import Attention, BlockLayer, LatentAttention, LayerCache, locate
 from moeforge.models.block import Block, norm, scaled
 from moeforge.models.config import ModelConfig
 from moeforge.models.init import initialise
@@ -63,7 +63,7 @@ class Blocks:
     def __init__(self, model: "Decoder", blocks: int, block_size: int) -> None:
         like = model.embedding.weight
         self.block_size = block_size
-        self.fused: dict[int, Callable[[Tensor, Positions], tuple[Tensor, tuple[Tensor, Tensor]]]] = {}
+        self.fused: dict[int, Any] = {}
         """Layers that run in one call, where ``models.fused`` has put them."""
         self.layers = {
             depth: BlockLayer(blocks, block_size, layer.attention.cached(model.config), like, layer.window)

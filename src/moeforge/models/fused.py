@@ -6,20 +6,22 @@ goes through it.
 
 import ctypes
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moeforge.kernels.activation import is_gated
+from moeforge.kernels.apart import linear
 from moeforge.kernels.native import decoder as native
 from moeforge.kernels.native import engine
 from moeforge.kernels.native.quantised import QuantisedWeight
 from moeforge.kernels.paged import Rows
-from moeforge.models.attention import Attention, BlockLayer, Positions
-from moeforge.models.block import Block
+from moeforge.models.attention import Attention, BlockLayer, Positions, locate
+from moeforge.models.block import Block, scaled
 from moeforge.models.config import ModelConfig
-from moeforge.models.decoder import Blocks, Decoder
+from moeforge.models.decoder import Blocks, Decoder, Output
 from moeforge.models.heads import AllHeads
 from moeforge.models.weights import HeldLinear, held_experts, weight_of
 from moeforge.moe.bank.mlp import MLPBank
@@ -59,6 +61,27 @@ def fuse(model: Decoder, blocks: Blocks) -> dict[int, str]:
     return refused
 
 
+class Whole:
+    """All of a decoder whose every layer is fused: what ``Decoder.forward`` does over blocks, in few calls."""
+
+    def __init__(self, model: Decoder, blocks: Blocks) -> None:
+        self.model, self.passes = model, Passes()
+        self.layers = native.Layers([fused.layer for _, fused in sorted(blocks.fused.items())])
+
+    def __call__(self, ids_T: Tensor, rows: Rows, logits_of: Tensor) -> Output:
+        """Logits of the places asked for, and what every layer's router took."""
+        model, config = self.model, self.model.config
+        positions = locate(config, rows.position[None], None, None)
+        x_TD = scaled(model.embedding(ids_T), config.embedding_scale)
+        taken = self.layers.run(self.passes.of(rows, positions), x_TD)
+        normed = model.norm(x_TD if len(logits_of) == len(x_TD) else x_TD[logits_of])
+        logits = linear(normed, model.embedding.weight if model.output is None else model.output.weight)
+        if model.output_bias is not None:
+            logits = logits + model.output_bias
+        logits = logits if config.logits_divisor == 1.0 else logits / config.logits_divisor
+        return Output(logits[None], {}, {}, dict(enumerate(taken)))
+
+
 def _hands_on(router: Any) -> bool:
     return hasattr(router.gate, "state_width") and bool(router.gate.state_width(1))
 
@@ -87,8 +110,13 @@ class Fused:
     def __call__(self, x: Tensor, positions: Positions) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """[1, T, D], changed in place -> itself, experts of each row [T, K], and the ends of their segments [E]."""
         assert self.cache.rows is not None
-        taken = native.run(self.layer, self.passes.of(self.cache.rows, positions), x[0], self.top_k, self.experts)
+        (taken,) = self.alone.run(self.passes.of(self.cache.rows, positions), x[0])
         return x, taken
+
+    @cached_property
+    def alone(self) -> native.Layers:
+        """This layer, to be run by itself."""
+        return native.Layers([self.layer])
 
     def _attention(self, block: Block, cache: BlockLayer, config: ModelConfig) -> None:
         attention, layer = block.attention, self.layer

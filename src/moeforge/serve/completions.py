@@ -78,9 +78,12 @@ async def all_written(state: State, jobs: list[tuple[list[int], Sampling]]) -> l
         state.metrics.ended(written.end)
         return written
 
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(one(*job)) for job in jobs]
-    return [task.result() for task in tasks]
+    tasks = [asyncio.create_task(one(*job)) for job in jobs]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 async def _prompts(state: State, asked: CompletionRequest) -> list[list[int]]:

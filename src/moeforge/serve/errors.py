@@ -1,5 +1,8 @@
 """OpenAI's error objects, for whatever can be wrong with a request."""
 
+import json
+import logging
+import traceback
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -21,6 +24,7 @@ class ApiError(Exception):
         self.status, self.message, self.code, self.param, self.retry_s = status, message, code, param, retry_s
 
 
+log = logging.getLogger("moeforge.serve")
 KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 503: "unavailable_error"}
 
 
@@ -53,6 +57,9 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def _(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            reason = first.get("ctx", {}).get("error", "it cannot be read")
+            return JSONResponse(body(400, f"the body is no JSON: {reason}", "invalid_json"), 400)
         where = ".".join(str(part) for part in first["loc"][1:])
         message = f"{where}: {first['msg']}" if where else first["msg"]
         return JSONResponse(body(400, message, "invalid_value", where or None), 400)
@@ -63,4 +70,6 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def _(request: Request, error: Exception) -> JSONResponse:
+        where = traceback.extract_tb(error.__traceback__)[-1]  # no message: it may quote what was asked
+        log.error(json.dumps({"error": type(error).__name__, "file": where.filename, "line": where.lineno}))
         return JSONResponse(body(500, "the server failed at this request; its log says why"), 500)

@@ -296,11 +296,15 @@ struct Run {
 
 extern "C" {
 
-// x [T, d_model] in place; the experts of each row [T, top_k], best first, and the ends of their segments [experts].
-int moeforge_decoder_layer(const DecoderLayer* l, const Rows* r, void* x, int32_t* ids, int32_t* ends) {
+// x [T, d_model] in place through `count` layers. Of layer i: the experts of each row [T, top_k], best first, at
+// ids + i * T * most_k, and the ends of their segments [experts] at ends + i * most_experts.
+int moeforge_decoder_layers(const DecoderLayer* const* layers, int count, const Rows* r, void* x, int32_t* ids, int most_k,
+                            int32_t* ends, int most_experts) {
     return status_of([&] {
-        if (l->bf16) Run<Bf16>(*l, *r).run((uint16_t*)x, ids, ends);
-        else Run<Float>(*l, *r).run((float*)x, ids, ends);
+        for (int i = 0; i < count; i++, ids += size_t(r->rows) * most_k, ends += most_experts) {
+            if (layers[i]->bf16) Run<Bf16>(*layers[i], *r).run((uint16_t*)x, ids, ends);
+            else Run<Float>(*layers[i], *r).run((float*)x, ids, ends);
+        }
     });
 }
 }

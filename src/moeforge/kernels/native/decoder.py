@@ -1,6 +1,7 @@
 """A decoder layer of the usual parts in one call: the structures of ``decoder.cpp`` and ``paged.h``."""
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,19 +85,30 @@ class Pass:
         return cls(made, held)
 
 
-def run(layer: DecoderLayer, rows: Pass, x_TD: Tensor, top_k: int, experts: int) -> tuple[Tensor, Tensor]:
-    """Changes x in place. Returns ids [T, K] int32, best first, and ends [E] int32; empty without experts."""
-    ids_TK = torch.empty(len(x_TD), top_k, dtype=torch.int32)
-    ends_E = torch.empty(experts, dtype=torch.int32)
-    status = engine.open_library().moeforge_decoder_layer(
-        ctypes.byref(layer),
-        ctypes.byref(rows.rows),
-        ctypes.c_void_p(x_TD.data_ptr()),
-        ctypes.c_void_p(ids_TK.data_ptr()),
-        ctypes.c_void_p(ends_E.data_ptr()),
-    )
-    engine.check(status)
-    return ids_TK, ends_E
+class Layers:
+    """Several layers, one after the other in one call."""
+
+    def __init__(self, layers: Sequence[DecoderLayer]) -> None:
+        """``layers`` must live as long as this."""
+        self._layers = (ctypes.c_void_p * len(layers))(*(ctypes.addressof(layer) for layer in layers))
+        self._top_k = [layer.top_k for layer in layers]
+        self._experts = [layer.experts for layer in layers]
+        self._call = engine.open_library().moeforge_decoder_layers
+
+    def run(self, rows: Pass, x_TD: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Changes x in place. Returns of each layer ids [T, K] int32, best first, and ends [E] int32; empty without
+        experts."""
+        most_k, most_experts, count = max(self._top_k), max(self._experts), len(self._top_k)
+        ids, ends = (
+            torch.empty(shape, dtype=torch.int32) for shape in ((count, len(x_TD) * most_k), (count, most_experts))
+        )
+        where = ctypes.c_void_p(x_TD.data_ptr()), ctypes.c_void_p(ids.data_ptr())
+        done = self._call(
+            self._layers, count, ctypes.byref(rows.rows), *where, most_k, ctypes.c_void_p(ends.data_ptr()), most_experts
+        )
+        engine.check(done)
+        taken = zip(ids, ends, self._top_k, self._experts, strict=True)
+        return [(i[: len(x_TD) * k].view(-1, k) if k else i[:0].view(len(x_TD), 0), e[:n]) for i, e, k, n in taken]
 
 
 def matrix(weight: Tensor | QuantisedWeight, bias: Tensor | None, held: list[Any], as_bytes: bool = False) -> Matrix:
