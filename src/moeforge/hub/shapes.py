@@ -11,6 +11,7 @@ from moeforge.errors import UserError
 from moeforge.hub.families import FAMILIES
 from moeforge.hub.pretrained import save_as
 from moeforge.models import Decoder
+from moeforge.models.init import without_memory
 
 STD = 0.02
 """Of matrices, as transformers starts them: large enough that a router's choices differ from token to token."""
@@ -30,7 +31,7 @@ def write_random(name: str, folder: Path) -> None:
         raise UserError(f"there is no shape '{name}': {', '.join(SHAPES)}")
     shape = SHAPES[name]
     family = FAMILIES[shape["model_type"]]
-    with torch.device("meta"):
+    with without_memory():
         model = Decoder(family.read(shape, name))
     model = model.to(torch.bfloat16).to_empty(device="cpu").eval()
     generator = torch.Generator().manual_seed(0)
