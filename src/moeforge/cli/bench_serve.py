@@ -171,8 +171,12 @@ class Contestant:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment
         )
-        self.active_bytes = float(self._hear()["active_bytes"])
-        self.write([[1] * 8], 1)
+        try:
+            self.active_bytes = float(self._hear()["active_bytes"])
+            self.write([[1] * 8], 1)
+        except BaseException:
+            self.close()
+            raise
         self.start_s = time.perf_counter() - started
 
     def write(self, prompts: Sequence[Sequence[int]], new: int) -> Texts:
@@ -195,16 +199,22 @@ class Contestant:
             raise UserError(f"{self.name} has stopped: {''.join(last) or self._process.returncode}")
         return json.loads(line)
 
+    def close(self) -> None:
+        """Ends the process: it stops when nobody can ask it any more."""
+        with self._log:
+            self._stdin.close()
+            try:
+                self._process.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+            with self._process:  # closes its pipes
+                pass
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stdin.close()
-        try:
-            self._process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-        self._log.close()
+        self.close()
 
 
 def measure(plan: Plan) -> dict[str, Any]:
