@@ -56,7 +56,8 @@ def serve(
     show_routing: bool = False,
     greeting: str = "",
 ) -> None:
-    """Says ``greeting`` and runs until SIGTERM or SIGINT: then takes nothing new, and ends what still runs after ``grace_s`` seconds."""
+    """Says ``greeting`` and runs until SIGTERM or SIGINT: then takes nothing new, and ends what still runs after
+    ``grace_s`` seconds."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter('{"time": "%(asctime)s", "level": "%(levelname)s", "event": %(message)s}'))
     logging.getLogger("moeforge.serve").handlers[:] = [handler]
