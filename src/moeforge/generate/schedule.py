@@ -47,8 +47,8 @@ class Piece:
 class Schedule:
     """First come, first served: texts being written before prompts, prompts in chunks that fit the budget.
 
-    A text starts when there is room for all that it has so far. When blocks run out, the text that came last gives up its own and is read again later: the same tokens give the same
-    keys and values, so nobody can tell.
+    A text starts when there is room for all that it has so far. When blocks run out, the text that came last gives up
+    its own and is read again later: the same tokens give the same keys and values, so nobody can tell.
     """
 
     def __init__(self, pool: Pool, max_running: int, token_budget: int) -> None:
