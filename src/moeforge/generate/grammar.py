@@ -15,6 +15,10 @@ from moeforge.errors import UserError
 INSTALL = "structured output needs llguidance, which is not installed: pip install 'moeforge[serve]'"
 
 
+SPACES: Any = {"whitespace_pattern": r"[\x20\x0A]{1,20}"}
+"""Between parts of JSON: room for any usual layout, and no end of spaces."""
+
+
 class Grammar(Config):
     """What the whole text must be: exactly one of the two."""
 
@@ -43,7 +47,7 @@ class Matcher:
             if grammar.regex is not None:
                 form = LLMatcher.grammar_from_regex(grammar.regex)
             else:
-                form = LLMatcher.grammar_from_json_schema(json.dumps(grammar.json_schema))
+                form = LLMatcher.grammar_from_json_schema(json.dumps(grammar.json_schema), overrides=SPACES)
         except ValueError as error:
             raise UserError(f"grammar: {error}") from error
         self._matcher = LLMatcher(_tokens_of(tokenizer), form, log_level=0)

@@ -2,34 +2,67 @@
 
 from pathlib import Path
 
+from moeforge.errors import UserError
 from moeforge.generate.engine import Engine
 from moeforge.generate.runner import BlockRunner, blocks_wanted, bytes_per_block
 from moeforge.generate.settings import Settings
 from moeforge.hub import load
+from moeforge.hub.folder import model_folder, read_config
 from moeforge.models import Decoder
 from moeforge.models.weights import hold
+
+BYTES = {"float32": 4.0, "bf16": 2.0, "int8": 1.02, "int4": 0.57}
+"""Of a weight that is held so, its share of the scales included."""
+GIB = 2**30
 
 
 def open_engine(
     folder: str | Path, settings: Settings | None = None, device: str = "cpu", domain: str | None = None
 ) -> Engine:
-    """An engine over the model in ``folder``. Raises UserError as ``hub.load`` and ``BlockRunner`` do."""
+    """An engine over the model in ``folder``.
+
+    Raises UserError as ``hub.load`` and ``BlockRunner`` do, and, before anything is loaded, when memory will not do.
+    """
     settings = settings or Settings()
+    config, itemsize = read_config(folder)
+    held = int({"float32": 4, "bf16": 2}.get(settings.weights, itemsize))
+    blocks = blocks_wanted(config, held, settings)
+    cache = blocks * bytes_per_block(config, held, settings.block_size)
+    if device == "cpu":
+        _check_memory(model_folder(Path(folder)), itemsize, settings, cache)
     model, tokenizer = load(folder, device)
     hold(model, settings.weights)
-    blocks = blocks_wanted(model, settings)
     runner = BlockRunner(model, settings, blocks, domain)
     engine = Engine(runner, tokenizer, settings, blocks, Path(folder).resolve().name)
-    engine.about = _about(model, runner, settings, blocks)
+    engine.about = _about(model, runner, settings, cache)
     return engine
 
 
-def _about(model: Decoder, runner: BlockRunner, settings: Settings, blocks: int) -> str:
+def _check_memory(folder: Path, itemsize: int, settings: Settings, cache: int) -> None:
+    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    held = stored / itemsize * BYTES.get(settings.weights, itemsize)
+    needed, free = max(stored, held) + cache, available_memory()
+    if free is not None and needed > free:
+        raise UserError(
+            f"{folder}: weights take {max(stored, held) / GIB:.2f} GiB and keys and values {cache / GIB:.2f} GiB, but "
+            f"{free / GIB:.2f} GiB of memory are free: lower --kv-memory or --max-running, or hold --weights int4"
+        )
+
+
+def available_memory() -> int | None:
+    """Bytes that Linux would give without swapping; None where it does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _about(model: Decoder, runner: BlockRunner, settings: Settings, cache: int) -> str:
     """One line: how large, held as what, how it runs."""
     held = sum(runner.bytes.values())
     experts = "" if not runner.num_experts else f", {runner.num_experts} experts in {len(model.moe_layers)} layers"
     fused = len(model.stack) - len(runner.unfused)
-    how = f"{fused} of {len(model.stack)} layers in one native call each"
-    cache = blocks * bytes_per_block(model, settings.block_size) / 2**30
-    weights = f"{held / 2**30:.2f} GiB of weights ({settings.weights})"
-    return f"{weights}{experts}; {how}; {cache:.2f} GiB for keys and values"
+    how = f"our decoder, {fused} of {len(model.stack)} layers in one native call"
+    weights = f"{held / GIB:.2f} GiB of weights ({settings.weights})"
+    return f"{weights}{experts}; {how}; {cache / GIB:.2f} GiB for keys and values"

@@ -12,7 +12,7 @@ from moeforge.generate.settings import Settings
 from moeforge.generate.trace import choices, refuse_blocks
 from moeforge.kernels.apart import apart
 from moeforge.kernels.paged import Rows
-from moeforge.models import Decoder
+from moeforge.models import Decoder, ModelConfig
 from moeforge.models.decoder import Blocks, Output
 from moeforge.models.domain import known
 from moeforge.models.fused import Whole, fuse
@@ -45,19 +45,18 @@ class Runner(Protocol):
         """Bytes of weights that a pass with these choices by layer has read."""
 
 
-def bytes_per_block(model: Decoder, block_size: int) -> int:
-    """Of keys and values, all layers together."""
-    config, itemsize = model.config, model.embedding.weight.element_size()
+def bytes_per_block(config: ModelConfig, itemsize: int, block_size: int) -> int:
+    """Of keys and values of ``itemsize`` bytes, all layers together."""
     shapes = [layer.attention.cached(config) for layer in config.applied_layers if layer.attends]
     return itemsize * block_size * sum(heads * width for shape in shapes for heads, width in shape)
 
 
-def blocks_wanted(model: Decoder, settings: Settings) -> int:
+def blocks_wanted(config: ModelConfig, itemsize: int, settings: Settings) -> int:
     """Blocks of an engine. Raises UserError where they would not even hold one."""
     if settings.kv_blocks is not None:
         return settings.kv_blocks
-    size = bytes_per_block(model, settings.block_size)
-    enough = settings.max_running * -(-model.config.max_seq_len // settings.block_size)
+    size = bytes_per_block(config, itemsize, settings.block_size)
+    enough = settings.max_running * -(-config.max_seq_len // settings.block_size)
     count = min(enough, int(settings.kv_memory * 2**30) // max(size, 1))
     if count < 1:
         raise UserError(f"kv_memory = {settings.kv_memory} GiB holds no block: one takes {size / 2**20:.1f} MiB")

@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moeforge import __version__
@@ -137,7 +138,7 @@ def _at_most(receive: Receive, most: int) -> Receive:
         message = await receive()
         got += len(message.get("body", b""))
         if got > most:
-            raise ApiError(413, f"the body has more than {most} bytes", "request_too_large")
+            raise HTTPException(413, f"the body has more than {most} bytes")  # FastAPI lets no other kind through
         return message
 
     return counted

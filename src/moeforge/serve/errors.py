@@ -66,7 +66,8 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def _(request: Request, error: HTTPException) -> JSONResponse:
-        return JSONResponse(body(error.status_code, str(error.detail)), error.status_code, error.headers)
+        code = "request_too_large" if error.status_code == 413 else None
+        return JSONResponse(body(error.status_code, str(error.detail), code), error.status_code, error.headers)
 
     @app.exception_handler(Exception)
     async def _(request: Request, error: Exception) -> JSONResponse:

@@ -8,7 +8,8 @@ from fastapi import APIRouter, Response
 from moeforge.serve.state import State
 
 POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'"
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'"
 )
 """Nothing runs that is not a file of ours: what a model writes can only be text."""
 FILES = {
