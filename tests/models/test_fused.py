@@ -75,7 +75,7 @@ PLACES = torch.tensor([[2, 0, 1, 3]], dtype=torch.int32)
 def model(dtype: torch.dtype, **changes: object) -> Decoder:
     torch.manual_seed(1)
     shape = SHAPE | changes
-    if shape.get("attention") is LATENT:
+    if shape.get("attention") == LATENT:
         del shape["num_kv_heads"]
     made = Decoder(ModelConfig.model_validate(shape)).eval()
     with torch.no_grad():
