@@ -4,6 +4,7 @@ import re
 import runpy
 import shlex
 import subprocess
+import sys
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -18,6 +19,7 @@ ELSEWHERE = {
     "make demo": "test_make_demo below runs it, in make test-slow",
     "pip install .": "the environment that runs this has done it",
     "pip install 'moeforge[hf]'": "the environment that runs this has done it, or the page's Python is skipped",
+    "pip install 'moeforge[serve]'": "the environment that runs this has done it",
 }
 
 
@@ -29,7 +31,9 @@ def commands(page: str) -> list[str]:
 
 def run(command: str, folder: Path) -> str:
     """Output of one line. The program itself runs in this process: a new one would spend its time importing torch."""
-    words = shlex.split(command)
+    words = shlex.split(command, comments=True)
+    if words[:2] == ["moeforge", "serve"]:
+        return start_and_stop([*words[1:], "--port", "0"], folder)
     if words[0] == "moeforge":
         with chdir(folder), StringIO() as out, redirect_stdout(out), redirect_stderr(out):
             code = main(words[1:])
@@ -40,6 +44,21 @@ def run(command: str, folder: Path) -> str:
     assert code == 0, f"{command}\n{printed}"
     assert "Traceback" not in printed
     return printed
+
+
+def start_and_stop(arguments: list[str], folder: Path) -> str:
+    """What a server says until it listens; then it is told to end, and ends well."""
+    command = [sys.executable, "-m", "moeforge", *arguments]
+    with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        said = ""
+        while "listening at" not in said:
+            line = server.stderr.readline()
+            assert line, said
+            said += line
+        server.terminate()
+        assert server.wait(timeout=60) == 0
+        return said
 
 
 def run_python(path: Path, folder: Path) -> str:
