@@ -118,3 +118,15 @@ def test_the_end_of_what_was_left_longest_ago_goes_first() -> None:
     pool.take()
     assert len(pool.match([1, 2, 3, 4, 0])) == 1
     assert len(pool.match([5, 6, 7, 8, 0])) == 2
+
+
+def test_a_block_that_is_not_full_leads_nowhere_whatever_it_held_before() -> None:
+    pool = Pool(8, SIZE)
+    twins = [[pool.take()], [pool.take()]]
+    for twin in twins:
+        pool.fill(twin, [1, 2], 0, 2)  # type: ignore[arg-type]
+    pool.give_back(read(pool, [1, 2, 3, 4]))
+    assert len(pool.match([1, 2, 3, 4, 5], blocks=twins[1])) == 1  # type: ignore[arg-type]
+    pool.give_back(twins[1])  # type: ignore[arg-type]
+    assert pool.take() == twins[1][0]
+    assert pool.match([1, 2, 3, 4, 5], blocks=twins[1]) == []  # type: ignore[arg-type]

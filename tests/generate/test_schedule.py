@@ -111,6 +111,15 @@ def test_who_comes_at_once_with_the_same_text_shares_what_one_reads() -> None:
     assert (one.reused, other.reused) == (0, 16)
 
 
+def test_what_is_read_again_after_making_room_was_not_reused() -> None:
+    plan, one, other = schedule(blocks=4, budget=64), text(*range(7)), text(*range(10, 17))
+    plan.waiting.extend([one, other])
+    while not plan.preemptions:
+        step(plan)
+    plan.remove(one)
+    assert step(plan) == [(other, 4, len(other.tokens) - 1)] and other.reused == 0
+
+
 def test_not_with_another_owner_and_not_who_wants_every_token() -> None:
     plan, prompt = schedule(budget=64), range(9)
     first = text(*prompt, owner="a")

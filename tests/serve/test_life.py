@@ -88,6 +88,21 @@ def test_keys(folder: Path, tmp_path: Path) -> None:
         assert openai.OpenAI(base_url=f"{url}/v1", api_key="two").models.list().data[0].id == "tiny"
 
 
+def test_no_key_learns_from_what_was_reused_what_another_has_asked(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("one\ntwo\n")
+    with serving(folder, "--api-key-file", tmp_path / "keys") as served:
+
+        def reused(key: str, stream: bool = False) -> int:
+            client, options = openai.OpenAI(base_url=f"{served.url}/v1", api_key=key), {"include_usage": True}
+            asked: Any = {"stream": True, "stream_options": options} if stream else {}
+            answer: Any = client.completions.create(model="tiny", prompt="x" * 40, max_tokens=1, **asked)
+            usage = [*answer][-1].usage if stream else answer.usage
+            return usage.prompt_tokens_details.cached_tokens
+
+        assert [reused("one"), reused("two"), reused("one"), reused("two", stream=True)] == [0, 0, 32, 32]
+        assert [reused("two"), reused("one", stream=True)] == [32, 32]
+
+
 def test_keys_from_the_environment(folder: Path) -> None:
     with serving(folder, MOEFORGE_API_KEYS="one, two") as served:
         assert httpx.get(f"{served.url}/v1/models").status_code == 401

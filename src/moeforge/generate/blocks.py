@@ -38,9 +38,9 @@ class Pool:
         return len(self._free) + len(self._idle)
 
     def match(self, tokens: Sequence[int], owner: str = "", blocks: Sequence[int] = ()) -> list[int]:
-        """Takes the blocks that hold the start of ``tokens`` already, after its first ``blocks``, which are full.
+        """Takes the blocks that hold the start of ``tokens`` already, after its first ``blocks``.
 
-        Never all: the last token has to be read.
+        Never all: the last token has to be read; and none after a block that is not full.
         """
         found: list[int] = []
         name = self._name.get(blocks[-1]) if blocks else owner

@@ -109,7 +109,7 @@ class Schedule:
     def _reuse(self, text: Text) -> None:
         """Goes on from what is there already: also while it is read, as others may be ahead with the same text."""
         size = self.pool.block_size
-        if not self.pool.reuse or not text.reuses or text.read != len(text.blocks) * size:
+        if not self.pool.reuse or not text.reuses:
             return
         found = self.pool.match(text.tokens, text.owner, text.blocks)
         text.blocks += found

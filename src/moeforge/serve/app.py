@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moeforge import __version__
 from moeforge.serve import chat, completions, errors, page
+from moeforge.serve.call import OWNER
 from moeforge.serve.errors import ApiError, body
 from moeforge.serve.protocol import DetokenizeRequest, TokenizeRequest
 from moeforge.serve.state import State
@@ -121,6 +122,8 @@ class Gate:
 
     def _refuses(self, scope: Scope) -> ApiError | None:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        if self.state.keys:
+            OWNER.set(headers.get("authorization", ""))
         if scope["path"] not in OPEN and not self.state.keys.allow(headers.get("authorization")):
             return ApiError(401, "a valid API key is needed: send Authorization: Bearer KEY", "invalid_api_key")
         length, most = headers.get("content-length", ""), self.state.limits.max_request_bytes

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,9 @@ from starlette.requests import Request
 from moeforge.errors import UserError
 from moeforge.generate import End, Engine, Event, Read, Sampling, Token
 from moeforge.serve.errors import ApiError, of_engine
+
+OWNER: ContextVar[str] = ContextVar("owner", default="")
+"""Who asks, by key: the start of a prompt is reused for its owner alone, so that no other one can tell it was asked."""
 
 
 class Call:
@@ -27,7 +31,7 @@ class Call:
                 return
 
         try:
-            self._request = engine.submit(prompt, sampling, put, show_experts)
+            self._request = engine.submit(prompt, sampling, put, show_experts, OWNER.get())
         except UserError as error:
             raise of_engine(error) from error
 
