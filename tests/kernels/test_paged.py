@@ -113,6 +113,13 @@ def test_nor_does_it_matter_how_a_prompt_is_cut(dtype: torch.dtype) -> None:
         assert torch.equal(torch.cat(parts), whole)
 
 
+@pytest.mark.parametrize("size", [32, 48])
+def test_nor_how_large_the_blocks_are(size: int) -> None:
+    text = Text.of(150, 4, 2, 32, 32, torch.bfloat16)
+    small, large = (attend_blocks(*laid([text], [(0, 150)], blocks), 0.3) for blocks in (16, size))
+    assert torch.equal(small, large)
+
+
 @pytest.mark.parametrize("threads", [2, 3])
 def test_nor_how_many_threads_there_are(threads: int) -> None:
     torch.manual_seed(1)
@@ -150,6 +157,15 @@ def test_large_and_missing_scores(dtype: torch.dtype) -> None:
     found = attend_blocks(*laid([text], [(0, 50)]), 0.3, None, sinks)
     plain = attend_blocks(*laid([text], [(0, 50)]), 0.3)
     assert torch.equal(found[:, 0], plain[:, 0]) and not found[:, 1].any()
+
+
+def test_rows_are_stored_where_they_belong() -> None:
+    text = Text.of(37, 4, 2, 8, 12, torch.float32)
+    _, keys, values, rows = laid([text], [(0, 37)])
+    for place in range(37):
+        block = rows.table[0, place // BLOCK]
+        assert torch.equal(keys[block, :, place % BLOCK], text.keys[place])
+        assert torch.equal(values[block, :, place % BLOCK], text.values[place])
 
 
 def test_what_is_no_number_stays_in_its_row() -> None:

@@ -22,7 +22,7 @@ SHAPE: dict[str, Any] = {
     **{"vocab_size": 61, "d_model": 48, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "max_seq_len": 64},
     "init": {"type": "normal", "std": 0.3},
     "layers": {0: {"moe": None, "d_ff": 40}},
-    "moe": {"experts": {"num_experts": 7, "d_expert": 24}, "router": {"select": {"k": 3}}},
+    "moe": {"experts": {"num_experts": 9, "d_expert": 24}, "router": {"select": {"k": 3}}},
 }
 MODELS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -38,6 +38,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "gelu": {"activation": "gelu", "moe": {"experts": {"num_experts": 4, "d_expert": 24, "activation": "geglu"}}},
     "relu": {"activation": "relu", "moe": {"experts": {"num_experts": 4, "d_expert": 24, "activation": "relu"}}},
     "shared": {"moe": SHAPE["moe"] | {"shared": {"d_expert": 24, "num_shared_experts": 2, "bias": True}}},
+    "shared, gated": {"moe": SHAPE["moe"] | {"shared": {"d_expert": 24, "mix": {"type": "gated"}}}},
+    "clip": {"attention": {"clip": 0.5}},
+    "clip and norms of heads": {"attention": {"clip": 0.5}, "qk_norm": True},
+    "clip and norms of all heads": {"attention": {"clip": 0.5}, "qk_norm": "whole"},
+    "neighbours rotate": {"rope_interleaved": True},
+    "neighbours in a part of a head rotate": {"rope_interleaved": True, "rope_fraction": 0.5},
     "layers twice": {"num_repeats": 2},
     "output bias": {"output_bias": True},
 }
@@ -48,6 +54,13 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "softmax twice": {"weigh": {"type": "softmax"}},
     "sigmoid, selection bias": {
         **{"score": {"type": "sigmoid"}, "weigh": {"normalize_weights": True}},
+        **{"controller": {"type": "expert_bias"}, "losses": []},
+    },
+    "two of three groups": {"select": {"k": 3, "num_groups": 3, "top_groups": 2}},
+    "the group of the best": {"select": {"k": 2, "num_groups": 3, "top_groups": 1, "group_rank": "best"}},
+    "groups of one": {"select": {"k": 2, "num_groups": 9, "top_groups": 4}},
+    "groups, selection bias": {
+        **{"score": {"type": "sigmoid"}, "select": {"k": 3, "num_groups": 3, "top_groups": 2}},
         **{"controller": {"type": "expert_bias"}, "losses": []},
     },
     "gate with bias": {"gate": {"bias": True}},
@@ -155,7 +168,9 @@ def test_with_quantised_weights(weights: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("changes", [{}, MODELS["shared"], MODELS["sinks, window"], MODELS["norms of heads"]])
+@pytest.mark.parametrize(
+    "changes", [{}, MODELS["shared"], MODELS["sinks, window"], MODELS["neighbours rotate"], MODELS["shared, gated"]]
+)
 def test_a_row_is_the_same_however_the_texts_are_cut(dtype: torch.dtype, changes: dict[str, Any]) -> None:
     model = built(dtype, **changes)
     whole = passes(model, [[(0, length) for length in LENGTHS]], True)[0].logits[0].split(LENGTHS)
@@ -193,12 +208,11 @@ def test_scores_that_are_no_numbers_choose_different_experts() -> None:
     with torch.no_grad():
         model.blocks[1].moe.router.gate.weight.fill_(torch.nan)
     (output,) = passes(model, [[(0, 3), (0, 0), (0, 0)]], True)
-    assert all(len({*row}) == 3 and max(row) < 7 for row in output.taken[1][0].tolist())
+    assert all(len({*row}) == 3 and max(row) < 9 for row in output.taken[1][0].tolist())
     assert bool(output.logits.isnan().all())
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "clip": ({"attention": {"clip": 1.0}}, "other heads"),
     "routed heads": ({"attention": {"type": "routed", "num_experts": 4}}, "other heads"),
     "layer norm": ({"norm": "layer"}, "no RMS norms"),
     "momentum": ({"momentum": {"decay": 0.5}}, "momentum"),
