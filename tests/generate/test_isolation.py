@@ -139,8 +139,8 @@ MODEL = small()
 
 
 def test_preemption_happens_and_leaves_nothing_behind() -> None:
-    jobs = [([256, *range(20)], sampling(seed, max_tokens=20)) for seed in range(4)]
-    with engine(MODEL, blocks=5, prefix_reuse=False) as busy:
+    jobs = [([256, *range(20)], sampling(seed, max_tokens=50)) for seed in range(4)]
+    with engine(MODEL, blocks=6, prefix_reuse=False) as busy:
         together = drive(busy, jobs)
         assert busy.report().preemptions > 0
         assert busy.report().blocks_used == 0

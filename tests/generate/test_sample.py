@@ -79,3 +79,82 @@ def test_a_cut_that_would_do_nothing_is_refused():
 def test_broken_logits_are_the_models_fault(bad):
     with pytest.raises(UserError, match="not finite"):
         Sampler(Sampling(), []).pick(torch.tensor([0.0, bad]))
+
+
+transformers = pytest.importorskip("transformers", reason="its processors are the reference")
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.3])
+def test_the_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
+    seen, logits_V = [3, 5, 5, 20], 3 * torch.randn(31)
+    theirs = transformers.RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([seen]), logits_V[None].clone())
+    sampler = Sampler(Sampling(repetition_penalty=penalty), seen)
+    torch.testing.assert_close(sampler._changed(logits_V), theirs[0])
+
+
+def test_the_cuts_are_those_of_transformers() -> None:
+    sampling = Sampling(temperature=0.7, sample_k=12, top_p=0.8, min_p=0.05)
+    for _ in range(20):
+        logits_V = 3 * torch.randn(31)
+        left, ids = logits_V[None].clone(), torch.zeros(1, 1, dtype=torch.long)
+        for part in (
+            transformers.TemperatureLogitsWarper(0.7),
+            transformers.TopKLogitsWarper(12),
+            transformers.TopPLogitsWarper(0.8),
+            transformers.MinPLogitsWarper(0.05),
+        ):
+            left = part(ids, left)
+        torch.testing.assert_close(probabilities(logits_V, sampling), left[0].softmax(-1))
+
+
+def test_presence_and_frequency_count_what_was_written_alone() -> None:
+    """OpenAI: mu[j] - c[j] * frequency - (c[j] > 0) * presence, c of the completion."""
+    sampling = Sampling(temperature=0, presence_penalty=0.5, frequency_penalty=0.25)
+    sampler, logits_V = Sampler(sampling, [1, 1, 1]), torch.zeros(8)
+    wanted_V = torch.zeros(8)
+    for token in (4, 4, 2):
+        bumped_V = logits_V.clone()
+        bumped_V[token] = 50
+        assert sampler.pick(bumped_V).token_id == token
+    wanted_V[4], wanted_V[2] = -0.5 - 2 * 0.25, -0.5 - 0.25
+    torch.testing.assert_close(sampler._changed(logits_V), wanted_V)
+
+
+def test_biases_bans_and_their_limits() -> None:
+    sampler = Sampler(Sampling(temperature=0, logit_bias={3: 100.0, 5: 90.0}), [], banned=[3])
+    assert sampler.pick(torch.zeros(8)).token_id == 5
+    with pytest.raises(UserError, match="there is no token 8"):
+        Sampling(logit_bias={8: 1.0}).check(8)
+    with pytest.raises(ValidationError, match="between"):
+        Sampling(logit_bias={1: math.inf})
+
+
+def test_logprobs_are_the_models_before_anything_is_done_to_them() -> None:
+    logits_V = 2 * torch.randn(300)
+    for count in (0, 1, 5, 400):
+        sampling = Sampling(temperature=0, logit_bias={7: 100.0}, logprobs=count)
+        picked, wanted_V = Sampler(sampling, []).pick(logits_V), logits_V.log_softmax(-1)
+        assert picked.token_id == 7 and picked.logprob == float(wanted_V[7])
+        best = wanted_V.sort(descending=True, stable=True)
+        assert [token for token, _ in picked.alternatives] == best.indices[:count].tolist()
+        assert [value for _, value in picked.alternatives] == best.values[:count].tolist()
+
+
+def test_ties_go_to_the_lowest_ids() -> None:
+    assert probabilities(torch.zeros(9), Sampling(temperature=1, sample_k=3)).nonzero().flatten().tolist() == [0, 1, 2]
+    assert draw(torch.zeros(9), Sampling(temperature=0), torch.Generator()) == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"max_tokens": 0}, "would do nothing"),
+        ({"stop": ("",)}, "empty text"),
+        ({"ignore_end": True, "grammar": {"regex": "a"}}, "where that is complete"),
+        ({"grammar": {}}, "either json_schema or regex"),
+        ({"grammar": {"regex": "a", "json_schema": {}}}, "either json_schema or regex"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(fields: dict, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Sampling(**fields)

@@ -167,10 +167,8 @@ def test_with_quantised_weights(weights: str) -> None:
     assert_same(model, 0.04)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    "changes", [{}, MODELS["shared"], MODELS["sinks, window"], MODELS["neighbours rotate"], MODELS["shared, gated"]]
-)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
+@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
 def test_a_row_is_the_same_however_the_texts_are_cut(dtype: torch.dtype, changes: dict[str, Any]) -> None:
     model = built(dtype, **changes)
     whole = passes(model, [[(0, length) for length in LENGTHS]], True)[0].logits[0].split(LENGTHS)
@@ -203,8 +201,9 @@ def test_equal_scores_go_to_the_first_experts() -> None:
     assert output.taken[1][0].tolist() == [[0, 1, 2]] * 3
 
 
-def test_scores_that_are_no_numbers_choose_different_experts() -> None:
-    model = built()
+@pytest.mark.parametrize("router", [{}, ROUTERS["two of three groups"]], ids=["plain", "groups"])
+def test_scores_that_are_no_numbers_choose_different_experts(router: dict[str, Any]) -> None:
+    model = built(**routed(router))
     with torch.no_grad():
         model.blocks[1].moe.router.gate.weight.fill_(torch.nan)
     (output,) = passes(model, [[(0, 3), (0, 0), (0, 0)]], True)

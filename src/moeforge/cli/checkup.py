@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import torch
 
 OPTIONAL = {
+    "fastapi": "serve",
     "transformers": "hf",
     "datasets": "data",
     "pyarrow": "data",

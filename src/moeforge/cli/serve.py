@@ -58,4 +58,4 @@ def serve(
             file=sys.stderr,
             flush=True,
         )
-        run(engine, bound, keys, limits, model_folder(model), grace, show_routing, {"about": engine.about})
+        run(engine, bound, keys, limits, model_folder(model), grace_s=grace, show_routing=show_routing)

@@ -4,8 +4,9 @@ again."""
 from collections import OrderedDict
 from collections.abc import Sequence
 
-Key = tuple[int, tuple[int, ...]]
-"""The name of the block before (-1: none) and this block's tokens: exact, so that no text is taken for another."""
+Key = tuple[int | str, tuple[int, ...]]
+"""The name of the block before, or of a first one the owner, and this block's tokens: exact, so that no text is taken
+for another, and nobody learns from what was reused what others have asked."""
 
 
 class Pool:
@@ -17,7 +18,7 @@ class Pool:
         self._users = [0] * blocks
         self._known: dict[Key, int] = {}
         self._key: dict[int, Key] = {}
-        self._name: dict[int, int] = {}
+        self._name: dict[int, int] = {}  # of what a block holds with all before it; twins have the same
         self._names = 0
         self._idle: OrderedDict[int, None] = OrderedDict()  # known blocks that nobody uses, oldest first
 
@@ -31,12 +32,20 @@ class Pool:
         """Blocks that somebody uses."""
         return self.total - len(self._free) - len(self._idle)
 
-    def match(self, tokens: Sequence[int]) -> list[int]:
-        """Takes the blocks that hold the start of ``tokens`` already, never all: the last token has to be read."""
+    @property
+    def free(self) -> int:
+        """Blocks that can be taken."""
+        return len(self._free) + len(self._idle)
+
+    def match(self, tokens: Sequence[int], owner: str = "", blocks: Sequence[int] = ()) -> list[int]:
+        """Takes the blocks that hold the start of ``tokens`` already, after its first ``blocks``, which are full.
+
+        Never all: the last token has to be read.
+        """
         found: list[int] = []
-        name = -1
-        for start in range(0, len(tokens) - self.block_size, self.block_size):
-            block = self._known.get((name, tuple(tokens[start : start + self.block_size])))
+        name = self._name.get(blocks[-1]) if blocks else owner
+        for start in range(len(blocks) * self.block_size, len(tokens) - self.block_size, self.block_size):
+            block = None if name is None else self._known.get((name, tuple(tokens[start : start + self.block_size])))
             if block is None:
                 break
             found.append(block)
@@ -58,17 +67,20 @@ class Pool:
         self._users[block] = 1
         return block
 
-    def fill(self, blocks: Sequence[int], tokens: Sequence[int], done: int, now: int) -> None:
+    def fill(self, blocks: Sequence[int], tokens: Sequence[int], done: int, now: int, owner: str = "") -> None:
         """Remembers which tokens the blocks of a text hold that became full between ``done`` and ``now`` tokens."""
         if not self.reuse:
             return
         size = self.block_size
         for index in range(done // size, now // size):
-            before = self._name.get(blocks[index - 1], None) if index else -1
-            key = None if before is None else (before, tuple(tokens[index * size : (index + 1) * size]))
-            if key is not None and key not in self._known and blocks[index] not in self._key:
-                self._known[key], self._key[blocks[index]] = blocks[index], key
-                self._name[blocks[index]], self._names = self._names, self._names + 1
+            block, before = blocks[index], self._name[blocks[index - 1]] if index else owner
+            key = before, tuple(tokens[index * size : (index + 1) * size])
+            twin = self._known.get(key)
+            if twin is None:
+                self._known[key], self._key[block] = block, key
+                self._name[block], self._names = self._names, self._names + 1
+            else:
+                self._name[block] = self._name[twin]
 
     def give_back(self, blocks: Sequence[int]) -> None:
         """One user less of each; the end of a text is forgotten before its start."""
@@ -79,6 +91,7 @@ class Pool:
             if block in self._key:
                 self._idle[block] = None
             else:
+                self._name.pop(block, None)
                 self._free.append(block)
 
     def _forget(self, block: int) -> None:

@@ -4,6 +4,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Self
@@ -16,7 +17,7 @@ from moeforge.generate.blocks import Pool
 from moeforge.generate.grammar import Matcher
 from moeforge.generate.request import End, Event, Likely, Put, Read, Request, Stop, Token, Usage
 from moeforge.generate.runner import Passed, Runner
-from moeforge.generate.sample import Sampler, Sampling, likely
+from moeforge.generate.sample import Sampler, Sampling, check_finite, likely
 from moeforge.generate.schedule import Piece, Schedule, Text
 from moeforge.generate.settings import Settings
 from moeforge.generate.text import Held
@@ -92,21 +93,24 @@ class Engine:
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
-    def submit(self, prompt: Sequence[int], sampling: Sampling, put: Put, show_experts: bool = False) -> Request:
-        """Takes a request; its events go to ``put``, ``End`` last.
+    def submit(
+        self, prompt: Sequence[int], sampling: Sampling, put: Put, show_experts: bool = False, owner: str = ""
+    ) -> Request:
+        """Takes a request; its events go to ``put``, ``End`` last. Prefixes are reused among requests of one ``owner``.
 
         Raises UserError for a prompt that is empty, has ids that are no tokens or leaves no room in the context, and
         ``FullError`` where too many wait already.
         """
         self._check(prompt, sampling)
         request = Request(prompt, sampling, put, show_experts)
-        text = Text(request, [*prompt], reuses=sampling.prompt_logprobs is None)
+        text = Text(request, [*prompt], sampling.prompt_logprobs is None, owner)
+        writing = _Writing(text, self.tokenizer, self.runner.vocab_size)
         with self._wake:
             if self._broken or self._closing:
                 raise UserError(self._broken or "the engine is closed")
-            if self._waiting >= self.settings.max_waiting + max(0, self.settings.max_running - len(self._texts)):
+            if len(self._texts) >= self.settings.max_running + self.settings.max_waiting:
                 raise FullError(f"{self._waiting} requests wait already: try again later")
-            self._texts[request] = text
+            self._texts[request], self._writing[text] = text, writing
             self._new.append(text)
             self._wake.notify()
         return request
@@ -177,8 +181,6 @@ class Engine:
                 f"the prompt has {len(prompt)} tokens, and the context takes {self.max_len} with what is to be written"
             )
         sampling.check(self.vocab_size)
-        if sampling.grammar is not None:
-            Matcher(sampling.grammar, self.tokenizer)
 
     def _work(self) -> None:
         """The thread."""
@@ -203,10 +205,8 @@ class Engine:
             self._wake.wait_for(lambda: self._texts or self._closing)
             if self._closing and not self._texts:
                 return False
-            while self._new:
-                text = self._new.popleft()
-                self._writing[text] = _Writing(text, self.tokenizer, self.runner.vocab_size)
-                self._schedule.waiting.append(text)
+            self._schedule.waiting.extend(self._new)
+            self._new.clear()
             cancelled = [self._texts[request] for request in self._cancelled if request in self._texts]
             self._cancelled.clear()
         for text in dict.fromkeys(cancelled):
@@ -216,15 +216,16 @@ class Engine:
     def _pass(self, pieces: list[Piece]) -> None:
         started = perf_counter()
         passed = self.runner.run(pieces, any(piece.text.request.show_experts for piece in pieces))
-        self._count(pieces, passed, perf_counter() - started)
         with self._wake:
+            self._count(pieces, passed, perf_counter() - started)
             self._schedule.done(pieces)
         for index, piece in enumerate(pieces):
             experts = passed.experts[index][-1] if passed.experts else None
             try:
                 self._take(piece, passed.logits[index], experts)
-            except UserError as error:  # of this text alone: the others go on
-                self._end(piece.text, "failed", error=str(error))
+            except Exception as error:  # of this text alone: the others go on
+                reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+                self._end(piece.text, "failed", error=reason)
 
     def _count(self, pieces: list[Piece], passed: Passed, seconds: float) -> None:
         report = self._report
@@ -269,6 +270,7 @@ class Engine:
 
     def _note_prompt(self, piece: Piece, writing: _Writing, logits: torch.Tensor) -> None:
         """The logits of a token are about the one after it."""
+        check_finite(logits)
         prompt, count = piece.text.request.prompt, piece.text.request.sampling.prompt_logprobs or 0
         for at, logits_V in zip(range(piece.start + 1, piece.end + 1), logits[:, : self.vocab_size], strict=True):
             if at < len(prompt) and at == len(writing.prompt):
@@ -296,4 +298,5 @@ class Engine:
         first = None if text.first is None else text.first - text.submitted
         queued = (text.started or now) - text.submitted
         usage = Usage(len(request.prompt), len(request.written), text.reused, queued, first, now - text.submitted)
-        request.put(End(stop, usage, rest, error))
+        with suppress(Exception):  # nobody is there to be told: no matter of the others
+            request.put(End(stop, usage, rest, error))

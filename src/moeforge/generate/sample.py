@@ -106,8 +106,7 @@ class Sampler:
     def pick(self, logits_V: Tensor) -> Picked:
         """The next token after the ones before. Raises UserError when a logit is not finite: the weights are broken."""
         logits_V = logits_V.detach().cpu().float()
-        if not bool(torch.isfinite(logits_V).all()):
-            raise UserError("the model's logits are not finite: its weights are damaged, or its training diverged")
+        check_finite(logits_V)
         token = draw(self._changed(logits_V), self.sampling, self._generator)
         if self._matcher is not None:
             self._matcher.take(token)
@@ -136,6 +135,12 @@ class Sampler:
         if self._matcher is not None:
             logits_V[self._matcher.forbidden(len(logits_V))] = -torch.inf
         return logits_V
+
+
+def check_finite(logits: Tensor) -> None:
+    """Raises UserError when a logit is no number."""
+    if not bool(torch.isfinite(logits).all()):
+        raise UserError("the model's logits are not finite: its weights are damaged, or its training diverged")
 
 
 def draw(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:

@@ -18,9 +18,12 @@ class Text:
     """Prompt and what was written."""
     reuses: bool = True
     """Whether it may start from blocks of others: not where something is wanted of every token of the prompt."""
+    owner: str = ""
+    """Blocks are shared among texts of one owner."""
     read: int = 0
     """Tokens whose keys and values are there."""
     reused: int = 0
+    preempted: bool = False
     blocks: list[int] = field(default_factory=list)
     submitted: float = field(default_factory=perf_counter)
     started: float | None = None
@@ -44,8 +47,8 @@ class Piece:
 class Schedule:
     """First come, first served: texts being written before prompts, prompts in chunks that fit the budget.
 
-    When blocks run out, the text that came last gives up its own and is read again later: the same tokens give the same
-    keys and values, so nobody can tell.
+    A text starts when there is room for all that it has so far. When blocks run out, the text that came last gives up
+    its own and is read again later: the same tokens give the same keys and values, so nobody can tell.
     """
 
     def __init__(self, pool: Pool, max_running: int, token_budget: int) -> None:
@@ -56,7 +59,7 @@ class Schedule:
 
     def next_pass(self) -> list[Piece]:
         """Pieces of the next pass, with blocks for all their tokens; none when there is nothing to do."""
-        while self.waiting and len(self.running) < self.max_running:
+        while self.waiting and len(self.running) < self.max_running and self._fits(self.waiting[0]):
             self._admit(self.waiting.popleft())
         left, pieces = self.token_budget, []
         writing = [text for text in self.running if text.read == len(text.tokens) - 1]
@@ -64,6 +67,7 @@ class Schedule:
         for text in (*writing, *reading):
             if left == 0 or text not in self.running:  # it had to make room for one before it
                 continue
+            self._reuse(text)
             count = self._with_room(text, min(left, len(text.tokens) - text.read))
             if count:
                 pieces.append(Piece(text, text.read, text.read + count))
@@ -74,7 +78,7 @@ class Schedule:
         """The pieces were read."""
         for piece in pieces:
             piece.text.read = piece.end
-            self.pool.fill(piece.text.blocks, piece.text.tokens, piece.start, piece.end)
+            self.pool.fill(piece.text.blocks, piece.text.tokens, piece.start, piece.end, piece.text.owner)
 
     def remove(self, text: Text) -> None:
         """It is finished, or nobody waits for it."""
@@ -84,13 +88,34 @@ class Schedule:
         else:
             self.waiting.remove(text)
 
+    def _fits(self, text: Text) -> bool:
+        """Else it would be pushed out by those before it, again and again."""
+        if not self.running:
+            return True
+        held = self.pool.match(text.tokens, text.owner) if text.reuses and self.pool.reuse else []
+        fits = sum(map(self._missing, (text, *self.running))) - len(held) <= self.pool.free
+        self.pool.give_back(held)
+        return fits
+
+    def _missing(self, text: Text) -> int:
+        """Blocks until all its tokens are read."""
+        return -(-len(text.tokens) // self.pool.block_size) - len(text.blocks)
+
     def _admit(self, text: Text) -> None:
-        if text.reuses and self.pool.reuse:
-            text.blocks = self.pool.match(text.tokens)
-        text.read = len(text.blocks) * self.pool.block_size
-        if text.started is None:
-            text.started, text.reused = perf_counter(), text.read
+        text.started = text.started or perf_counter()
         self.running.append(text)
+        self._reuse(text)
+
+    def _reuse(self, text: Text) -> None:
+        """Goes on from what is there already: also while it is read, as others may be ahead with the same text."""
+        size = self.pool.block_size
+        if not self.pool.reuse or not text.reuses or text.read != len(text.blocks) * size:
+            return
+        found = self.pool.match(text.tokens, text.owner, text.blocks)
+        text.blocks += found
+        text.read += len(found) * size
+        if not text.preempted:
+            text.reused += len(found) * size
 
     def _with_room(self, text: Text, count: int) -> int:
         """How many of ``count`` tokens there are blocks for, after others who came later made room."""
@@ -108,6 +133,7 @@ class Schedule:
     def _preempt(self, text: Text) -> None:
         self.running.remove(text)
         self._release(text)
+        text.preempted = True
         self.waiting.appendleft(text)
         self.preemptions += 1
 

@@ -95,14 +95,14 @@ def olmoe_experts(implementation: str, up_EHD: torch.Tensor, down_EDH: torch.Ten
     return experts
 
 
-def open_theirs(folder: Path) -> Any:
-    """The model of transformers in a folder, in float32 and evaluation mode.
+def open_theirs(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The model of transformers in a folder, its weights in ``dtype``, in evaluation mode.
 
     Raises UserError where it has weights that the folder lacks, or leaves some of the folder's.
     """
     from transformers import AutoModelForCausalLM
 
-    model, loading = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model, loading = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     amiss = {what: sorted(map(str, names)) for what, names in loading.items() if names}
     if amiss:
         raise UserError(f"{type(model).__name__} does not take {folder} as it is: {amiss}")

@@ -21,6 +21,7 @@ from moeforge.hub.shards import MAX_SHARD_SIZE, Shards, write
 from moeforge.hub.versions import model_config
 from moeforge.hub.whole import write_whole
 from moeforge.models import Decoder, ModelConfig
+from moeforge.models.init import without_memory
 
 MODEL_TYPE = "moeforge"
 
@@ -112,7 +113,7 @@ def open_model(
     if fields["model_type"] != MODEL_TYPE:
         return open_family(folder, fields, dtype, device, pickle)
     config, _ = read_config(folder)
-    with torch.device("meta"):
+    with without_memory():
         model = Own(config, fields, folder)
     fill(model, plan(model, None), Shards(folder, pickle), set(), dtype, device)
     return model.eval()

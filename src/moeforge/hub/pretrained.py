@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from moeforge.hub.shards import MAX_SHARD_SIZE, Shards, Source, write
 from moeforge.hub.whole import write_whole
 from moeforge.kernels.allocator import ask_for_huge_pages
 from moeforge.models import Decoder, ModelConfig
+from moeforge.models.init import without_memory
 
 CARRIED = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*"),
@@ -149,7 +151,7 @@ def open_family(
     family = family_of(config_json, folder)
     config = family.read(config_json, str(folder / "config.json"))
     shards = Shards(folder, pickle, config_json.get("quantization_config"))
-    with torch.device("meta"):
+    with without_memory():
         model = Pretrained(config, Origin(family, config_json, folder, shards))
     unused = family.unused_of(config, shards.shapes)
     model.origin = replace(model.origin, unused=tuple(sorted(unused)))
@@ -206,10 +208,23 @@ def fill(
         name: ask_for_huge_pages(torch.empty_like(tensor, dtype=types[name], device=device))
         for name, tensor in meta.items()
     }
-    for piece in sorted(pieces, key=lambda piece: shards.file_of[piece.name]):
-        piece.of_ours(tensors[piece.parameter]).copy_(piece.as_ours(shards.get(piece.name)))
+    with _one_thread():
+        for piece in sorted(pieces, key=lambda piece: shards.file_of[piece.name]):
+            piece.of_ours(tensors[piece.parameter]).copy_(piece.as_ours(shards.get(piece.name)))
     shards.close()
     model.load_state_dict(tensors, assign=True)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Thousands of copies that each wait for a second thread take many times as long where another program holds its
+    core; one thread reads as fast as memory gives."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def check(wanted: Mapping[str, Any], found: Mapping[str, Any], source: Path) -> None:

@@ -98,7 +98,7 @@ def gru_cell(x: Tensor, state: Tensor, w_x: Tensor, w_state: Tensor, b_x: Tensor
     """``torch.gru_cell``."""
     reset_x, update_x, new_x = linear(x, w_x, b_x).chunk(3, -1)
     reset_h, update_h, new_h = linear(state, w_state, b_state).chunk(3, -1)
-    reset, update = (reset_x + reset_h).sigmoid(), (update_x + update_h).sigmoid()
+    reset, update = sigmoid(reset_x + reset_h), sigmoid(update_x + update_h)
     new = (new_x + reset * new_h).tanh()
     return new + update * (state - new)
 

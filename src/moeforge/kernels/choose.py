@@ -4,11 +4,11 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from moeforge.errors import UserError
 from moeforge.kernels import grouped, native, streaming, triton
+from moeforge.kernels.compiled import constant
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,6 @@ def _pick(x_TD: Tensor, up_EHD: Tensor, down_EDH: Tensor) -> tuple[str, str]:
     return "streaming", "on a CPU, chunks of rows that stay in cache"
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _from_environment() -> str:
     return os.environ.get("MOEFORGE_ENGINE") or "auto"

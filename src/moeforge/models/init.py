@@ -1,7 +1,12 @@
 """How weights start: one rule for every matrix, whatever module it sits in."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from moeforge.models.config import FanIn, ModelConfig
 
@@ -30,3 +35,22 @@ def _matrix(name: str, weight: nn.Parameter, config: ModelConfig) -> None:
     residual = any(part in name for part in WRITES_TO_RESIDUAL)
     depth = config.num_layers * config.num_repeats
     nn.init.normal_(weight, std=init.std / (2 * depth) ** 0.5 if residual else init.std)
+
+
+class _Unfilled(TorchFunctionMode):
+    """Drawing numbers for tensors without memory does nothing. torch would import its compiler to do as much, which
+    takes most of a second."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.init.normal_ or func is torch.Tensor.normal_:
+            tensor = args[0] if args else kwargs["tensor"]
+            if tensor.is_meta:
+                return tensor
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Modules made inside have parameters on the meta device: shapes and types alone."""
+    with _Unfilled(), torch.device("meta"):
+        yield

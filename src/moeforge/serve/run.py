@@ -6,7 +6,6 @@ import signal
 import socket
 import sys
 from pathlib import Path
-from typing import Any
 
 import uvicorn
 
@@ -52,9 +51,9 @@ def serve(
     keys: Keys,
     limits: Limits,
     folder: Path,
+    *,
     grace_s: float,
     show_routing: bool = False,
-    facts: dict[str, Any] | None = None,
 ) -> None:
     """Runs until SIGTERM or SIGINT: then takes nothing new, and ends what still runs after ``grace_s`` seconds."""
     handler = logging.StreamHandler(sys.stderr)
@@ -62,7 +61,7 @@ def serve(
     logging.getLogger("moeforge.serve").handlers[:] = [handler]
     logging.getLogger("moeforge.serve").setLevel(logging.INFO)
     template = ChatTemplate.open(folder, engine.tokenizer)
-    state = State(engine, limits, keys, template, Metrics(engine), show_routing, facts or {})
+    state = State(engine, limits, keys, template, Metrics(engine), show_routing, {"about": engine.about})
     config = uvicorn.Config(build(state), log_level="error", access_log=False, lifespan="off", timeout_keep_alive=30)
     asyncio.run(_until_told(uvicorn.Server(config), state, bound, grace_s))
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from moeforge.errors import UserError
 from moeforge.kernels.activation import activate
-from moeforge.kernels.native import build, engine, expert_mlp_quantised, linear_quantised, quantise
+from moeforge.kernels.native import build, engine, expert_mlp_quantised, linear_quantised, quantise, quantised
 from moeforge.moe import Route
 
 FORMATS = [(bits, group) for bits in (8, 4) for group in (32, 64, 128)]
@@ -54,6 +54,18 @@ def test_a_group_of_zeros_stays_zero() -> None:
     for bits, group in FORMATS:
         found = quantise(weight, bits, group).dequantise()
         assert not found[1].any() and not found[2, :32].any() and bool(found[3].any())
+
+
+@pytest.mark.skipif(engine.missing() is not None, reason="the native engine does not run here")
+@pytest.mark.parametrize(("bits", "group"), FORMATS)
+@given(st.integers(1, 70), st.integers(1, 300), st.sampled_from([torch.float32, torch.bfloat16]), st.integers(-16, 8))
+def test_one_pass_makes_what_torch_makes(
+    bits: int, group: int, out: int, width: int, dtype: torch.dtype, exponent: int
+) -> None:
+    weight = (torch.randn(2, out, width) * 2.0**exponent).to(dtype)
+    weight[0, 0] = 0
+    one, other = quantise(weight, bits, group), quantised._pack_in_torch(weight, bits, group)
+    assert torch.equal(one.packed, other[0]) and torch.equal(one.scales, other[1])
 
 
 @given(st.integers(1, 11), st.integers(1, 300), st.integers(1, 70), st.sampled_from(FORMATS), st.sampled_from(ROWS))
@@ -99,7 +111,7 @@ def test_integer_rows_are_exact(bits: int, group: int) -> None:
 @pytest.mark.skipif(engine.missing() is not None, reason="the native engine does not run here")
 def test_integer_rows_are_exact_without_the_instruction(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MOEFORGE_CACHE", str(tmp_path))
-    monkeypatch.setattr(build, "SOURCES", [source for source in build.SOURCES if source.stem != "experts"])
+    monkeypatch.setattr(build, "SOURCES", [s for s in build.SOURCES if s.stem not in ("experts", "decoder")])
     monkeypatch.setattr(build, "FLAGS", ("-O1", *build.FLAGS[1:]))
     monkeypatch.setattr(build, "USED", {})
     plain = build.open_or_build(lambda lib: None)
@@ -139,11 +151,11 @@ def route_edges(route: Route) -> tuple[list[int], list[int], list[float]]:
 @pytest.mark.parametrize(("bits", "group"), FORMATS)
 def test_a_row_has_the_same_bits_whoever_is_beside_it(bits: int, group: int, rows: str) -> None:
     up, down = quantise(torch.randn(3, 64, 96), bits, group), quantise(torch.randn(3, 96, 32), bits, group)
-    ids_TK, weights_TK, x_TD = torch.rand(30, 3).argsort(1)[:, :2], torch.rand(30, 2), torch.randn(30, 96)
+    ids_TK, weights_TK, x_TD = torch.rand(150, 3).argsort(1)[:, :2], torch.rand(150, 2), torch.randn(150, 96)
     every_TD = expert_mlp_quantised(x_TD, Route.from_top_k(ids_TK, weights_TK, 3), up, down, "swiglu", rows)
     threads = torch.get_num_threads()
     try:
-        for count in (1, 2, 3, 5, 30):
+        for count in (1, 2, 3, 5, 30, 150):
             torch.set_num_threads(count % 4 + 1)
             part = Route.from_top_k(ids_TK[:count], weights_TK[:count], 3)
             assert torch.equal(expert_mlp_quantised(x_TD[:count], part, up, down, "swiglu", rows), every_TD[:count])

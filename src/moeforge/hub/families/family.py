@@ -129,6 +129,9 @@ class Family:
         known, ours = self.defaults, Ours(config)
         try:
             fresh = {name: value for row in self.rows for name, value in row.write(ours).items()}
+            # A null that says what leaving it out says: some classes take it for a value (OLMoE's of head_dim).
+            kept = (name for name, value in fresh.items() if (value, known.get(name)) != (None, None) or name in base)
+            fresh = {name: fresh[name] for name in kept}
             tree = {name: value for name, value in base.items() if name not in known} | fresh
             differing = differences(config, self.read(tree))
         except KeyError as error:

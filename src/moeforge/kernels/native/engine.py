@@ -13,6 +13,7 @@ from torch import Tensor
 from moeforge.config import Activation
 from moeforge.errors import UserError
 from moeforge.kernels.activation import is_gated
+from moeforge.kernels.compiled import constant
 from moeforge.kernels.edges import Edges, EdgeTensors
 from moeforge.kernels.native.build import library, processor
 from moeforge.kernels.reference import reference
@@ -47,7 +48,7 @@ def why_not(x_TD: Tensor, up_EHD: Tensor, down_EDH: Tensor) -> str | None:
     return missing()
 
 
-@torch.compiler.assume_constant_result
+@constant
 def missing() -> str | None:
     """Why there is no library on this machine, or None."""
     found = library(_wrong)
@@ -59,7 +60,7 @@ def unmeasured(x_TD: Tensor) -> str | None:
     return _bf16_unmeasured() if x_TD.dtype == torch.bfloat16 else None
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _bf16_unmeasured() -> str | None:
     has = processor()
     if "amx_bf16" in has:

@@ -7,12 +7,7 @@
 #include "activation.h"
 #include "layer.h"
 #include "numbers.h"
-
-struct Quantised {
-    const uint8_t* packed;
-    const uint16_t* scales;  // float16
-    int32_t bits, group, rows, blocks;  // rows of one expert, of so many blocks of 128 inputs
-};
+#include "quantised.h"
 
 // A block of a token, in the order in which weights come out of their registers: bf16, or int8 with scales.
 struct Halves {
@@ -29,6 +24,7 @@ namespace {
 
 constexpr int BATCH = 4;     // tokens that share a widened block
 constexpr int TOGETHER = 4;  // rows that share a token's values
+constexpr int CACHED = 64;   // tokens whose values stay in a core's cache while rows pass
 constexpr int AHEAD = 8192;  // bytes: the processor's own prefetching ends at each page
 
 // Rows of a task: few tasks, since memory is slow at the start of each, but enough for all threads.
@@ -83,15 +79,28 @@ inline __m512i step(__m512i sum, __m512i is_unsigned, __m512i is_signed) {
 #endif
 }
 
-// Value `at` of a block as stored is input input_of(at): four neighbours of each quarter in turn.
-inline int input_of(int at) { return at / 4 % 4 * 32 + at / 16 % 4 * 8 + at / 64 * 4 + at % 4; }
+// Where each value of a Halves comes from. A shift of 4 bits leaves one byte of two: even ones come first.
+struct Order {
+    uint16_t from[128];
+    explicit Order(int bits) {
+        for (int i = 0; i < 128; i++) from[i] = input_of(bits == 8 ? i : 64 * (i / 32 % 2) + i % 32 * 2 + i / 64);
+    }
+};
 
 void arrange(const Quantised& q, const uint16_t* x, Halves* row) {
-    for (Halves* to = row; to < row + q.blocks; to++, x += 128)
-        for (int i = 0; i < 128; i++) {  // a shift of 4 bits leaves one byte of two: even ones come first
-            int byte = i % 32 * 2 + i / 64, half = i / 32 % 2;
-            to->values[i] = x[input_of(q.bits == 8 ? i : 64 * half + byte)];
+    static const Order orders[2] = {Order(4), Order(8)};
+    const uint16_t* from = orders[q.bits == 8].from;
+    for (Halves* to = row; to < row + q.blocks; to++, x += 128) {
+        __m512i in[4];
+        for (int j = 0; j < 4; j++) in[j] = _mm512_loadu_si512(x + 32 * j);
+        for (int j = 0; j < 4; j++) {
+            __m512i at = _mm512_loadu_si512(from + 32 * j);
+            __m512i low = _mm512_permutex2var_epi16(in[0], at, in[1]);
+            __m512i high = _mm512_permutex2var_epi16(in[2], at, in[3]);
+            __mmask32 second = _mm512_cmpge_epu16_mask(at, _mm512_set1_epi16(64));
+            _mm512_storeu_si512(to->values + 32 * j, _mm512_mask_mov_epi16(low, second, high));
         }
+    }
 }
 
 // One group: to nearest, ties to even. A value that is not a number makes the scale, and with it the row's sums, one.
@@ -133,33 +142,46 @@ inline __m512 scales_of(const uint16_t* scales) {
     return _mm512_cvtph_ps(parts == 4 ? _mm256_set1_epi16(s) : _mm256_set1_epi64x(s));
 }
 
-template <int bits>
-inline __m512 product(const uint8_t* packed, const Halves& x) {
-    __m512 w[4], sum = _mm512_setzero_ps();
-    widen<bits>(packed, w);
-    for (int j = 0; j < 4; j++) sum = Bf16::step(sum, w[j], _mm512_loadu_ps((const float*)(x.values + 32 * j)));
-    return sum;
-}
+// A block of a row of weights as products want it, and each lane's scale.
+template <class X>
+struct Ready;
+
+template <>
+struct Ready<Halves> {
+    __m512 values[4], scale;
+};
+
+template <>
+struct Ready<Bytes> {
+    __m512i values[2];
+    __m512 scale;
+};
 
 template <int bits>
-inline __m512 product(const uint8_t* packed, const Bytes& x) {
-    __m512i w[2], sum = _mm512_loadu_si512(x.offset);
-    unpack<bits>(packed, w);
-    for (int j = 0; j < 2; j++) sum = step(sum, w[j], _mm512_loadu_si512(x.codes + 64 * j));
-    return _mm512_cvtepi32_ps(sum);
-}
-
-// Each lane's scale: of its weights, and of the token's values.
-template <int bits>
-inline __m512 scaled(__m512 scales, const Halves&) {
-    if (bits == 4) return scales;
+inline void make(const uint8_t* packed, __m512 scales, Ready<Halves>& to) {
+    widen<bits>(packed, to.values);
     const __m512i lanes = _mm512_set4_epi64(0x300000003, 0x200000002, 0x100000001, 0);  // two lanes to a quarter
-    return _mm512_permutexvar_ps(lanes, scales);
+    to.scale = bits == 4 ? scales : _mm512_permutexvar_ps(lanes, scales);
 }
 
 template <int bits>
-inline __m512 scaled(__m512 scales, const Bytes& x) {
-    return _mm512_mul_ps(scales, _mm512_broadcast_f32x4(_mm_loadu_ps(x.scales)));
+inline void make(const uint8_t* packed, __m512 scales, Ready<Bytes>& to) {
+    unpack<bits>(packed, to.values);
+    to.scale = scales;
+}
+
+inline __m512 add_product(__m512 sum, const Ready<Halves>& w, const Halves& x) {
+    __m512 products = _mm512_setzero_ps();
+    for (int j = 0; j < 4; j++)
+        products = Bf16::step(products, w.values[j], _mm512_loadu_ps((const float*)(x.values + 32 * j)));
+    return _mm512_fmadd_ps(products, w.scale, sum);
+}
+
+inline __m512 add_product(__m512 sum, const Ready<Bytes>& w, const Bytes& x) {
+    __m512i products = _mm512_loadu_si512(x.offset);
+    for (int j = 0; j < 2; j++) products = step(products, w.values[j], _mm512_loadu_si512(x.codes + 64 * j));
+    __m512 scale = _mm512_mul_ps(w.scale, _mm512_broadcast_f32x4(_mm_loadu_ps(x.scales)));
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), scale, sum);
 }
 
 // The sums of four vectors, each in the same order.
@@ -170,68 +192,96 @@ inline __m128 sums_of(const __m512* v) {
     return _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
 }
 
-// out[m * TOGETHER + i] = row rows[i] . x[m], for M tokens.
-template <int bits, int M, int parts, class X>
-void dots(const Quantised& q, const size_t* rows, const X* const* x, float* out) {
+// TOGETHER rows, each a block at a time made ready for its products.
+template <int bits, int parts, class X>
+struct Packed {
+    const uint8_t* packed[TOGETHER];
+    const uint16_t* scales[TOGETHER];
+
+    Packed(const Quantised& q, const size_t* rows) {
+        for (int i = 0; i < TOGETHER; i++) {
+            packed[i] = q.packed + rows[i] * q.blocks * (16 * bits);
+            scales[i] = q.scales + rows[i] * q.blocks * (4 / parts);
+        }
+    }
+    Ready<X> operator()(int b, int i) const {
+        const uint8_t* block = packed[i] + b * 16 * bits;
+        for (int line = 0; line < bits / 4; line++) _mm_prefetch((const char*)block + AHEAD + 64 * line, _MM_HINT_T0);
+        Ready<X> to;
+        make<bits>(block, scales_of<parts>(scales[i] + b * (4 / parts)), to);
+        return to;
+    }
+};
+
+// out[m] = the rows . x[m], for M tokens; weights(b, i) is block b of row i.
+template <int M, class Weights, class X>
+void dots(int blocks, Weights weights, const X* const* x, __m128* out) {
     __m512 sum[M][TOGETHER];
     for (auto& token : sum)
         for (auto& s : token) s = _mm512_setzero_ps();
-    const uint8_t* packed[TOGETHER];
-    const uint16_t* scales[TOGETHER];
-    for (int i = 0; i < TOGETHER; i++) {
-        packed[i] = q.packed + rows[i] * q.blocks * (16 * bits);
-        scales[i] = q.scales + rows[i] * q.blocks * (4 / parts);
-    }
-    for (int b = 0; b < q.blocks; b++)
-        for (int i = 0; i < TOGETHER; i++) {
-            const uint8_t* block = packed[i] + b * 16 * bits;
-            for (int line = 0; line < bits / 4; line++)
-                _mm_prefetch((const char*)block + AHEAD + 64 * line, _MM_HINT_T0);
-            __m512 scale = scales_of<parts>(scales[i] + b * (4 / parts));
-            for (int m = 0; m < M; m++)
-                sum[m][i] = _mm512_fmadd_ps(product<bits>(block, x[m][b]), scaled<bits>(scale, x[m][b]), sum[m][i]);
+    for (int b = 0; b < blocks; b++)
+        for (int i = 0; i < TOGETHER; i += 2) {  // two rows to each load of a token's values
+            const Ready<X>&one = weights(b, i), &two = weights(b, i + 1);
+            for (int m = 0; m < M; m++) {
+                sum[m][i] = add_product(sum[m][i], one, x[m][b]);
+                sum[m][i + 1] = add_product(sum[m][i + 1], two, x[m][b]);
+            }
         }
-    for (int m = 0; m < M; m++) _mm_storeu_ps(out + m * TOGETHER, sums_of(sum[m]));
+    for (int m = 0; m < M; m++) out[m] = sums_of(sum[m]);
 }
 
-template <int bits, int M, class X>
-void by_group(const Quantised& q, const size_t* rows, const X* const* x, float* out) {
-    switch (q.group) {
-        case 32: return dots<bits, M, 1>(q, rows, x, out);
-        case 64: return dots<bits, M, 2>(q, rows, x, out);
-        default: return dots<bits, M, 4>(q, rows, x, out);
-    }
-}
-
-template <int bits, class X>
-void by_count(const Quantised& q, const size_t* rows, const X* const* x, int count, float* out) {
+template <class Weights, class X>
+void by_count(int blocks, Weights weights, const X* const* x, int count, __m128* out) {
     switch (count) {
-        case 1: return by_group<bits, 1>(q, rows, x, out);
-        case 2: return by_group<bits, 2>(q, rows, x, out);
-        case 3: return by_group<bits, 3>(q, rows, x, out);
-        default: return by_group<bits, 4>(q, rows, x, out);
+        case 1: return dots<1>(blocks, weights, x, out);
+        case 2: return dots<2>(blocks, weights, x, out);
+        case 3: return dots<3>(blocks, weights, x, out);
+        default: return dots<4>(blocks, weights, x, out);
     }
 }
 
-// Rows from.. of the matrix against `count` tokens; put(row, token, value) takes each.
+// Rows from.. of the matrix against `count` tokens; put(row, token, values) takes each token's next TOGETHER, of which
+// those past the end mean nothing. For many tokens the rows are made ready once, for as many as stay in a core's cache.
+template <int bits, int parts, class Token, class Put>
+void rows_of(const Quantised& q, size_t base, int from, int end, int count, Token token, Put put) {
+    using X = std::decay_t<decltype(*token(0))>;
+    auto* kept = (Ready<X>*)scratch<2>(count > BATCH ? size_t(q.blocks) * TOGETHER * sizeof(Ready<X>) / 4 : 0);
+    auto again = [=](int b, int i) -> const Ready<X>& { return kept[b * TOGETHER + i]; };
+    for (int low = 0; low < count; low += CACHED)
+        for (int r = from; r < end; r += TOGETHER) {
+            size_t rows[TOGETHER];
+            for (int i = 0; i < TOGETHER; i++) rows[i] = base + std::min(r + i, end - 1);
+            const Packed<bits, parts, X> packed(q, rows);
+            int high = std::min(count, low + CACHED);
+            for (int at = 0; high - low > BATCH && at < q.blocks * TOGETHER; at++)
+                kept[at] = packed(at / TOGETHER, at % TOGETHER);
+            for (int m = low; m < high; m += BATCH) {
+                const X* x[BATCH];
+                __m128 out[BATCH];
+                int batch = std::min(BATCH, high - m);
+                for (int i = 0; i < batch; i++) x[i] = token(m + i);
+                if (high - low > BATCH)
+                    by_count(q.blocks, again, x, batch, out);
+                else
+                    by_count(q.blocks, packed, x, batch, out);
+                for (int i = 0; i < batch; i++) put(r, m + i, out[i]);
+            }
+        }
+}
+
+template <int bits, class Token, class Put>
+void by_group(const Quantised& q, size_t base, int from, int end, int count, Token token, Put put) {
+    switch (q.group) {
+        case 32: return rows_of<bits, 1>(q, base, from, end, count, token, put);
+        case 64: return rows_of<bits, 2>(q, base, from, end, count, token, put);
+        default: return rows_of<bits, 4>(q, base, from, end, count, token, put);
+    }
+}
+
 template <class Token, class Put>
 void rows_against(const Quantised& q, size_t base, int from, int end, int count, Token token, Put put) {
-    for (int r = from; r < end; r += TOGETHER) {
-        size_t rows[TOGETHER];
-        for (int i = 0; i < TOGETHER; i++) rows[i] = base + std::min(r + i, end - 1);
-        for (int m = 0; m < count; m += BATCH) {
-            decltype(token(0)) x[BATCH];
-            float out[TOGETHER * BATCH];
-            int batch = std::min(BATCH, count - m);
-            for (int i = 0; i < batch; i++) x[i] = token(m + i);
-            q.bits == 8 ? by_count<8>(q, rows, x, batch, out) : by_count<4>(q, rows, x, batch, out);
-            for (int i = 0; i < batch; i++)
-                for (int j = 0; j < std::min(TOGETHER, end - r); j++) put(r + j, m + i, out[i * TOGETHER + j]);
-        }
-    }
+    (q.bits == 8 ? by_group<8, Token, Put> : by_group<4, Token, Put>)(q, base, from, end, count, token, put);
 }
-
-inline uint16_t rounded(float v) { return _mm_extract_epi16(_mm256_castsi256_si128(Bf16::narrow(splat(v))), 0); }
 
 // What a matrix is multiplied with: `count` rows of bf16, padded with zeros, arranged for its format.
 template <class X>
@@ -260,7 +310,9 @@ void project(const Layer& l, const Quantised& up, const Rows<X>& x, uint16_t* hi
         size_t base = size_t(e) * up.rows;
         float *gate = scratch<0>(size_t(count) * rows), *linear = scratch<1>(size_t(count) * rows);
         auto token = [&](int m) { return x[l.token[from + m]]; };
-        auto into = [&](float* all) { return [=](int r, int m, float v) { all[m * rows + r - begin] = v; }; };
+        auto into = [&](float* all) {
+            return [=](int r, int m, __m128 v) { _mm_storeu_ps(all + m * rows + r - begin, v); };
+        };
         rows_against(up, base, begin, end, count, token, into(gate));
         if (l.gated) rows_against(up, base + l.d_expert, begin, end, count, token, into(linear));
         for (int m = 0; m < count; m++)
@@ -282,9 +334,13 @@ void combine(const Layer& l, const Quantised& down, const Rows<X>& hidden, uint1
         for (int e = 0, edge = 0; e < l.experts; edge = l.ends[e++])
             rows_against(
                 down, size_t(e) * down.rows, from, end, l.ends[e] - edge, [&](int m) { return hidden[edge + m]; },
-                [&](int r, int m, float v) { sums[l.token[edge + m] * rows + r - from] += l.weight[edge + m] * v; });
+                [&](int r, int m, __m128 v) {
+                    float* sum = sums + l.token[edge + m] * rows + r - from;
+                    _mm_storeu_ps(sum, _mm_fmadd_ps(_mm_set1_ps(l.weight[edge + m]), v, _mm_loadu_ps(sum)));
+                });
         for (int64_t t = 0; t < l.tokens; t++)
-            for (int d = from; d < end; d++) y[t * l.d_model + d] = rounded(sums[t * rows + d - from]);
+            for (int d = from; d < end; d += VECTOR)
+                Bf16::store(y + t * l.d_model + d, first(end - d), _mm512_loadu_ps(sums + t * rows + d - from));
     });
 }
 
@@ -304,7 +360,10 @@ void linear(const Quantised& q, const uint16_t* x_TK, int64_t tokens, int thread
     on_threads((q.rows + rows - 1) / rows, threads, [&](int task) {
         rows_against(
             q, 0, task * rows, std::min((task + 1) * rows, q.rows), tokens, [&](int m) { return x[m]; },
-            [&](int r, int m, float v) { y[size_t(m) * q.rows + r] = rounded(v); });
+            [&](int r, int m, __m128 v) {
+                __mmask16 mask = first(std::min(TOGETHER, q.rows - r));
+                Bf16::store(y + size_t(m) * q.rows + r, mask, _mm512_castps128_ps512(v));
+            });
     });
 }
 

@@ -40,7 +40,7 @@ of a layer's output beside what the weights' own rounding costs (docs/kernels.md
 
 
 class _Matrix(ctypes.Structure):
-    """``struct Quantised`` of ``quantised.cpp``."""
+    """``struct Quantised`` of ``quantised.h``."""
 
     _fields_ = (
         ("packed", ctypes.c_void_p),
@@ -85,9 +85,31 @@ class QuantisedWeight:
 
 
 def quantise(weight: Tensor, bits: int, group: int) -> QuantisedWeight:
-    """[..., out, in] to ``bits`` (8 or 4), a scale for each ``group`` (32, 64 or 128) of inputs."""
+    """[..., out, in] to ``bits`` (8 or 4), a scale for each ``group`` (32, 64 or 128) of inputs.
+
+    Raises UserError for other bits or groups, and for weights that are not finite or too large for a scale.
+    """
     if bits not in LARGEST or group not in GROUPS:
         raise UserError(f"weights go to 8 or 4 bits in groups of 32, 64 or 128, not to {bits} in groups of {group}")
+    packed, scales = _pack(weight, bits, group) or _pack_in_torch(weight, bits, group)
+    return QuantisedWeight(packed, scales, bits, group, tuple(weight.shape))
+
+
+def _pack(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor] | None:
+    """In one pass and with torch's bits; None where that cannot be, or where torch says what is wrong."""
+    if weight.device.type != "cpu" or weight.dtype not in engine.TYPES or engine.missing() is not None:
+        return None
+    weight, wide = weight.detach().contiguous(), weight.shape[-1] + -weight.shape[-1] % BLOCK
+    packed = torch.empty(*weight.shape[:-1], wide * bits // 8, dtype=torch.int8 if bits == 8 else torch.uint8)
+    scales = torch.empty(*weight.shape[:-1], wide // group, dtype=torch.float16)
+    rows = ctypes.c_int64(weight.shape[:-1].numel())
+    sizes = int(weight.dtype == torch.bfloat16), rows, weight.shape[-1], bits, group, torch.get_num_threads()
+    outputs = engine.address(packed), engine.address(scales)
+    status = engine.open_library().moeforge_pack(engine.address(weight), *sizes, *outputs)
+    return None if status else (packed, scales)
+
+
+def _pack_in_torch(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
     if not bool(weight.isfinite().all()):
         raise UserError("a weight that is not finite cannot be quantised")
     padded = F.pad(weight.float(), (0, -weight.shape[-1] % BLOCK)).unflatten(-1, (-1, group))
@@ -98,7 +120,7 @@ def quantise(weight: Tensor, bits: int, group: int) -> QuantisedWeight:
     codes = torch.where(steps > 0, padded / steps, 0).round().clamp(-LARGEST[bits], LARGEST[bits]).to(torch.int8)
     stored = codes.flatten(-2).unflatten(-1, (-1, BLOCK))[..., ORDER].flatten(-2)
     packed = stored if bits == 8 else _nibbles_of(stored)
-    return QuantisedWeight(packed.contiguous(), scales.contiguous(), bits, group, tuple(weight.shape))
+    return packed.contiguous(), scales.contiguous()
 
 
 def _nibbles_of(codes: Tensor) -> Tensor:

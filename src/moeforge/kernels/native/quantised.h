@@ -1,0 +1,12 @@
+// Weights of 8 or 4 bits as they lie: the format that quantised.py describes.
+#pragma once
+#include <cstdint>
+
+struct Quantised {
+    const uint8_t* packed;
+    const uint16_t* scales;  // float16
+    int32_t bits, group, rows, blocks;  // rows of one expert, of so many blocks of 128 inputs
+};
+
+// Value `at` of a block as stored is input input_of(at): four neighbours of each quarter in turn.
+inline int input_of(int at) { return at / 4 % 4 * 32 + at / 16 % 4 * 8 + at / 64 * 4 + at % 4; }
