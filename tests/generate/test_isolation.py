@@ -71,6 +71,14 @@ def test_whatever_the_weights_are_held_as(weights: str) -> None:
     same_alone_and_beside(held(weights), PROMPT)
 
 
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_latent_attention_with_weights_held(weights: str) -> None:
+    latent = {"type": "latent", "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
+    model = small(d_model=128, num_kv_heads=None, attention=latent).bfloat16()
+    hold(model, weights)
+    same_alone_and_beside(model, PROMPT)
+
+
 @pytest.mark.parametrize("fused", [True, False], ids=["in one call", "module by module"])
 def test_both_ways_a_layer_runs(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not fused:

@@ -12,7 +12,10 @@ from moeforge.kernels.native.decoder import Paged
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one pass: which text each is of, where it stands there, and where what it leaves behind is stored."""
+    """The rows of one pass: which text each is of, where it stands there, and where what it leaves behind is stored.
+
+    Rows of one text stand together, in order.
+    """
 
     text: Tensor
     """[T] int32: row of ``table``."""

@@ -101,7 +101,10 @@ class Fused:
         mlp = block.mlp
         if block.moe is not None:
             self._experts(block.moe)
-            mlp = block.moe.shared.mlp if block.moe.shared is not None else None
+            shared = block.moe.shared
+            mlp = None if shared is None else shared.mlp
+            if shared is not None and shared.gate is not None:
+                self.layer.mlp_gate = self._linear(shared.gate)
         if mlp is not None:
             gate_up, down = self._linear(mlp.gate_up_proj), self._linear(mlp.down_proj)
             pointwise, gated = engine.POINTWISE[mlp.activation], int(is_gated(mlp.activation))
@@ -136,7 +139,8 @@ class Fused:
         layer.paged.keys, layer.paged.values = keys.data_ptr(), values.data_ptr()
         layer.paged.sinks = self._pointer(attention.sinks.float()) if attention.sinks is not None else None
         layer.paged.window = attention.window or 0
-        layer.rotary_width = config.rotary_width
+        layer.rotary_width, layer.interleaved = config.rotary_width, int(config.rope_interleaved)
+        layer.clip = attention.heads.clip or 0
 
     def _experts(self, moe: Any) -> None:
         layer, router, bank = self.layer, moe.router, moe.banks[0]
@@ -147,6 +151,8 @@ class Fused:
         layer.gated = int(is_gated(bank.config.activation))
         layer.router = native.matrix(gate.weight.float(), gate.bias, self.held)
         layer.score = native.SCORES[router.config.score.type]
+        layer.groups, layer.top_groups = select.num_groups, select.top_groups
+        layer.ranking = 1 if select.group_rank == "best" else min(2, self.experts // select.num_groups)
         layer.softmax_chosen, layer.weight_scale = int(weigh.type == "softmax"), weigh.weight_scale
         layer.normalize, layer.min_total = (
             int(getattr(weigh, "normalize_weights", False)),
@@ -180,14 +186,14 @@ def _reasons(block: Block, config: ModelConfig, dtype: torch.dtype) -> Iterator[
     attention, moe = block.attention, block.moe
     if dtype not in engine.TYPES or (missing := engine.missing()):
         yield f"there is no native engine for {dtype}: {missing if dtype in engine.TYPES else 'only float32 and bf16'}"
-    if not isinstance(attention, Attention) or not isinstance(attention.heads, AllHeads) or attention.heads.clip:
+    if not isinstance(attention, Attention) or not isinstance(attention.heads, AllHeads):
         yield "its attention has other heads"
         return
     norms = [block.mlp_norm, block.attention_norm, *((attention.q_norm, attention.k_norm) if attention.qk_norm else ())]
     if not all(isinstance(norm, nn.RMSNorm) and norm.weight.dtype == dtype for norm in norms):
         yield "its norms are no RMS norms of the model's type"
-    if config.rope_interleaved or config.momentum:
-        yield "it rotates pairs of neighbours or adds with momentum"
+    if config.momentum:
+        yield "it adds with momentum"
     quantised = [m for m in block.modules() if isinstance(m, HeldLinear) and isinstance(m.weight, QuantisedWeight)]
     if any(m.weight.shape[1] % 128 for m in quantised) or (quantised and dtype != torch.bfloat16):
         yield "quantised products in one call want bf16 rows of a multiple of 128"
@@ -204,7 +210,12 @@ def _of_experts(moe: Any, dtype: torch.dtype) -> Iterator[str]:
     if len(banks) != 1 or type(banks[0]) is not MLPBank or banks[0].config.bias or banks[0].config.clamp:
         yield "its experts are not one stack of plain MLPs"
         return
-    if config.heads > 1 or config.token_block or config.shortcut or (config.shared and config.shared.mix.type != "sum"):
+    if (
+        config.heads > 1
+        or config.token_block
+        or config.shortcut
+        or (config.shared and config.shared.mix.type not in ("sum", "gated"))
+    ):
         yield "its layer is cut or mixed in another way"
     gate, parts = router.gate, router.config
     if type(gate) is not LinearGate or gate.previous is not None or gate.of_token:
@@ -213,7 +224,7 @@ def _of_experts(moe: Any, dtype: torch.dtype) -> Iterator[str]:
     plain = score.type == "softmax" and score.temperature == 1.0 and not score.standardize and score.num_groups == 1
     if not (plain or score.type in ("sigmoid", "logits")):
         yield "its scores are computed in another way"
-    if parts.select.type != "top_k" or parts.select.top_groups < parts.select.num_groups or parts.capacity:
+    if parts.select.type != "top_k" or parts.capacity:
         yield "it selects in another way than the k best"
     if parts.weigh.type not in ("scores", "softmax") or getattr(parts.weigh, "over", "chosen") != "chosen":
         yield "it weighs in another way"

@@ -72,7 +72,8 @@ def _quantise(model: nn.Module, bits: int) -> int:
             del parent.gate_up_proj, parent.down_proj
             changed += 1
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and name not in ("output", "gate"):
+            taken_apart = name == "kv_b_proj"  # latent attention takes its parts to queries and outputs
+            if type(child) is nn.Linear and name not in ("output", "gate") and not taken_apart:
                 weight = quantise(child.weight.detach(), bits, GROUP[bits])
                 setattr(parent, name, HeldLinear(weight, None if child.bias is None else child.bias.detach()))
                 changed += 1

@@ -36,9 +36,11 @@ struct DecoderLayer {
     const float* selection_bias;
     const void *up, *down;
     Mlp mlp;
-    float eps, residual_scale, weight_scale, min_total;
-    int32_t d_model, rotary_width, whole_norm, score, normalize, softmax_chosen, top_k, experts, d_expert, pointwise, gated,
-        quantised, as_bytes, bf16;
+    Matrix mlp_gate;  // [1, d_model]: its sigmoid weighs the MLP beside the experts; none: 1
+    float eps, residual_scale, weight_scale, min_total, clip;  // clip of queries, keys, values; 0: none
+    int32_t d_model, rotary_width, interleaved, whole_norm, score, normalize, softmax_chosen, top_k, experts, d_expert,
+        pointwise, gated, quantised, as_bytes, bf16;
+    int32_t groups, top_groups, ranking;  // experts are chosen from the best groups, by the sum of their `ranking` best
 };
 
 struct Rows {
@@ -135,9 +137,14 @@ struct Run {
         });
     }
 
-    // Rotates the first W of a head in place: value i with value i + W / 2.
+    // Rotates the first W of a head in place: value i with value i + W / 2, or neighbours, which then lie so.
     void rotate(V* x, int t) const {
         int W = l.rotary_width, half = W / 2;
+        if (l.interleaved) {
+            V* pairs = (V*)scratch<6>(W);
+            std::copy_n(x, W, pairs);
+            for (int i = 0; i < half; i++) x[i] = pairs[2 * i], x[half + i] = pairs[2 * i + 1];
+        }
         const float *cos = r.cos + size_t(t) * W, *sin = r.sin + size_t(t) * W;
         for (int i = 0; i < half; i += VECTOR) {
             __mmask16 mask = first(half - i);
@@ -148,12 +155,20 @@ struct Run {
         }
     }
 
+    void clip(V* row, int width) const {
+        if (l.clip)
+            combine(row, width, [&](int, __m512 v, __mmask16) {  // in this order NaN stays
+                return _mm512_min_ps(splat(l.clip), _mm512_max_ps(splat(-l.clip), v));
+            });
+    }
+
     void turn_heads(V* x, const void* weight, int heads, int t) const {
         int W = l.paged.width;
         V* row = x + size_t(t) * heads * W;
         if (weight && l.whole_norm) norm(row, weight, heads * W, row);
         for (int h = 0; h < heads; h++) {
             if (weight && !l.whole_norm) norm(row + h * W, weight, W, row + h * W);
+            clip(row + h * W, W);
             rotate(row + h * W, t);
         }
     }
@@ -176,6 +191,7 @@ struct Run {
         linear(l.q, h, q), linear(l.k, h, k), linear(l.v, h, v);
         each(T, l.q.out + 2 * l.k.out, [&](int t) {
             turn_heads(q, l.q_norm, p.queries, t), turn_heads(k, l.k_norm, p.heads, t);
+            clip(v + size_t(t) * l.v.out, l.v.out);
             keep(k, p.keys, p.key_stride, t), keep(v, p.values, p.value_stride, t);
         });
         p.queries_in = q, p.text = r.text, p.table = r.table, p.position = r.position;
@@ -219,12 +235,29 @@ struct Run {
         for (int e = 0; e < E; e++) row[e] /= total;
     }
 
+    // Leaves the experts of the best groups in the running, of equal ones the first.
+    void keep_groups(std::vector<float>& left) const {
+        int size = l.experts / l.groups;
+        std::vector<float> worth(l.groups), best(size);
+        for (int g = 0; g < l.groups; g++) {
+            std::partial_sort_copy(left.begin() + g * size, left.begin() + (g + 1) * size, best.begin(),
+                                   best.begin() + l.ranking, std::greater<float>());
+            worth[g] = std::accumulate(best.begin(), best.begin() + l.ranking, 0.f);
+        }
+        for (int g = 0; g < l.groups; g++) {
+            int ahead = 0;
+            for (int o = 0; o < l.groups; o++) ahead += worth[o] > worth[g] || (worth[o] == worth[g] && o < g);
+            if (ahead >= l.top_groups) std::fill_n(left.begin() + g * size, size, -INFINITY);
+        }
+    }
+
     // The best of a row, best first, of equal ones the first; and their combine weights.
     void choose(float* row, int32_t* ids, float* weights) const {
         int E = l.experts, K = l.top_k;
         score(row);
         std::vector<float> left(row, row + E);
         for (int e = 0; l.selection_bias && e < E; e++) left[e] += l.selection_bias[e];
+        if (l.top_groups < l.groups) keep_groups(left);
         for (int k = 0; k < K; k++) {
             int best = -1;
             for (int e = 0; e < E; e++) {
@@ -270,8 +303,21 @@ struct Run {
         check(moeforge_forward(&layer, l.bf16, out, nullptr, scratch<5>(words)));
     }
 
+    // out += shared, or so much of it as its gate lets pass.
+    void add_shared(const V* h, const V* shared, V* out) const {
+        V* gate = arena.take<V>(T);
+        if (l.mlp_gate.data) linear(l.mlp_gate, h, gate);
+        each(T, D, [&](int t) {
+            float share = 1;
+            if (l.mlp_gate.data) share = 1 / (1 + expf(-_mm512_cvtss_f32(N::load(gate + t, 1))));
+            combine(out + size_t(t) * D, D, [&](int i, __m512 v, __mmask16 mask) {
+                return _mm512_fmadd_ps(splat(share), N::load(shared + size_t(t) * D + i, mask), v);
+            });
+        });
+    }
+
     void run(V* x, int32_t* ids, int32_t* ends) const {
-        size_t wide = size_t(T) * (3 * D + l.q.out + l.k.out + l.v.out + l.o.in + l.mlp.gate_up.out + l.mlp.down.in);
+        size_t wide = size_t(T) * (3 * D + 1 + l.q.out + l.k.out + l.v.out + l.o.in + l.mlp.gate_up.out + l.mlp.down.in);
         arena.reserve(wide * sizeof(V) + size_t(T) * ((D + l.experts + 2 * l.top_k) * 4 + l.top_k * 8) + 64 * 32);
         V* h = arena.take<V>(size_t(T) * D);
         V* out = arena.take<V>(size_t(T) * D);
@@ -281,12 +327,7 @@ struct Run {
         if (l.mlp.down.data) {
             V* shared = l.experts ? arena.take<V>(size_t(T) * D) : out;
             dense(l.mlp, h, shared);
-            if (l.experts)
-                each(T, D, [&](int t) {
-                    combine(out + size_t(t) * D, D, [&](int i, __m512 v, __mmask16 mask) {
-                        return _mm512_add_ps(v, N::load(shared + size_t(t) * D + i, mask));
-                    });
-                });
+            if (l.experts) add_shared(h, shared, out);
         }
         add(x, out);
     }

@@ -53,11 +53,10 @@ class DecoderLayer(ctypes.Structure):
         ("router", Matrix),
         *_fields(POINTERS, "selection_bias up down"),
         ("mlp", Mlp),
-        *_fields(ctypes.c_float, "eps residual_scale weight_scale min_total"),
-        *_fields(
-            ctypes.c_int32, "d_model rotary_width whole_norm score normalize softmax_chosen top_k experts d_expert"
-        ),
-        *_fields(ctypes.c_int32, "pointwise gated quantised as_bytes bf16"),
+        ("mlp_gate", Matrix),
+        *_fields(ctypes.c_float, "eps residual_scale weight_scale min_total clip"),
+        *_fields(ctypes.c_int32, "d_model rotary_width interleaved whole_norm score normalize softmax_chosen top_k"),
+        *_fields(ctypes.c_int32, "experts d_expert pointwise gated quantised as_bytes bf16 groups top_groups ranking"),
     )
 
 
