@@ -88,14 +88,17 @@ def test_tokens_have_the_colour_of_their_expert_and_the_slider_changes_it(page: 
     assert page.inner_text("#layer-name") == "0"
 
 
-def test_stopping_keeps_what_came(page: Any, server: Served) -> None:
-    page.evaluate("document.getElementById('temperature').value = '1.5'")
-    send(page, "hello", most=200)
-    holds(page, "document.querySelectorAll('li.assistant span').length > 3")
-    page.click("#stop")
-    settled(page)
-    server.until(lambda: server.metric("moeforge_running_requests") == 0)
-    assert page.is_hidden("#error") and page.inner_text("li.assistant .text")
+def test_stopping_keeps_what_came(browser: Any, tmp_path: Path) -> None:
+    with serving(model_folder(tmp_path / "long", max_seq_len=30_000)) as served:
+        for page in watched(browser, served.url):
+            page.fill("#temperature", "1.5")
+            send(page, "hello", most=29_000)
+            holds(page, "document.querySelectorAll('li.assistant span').length > 3")
+            page.click("#stop")
+            settled(page)
+            served.until(lambda: served.metric("moeforge_running_requests") == 0)
+            assert served.metric("moeforge_tokens_written_total") < 29_000
+            assert page.is_hidden("#error") and page.inner_text("li.assistant .text")
 
 
 def test_what_is_wrong_is_said(browser: Any, server: Served) -> None:
