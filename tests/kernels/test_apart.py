@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moeforge.kernels.apart import apart, linear
+from moeforge.kernels.apart import apart, linear, matmul
 from moeforge.kernels.native import engine
 
 TYPES = [torch.float32, torch.bfloat16]
@@ -96,3 +96,29 @@ def test_other_products_are_refused_by_name(refused: Callable[..., Tensor]) -> N
     x = torch.randn(2, 3, 3)
     with apart(), pytest.raises(NotImplementedError, match=refused.__name__):
         refused(x, x, x)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_what_does_not_fit_is_refused_before_it_is_read(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not native:
+        monkeypatch.setattr(engine, "missing", lambda: "there is no compiler")
+    with pytest.raises(ValueError, match=r"rows of shape \(3, 8\) and a matrix \(4, 9\) do not fit"):
+        linear(torch.randn(3, 8), torch.randn(4, 9))
+    with pytest.raises(ValueError, match="do not fit"):
+        linear(torch.randn(3, 8), torch.randn(4, 8), torch.randn(3))
+
+
+SHAPES = [
+    ((3, 4), (4, 5)),
+    ((2, 3, 4), (4, 5)),
+    ((7, 1, 3, 4), (2, 4, 5)),
+    ((3, 4), (4,)),
+    ((4,), (4, 5)),
+    ((4,), (4,)),
+]
+
+
+@pytest.mark.parametrize(("left", "right"), SHAPES, ids=str)
+def test_matmul_of_any_dimensions(left: tuple[int, ...], right: tuple[int, ...]) -> None:
+    a, b = torch.randn(left), torch.randn(right)
+    torch.testing.assert_close(matmul(a, b), a @ b)

@@ -23,7 +23,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """[..., in] times [out, in] transposed: ``F.linear`` without gradient, each row by itself."""
     if x.device.type != "cpu":
         return F.linear(x, weight, bias)
-    rows = x.reshape(-1, x.shape[-1])
+    if x.shape[-1] != weight.shape[-1] or (bias is not None and len(bias) != len(weight)):
+        raise ValueError(f"rows of shape {tuple(x.shape)} and a matrix {tuple(weight.shape)} do not fit each other")
+    rows, weight = x.detach().reshape(-1, x.shape[-1]), weight.detach()
     native = x.dtype == weight.dtype and x.dtype in engine.TYPES and engine.missing() is None
     y = _native(rows, weight, bias) if native else _one_by_one(rows, weight, bias)
     return y.view(*x.shape[:-1], len(weight))
@@ -36,7 +38,7 @@ def _one_by_one(x_TK: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _native(x_TK: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    x_TK, weight = x_TK.detach().contiguous(), weight.detach().contiguous()
+    x_TK, weight = x_TK.contiguous(), weight.contiguous()
     bias = None if bias is None else bias.detach().float().contiguous()
     y_TN = x_TK.new_empty(len(x_TK), len(weight))
     where = x_TK.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr()

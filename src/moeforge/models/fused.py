@@ -75,7 +75,8 @@ class Whole:
         x_TD = scaled(model.embedding(ids_T), config.embedding_scale)
         taken = self.layers.run(self.passes.of(rows, positions), x_TD)
         normed = model.norm(x_TD if len(logits_of) == len(x_TD) else x_TD[logits_of])
-        logits = linear(normed, model.embedding.weight if model.output is None else model.output.weight)
+        head = model.embedding if model.output is None else model.output
+        logits = head(normed) if isinstance(head, HeldLinear) else linear(normed, head.weight)
         if model.output_bias is not None:
             logits = logits + model.output_bias
         logits = logits if config.logits_divisor == 1.0 else logits / config.logits_divisor

@@ -1,8 +1,10 @@
 """What matrices are held as while a model serves: the types they are stored in, others, or 8 and 4 bits.
 
-Router, norms and embeddings stay as they are: they are small, and all else hangs on them.
+8 and 4 bits are for the matrices of experts, attention and dense layers; a head of its own takes 8 bits with either,
+since every token reads all of it. Router, norms and embeddings (with a tied head) stay: all else hangs on them.
 """
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,13 +13,17 @@ from torch import Tensor, nn
 
 from moeforge.errors import UserError
 from moeforge.kernels.native.quantised import QuantisedWeight, expert_mlp_quantised, linear_quantised, quantise
-from moeforge.moe import Route, Router
+from moeforge.moe import MoE, Route, Router
+from moeforge.moe.bank.base import Bank
 from moeforge.moe.bank.mlp import MLPBank
+from moeforge.moe.select.merged import Merged
 
 TYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 BITS = {"int8": 8, "int4": 4}
 GROUP = {8: 128, 4: 32}
 """Values that share a scale: 4 bits need narrow groups to stay within a percent of the perplexity."""
+READ_WHOLE = ("gate", "kv_b_proj")
+"""Linears that stay: a shared expert's gate, and the matrices that latent attention takes to the queries' side."""
 
 
 class HeldLinear(nn.Module):
@@ -46,9 +52,10 @@ class HeldExperts(nn.Module):
 
 
 def hold(model: nn.Module, weights: str) -> dict[str, int]:
-    """Turns the matrices of experts, attention and dense layers into ``weights``, in place and one module at a time.
+    """Turns a model into ``weights`` in place, one module at a time: "as stored" changes nothing, types change all.
 
-    Returns bytes by class: experts, dense, embeddings, router, other. Raises UserError when nothing could be changed.
+    Returns bytes by class: experts, dense, embeddings, router, other. Banks that no format of ours holds stay as they
+    are, which a line on the log says. Raises UserError when nothing could be changed, or for unknown ``weights``.
     """
     if weights in TYPES:
         dtype = TYPES[weights]
@@ -56,27 +63,38 @@ def hold(model: nn.Module, weights: str) -> dict[str, int]:
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.is_floating_point():
                     module._parameters[name] = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
-    elif weights in BITS and not _quantise(model, BITS[weights]):
+    elif weights not in BITS:
+        if weights != "as stored":
+            raise UserError(f"weights are held as stored, {', '.join((*TYPES, *BITS))}, not as {weights}")
+    elif not _quantise(model, BITS[weights]):
         raise UserError(f"no matrix of this model could be held as {weights}: it has no experts or layers of MLPs")
     return bytes_by_class(model)
 
 
 def _quantise(model: nn.Module, bits: int) -> int:
-    changed = 0
-    for parent in list(model.modules()):
+    changed, stay = 0, []
+    merging = [moe for moe in model.modules() if isinstance(moe, MoE) and isinstance(moe.config.router.select, Merged)]
+    summed = {id(bank) for moe in merging for bank in moe.banks.children()}  # of new matrices for every group of tokens
+    for path, parent in list(model.named_modules()):
         if isinstance(parent, Router):
             continue
-        if isinstance(parent, MLPBank) and not (parent.config.bias or parent.config.clamp):
+        own_matrices = id(parent) not in summed
+        if isinstance(parent, MLPBank) and own_matrices and not (parent.config.bias or parent.config.clamp):
             up, down = (quantise(w.detach(), bits, GROUP[bits]) for w in (parent.gate_up_proj, parent.down_proj))
             parent.held = HeldExperts(up, down)
             del parent.gate_up_proj, parent.down_proj
             changed += 1
+        elif isinstance(parent, Bank) and next(parent.parameters(), None) is not None:
+            stay.append(path)
         for name, child in list(parent.named_children()):
-            taken_apart = name == "kv_b_proj"  # latent attention takes its parts to queries and outputs
-            if type(child) is nn.Linear and name not in ("output", "gate") and not taken_apart:
-                weight = quantise(child.weight.detach(), bits, GROUP[bits])
+            if type(child) is nn.Linear and name not in READ_WHOLE:
+                own = 8 if name == "output" else bits
+                weight = quantise(child.weight.detach(), own, GROUP[own])
                 setattr(parent, name, HeldLinear(weight, None if child.bias is None else child.bias.detach()))
                 changed += 1
+    if stay and changed:
+        kinds = "experts with biases, that are merged, or of another kind than MLPs stay as stored: %s"
+        logging.getLogger("moeforge").warning(kinds, ", ".join(stay))
     return changed
 
 

@@ -326,7 +326,8 @@ void project(const Layer& l, const Quantised& up, const Rows<X>& x, uint16_t* hi
 
 template <class X>
 void combine(const Layer& l, const Quantised& down, const Rows<X>& hidden, uint16_t* y) {
-    const int rows = share(l.d_model, l.threads);
+    const int fit = (256 << 10) / 4 / std::max<int64_t>(l.tokens, 1) / VECTOR * VECTOR;  // sums stay in a core's cache
+    const int rows = std::min(share(l.d_model, l.threads), std::max(fit, 2 * VECTOR));
     on_threads((l.d_model + rows - 1) / rows, l.threads, [&](int task) {
         int from = task * rows, end = std::min(from + rows, l.d_model);
         float* sums = scratch<0>(l.tokens * rows);
