@@ -150,6 +150,7 @@ def test_ties_go_to_the_lowest_ids() -> None:
     [
         ({"max_tokens": 0}, "would do nothing"),
         ({"stop": ("",)}, "empty text"),
+        ({"repetition_penalty": 1e-100}, "greater than or equal to 0.01"),
         ({"ignore_end": True, "grammar": {"regex": "a"}}, "where that is complete"),
         ({"grammar": {}}, "either json_schema or regex"),
         ({"grammar": {"regex": "a", "json_schema": {}}}, "either json_schema or regex"),

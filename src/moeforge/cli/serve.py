@@ -1,7 +1,6 @@
 """``moeforge serve``: a model behind the OpenAI API."""
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -51,11 +50,10 @@ def serve(
         engine.name = name or engine.name
         where = bound.getsockname()
         shown = f"[{where[0]}]" if ":" in where[0] else where[0]
-        print(f"{engine.name}: {engine.about}", file=sys.stderr)
         who = "with an API key" if keys else "without a key, from this machine"
-        print(
-            f"listening at http://{shown}:{where[1]} ({who}); OpenAI API under /v1, a page at /",
-            file=sys.stderr,
-            flush=True,
+        greeting = (
+            f"{engine.name}: {engine.about}\n"
+            f"listening at http://{shown}:{where[1]} ({who}); OpenAI API under /v1, a page at /"
         )
-        run(engine, bound, keys, limits, model_folder(model), grace_s=grace, show_routing=show_routing)
+        asked_by = engine, bound, keys, limits, model_folder(model)
+        run(*asked_by, grace_s=grace, show_routing=show_routing, greeting=greeting)

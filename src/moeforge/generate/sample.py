@@ -32,7 +32,7 @@ class Sampling(Config):
     """Equal seeds give equal text; null draws one."""
     max_tokens: Count = Field(200, ge=0)
     """Stop after so many; 0 only where ``prompt_logprobs`` are wanted."""
-    repetition_penalty: float = Field(1.0, gt=0)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=100)
     """Positive logits of tokens that were read or written are divided by it, negative ones multiplied
     (arXiv:1909.05858)."""
     presence_penalty: float = Field(0.0, ge=-2, le=2)

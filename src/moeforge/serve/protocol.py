@@ -40,7 +40,7 @@ class Drawing(Fields):
     """Not OpenAI's: draw from the so many likeliest; 0 and -1 mean all."""
     min_p: float = Field(0.0, ge=0, le=1)
     """Not OpenAI's."""
-    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=100)
     """Not OpenAI's."""
     ignore_eos: bool = False
     """Not OpenAI's: go on when the model ends its text."""

@@ -54,8 +54,10 @@ def serve(
     *,
     grace_s: float,
     show_routing: bool = False,
+    greeting: str = "",
 ) -> None:
-    """Runs until SIGTERM or SIGINT: then takes nothing new, and ends what still runs after ``grace_s`` seconds."""
+    """Says ``greeting`` and runs until SIGTERM or SIGINT: then takes nothing new, and ends what still runs after
+    ``grace_s`` seconds."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter('{"time": "%(asctime)s", "level": "%(levelname)s", "event": %(message)s}'))
     logging.getLogger("moeforge.serve").handlers[:] = [handler]
@@ -63,13 +65,16 @@ def serve(
     template = ChatTemplate.open(folder, engine.tokenizer)
     state = State(engine, limits, keys, template, Metrics(engine), show_routing, {"about": engine.about})
     config = uvicorn.Config(build(state), log_level="error", access_log=False, lifespan="off", timeout_keep_alive=30)
-    asyncio.run(_until_told(uvicorn.Server(config), state, bound, grace_s))
+    asyncio.run(_until_told(uvicorn.Server(config), state, bound, grace_s, greeting))
 
 
-async def _until_told(server: uvicorn.Server, state: State, bound: socket.socket, grace_s: float) -> None:
+async def _until_told(
+    server: uvicorn.Server, state: State, bound: socket.socket, grace_s: float, greeting: str
+) -> None:
     loop, told = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told.set)
+    print(greeting, file=sys.stderr, flush=True)  # only now: who reads it may already want it to end
     running = asyncio.create_task(server._serve([bound]))  # uvicorn's serve() would take the signals for itself
     stop = asyncio.create_task(told.wait())
     await asyncio.wait((running, stop), return_when=asyncio.FIRST_COMPLETED)
