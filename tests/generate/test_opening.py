@@ -1,0 +1,64 @@
+"""From a folder to an engine: what it holds, and what is refused before anything is loaded."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from moeforge.data.tokenizers import Tokenizer
+from moeforge.errors import UserError
+from moeforge.generate import Settings, open_engine
+from moeforge.generate.runner import blocks_wanted, bytes_per_block
+from moeforge.hub import save
+from moeforge.models import Decoder, ModelConfig
+from moeforge.models.decoder import Blocks
+from tests.generate.conftest import SHAPE
+from tests.generate.driving import drive, engine, sampling
+
+PROMPT = [256, *b"def first"]
+
+
+@pytest.fixture
+def folder(model: Decoder, tokenizer: Tokenizer, tmp_path: Path) -> Path:
+    save(model, tokenizer, tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def test_it_writes_as_the_model_itself(folder: Path, model: Decoder) -> None:
+    with open_engine(folder, Settings(kv_memory=0.001)) as opened, engine(model) as mine:
+        assert opened.name == "tiny" and "GiB of weights (as stored), 8 experts in 2 layers" in opened.about
+        (one,), (other,) = (drive(running, [(PROMPT, sampling(7))]) for running in (opened, mine))
+        assert one[:2] == other[:2] and len(one.tokens) == 8
+
+
+@pytest.mark.parametrize("weights", ["float32", "bf16", "int8", "int4"])
+def test_as_anything_it_can_be_held_as(folder: Path, weights: str) -> None:
+    with open_engine(folder, Settings(kv_memory=0.001, weights=weights)) as opened:
+        assert len(drive(opened, [(PROMPT, sampling(7))])[0].tokens) == 8
+        assert f"({weights})" in opened.about
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_of_a_block_are_those_of_the_pools(dtype: torch.dtype) -> None:
+    sizes = {"kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4}
+    latent = {"attention": {"type": "latent", **sizes}}
+    for changes in ({}, {"num_kv_heads": 1, "num_repeats": 2}, latent):
+        config = ModelConfig.model_validate(SHAPE | changes)
+        pools = [pool for layer in Blocks(Decoder(config).to(dtype), 3, 32).layers.values() for pool in layer.pools]
+        assert sum(pool.nbytes for pool in pools) == 3 * bytes_per_block(config, dtype.itemsize, 32)
+
+
+def test_blocks_are_as_many_as_memory_holds_and_texts_could_fill(model: Decoder) -> None:
+    block = bytes_per_block(model.config, 4, 16)
+    assert blocks_wanted(model.config, 4, Settings(max_running=2)) == 2 * 3  # of 48 tokens each
+    assert blocks_wanted(model.config, 4, Settings(kv_memory=4.5 * block / 2**30)) == 4
+    assert blocks_wanted(model.config, 4, Settings(kv_blocks=7)) == 7
+    with pytest.raises(UserError, match="holds no block: one takes"):
+        blocks_wanted(model.config, 4, Settings(kv_memory=0.5 * block / 2**30))
+
+
+def test_what_does_not_fit_is_said_before_anything_is_loaded(folder: Path) -> None:
+    (weights,) = folder.glob("*.safetensors")
+    weights.write_bytes(b"not read")
+    with pytest.raises(UserError, match=r"keys and values [\d.]+ GiB, but [\d.]+ GiB of memory are free"):
+        open_engine(folder, Settings(kv_blocks=2**40))
