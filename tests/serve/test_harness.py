@@ -11,14 +11,14 @@ pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 
 pytest.importorskip("transformers", reason="the client's tokenizer: pip install 'moeforge[hf]'")
 pytest.importorskip("tenacity", reason="the harness's client over HTTP: pip install 'lm-eval[api]'")
 
-from lm_eval.api.instance import Instance  # noqa: E402
-from lm_eval.evaluator import evaluate  # noqa: E402
-from lm_eval.models.openai_completions import LocalCompletionsAPI  # noqa: E402
+from lm_eval.api.instance import Instance
+from lm_eval.evaluator import evaluate
+from lm_eval.models.openai_completions import LocalCompletionsAPI
 
-from moeforge.evaluate.harness import Harness, open_tasks, run  # noqa: E402
-from moeforge.hub import load  # noqa: E402
-from tests.evaluate.test_harness import ROWS, TEXTS, task  # noqa: E402
-from tests.serve.conftest import Served  # noqa: E402
+from moeforge.evaluate.harness import Harness, open_tasks, run
+from moeforge.hub import load
+from tests.evaluate.test_harness import ROWS, TEXTS, task
+from tests.serve.conftest import Served
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 Client = Callable[..., LocalCompletionsAPI]
