@@ -78,3 +78,14 @@ def test_the_score_of_a_task(client: Client, folder: Path, tmp_path: Path) -> No
     here = run(*load(folder), [file], 4, None).results["tiny"]
     found: Any = evaluate(client(), open_tasks([file]), bootstrap_iters=0, log_samples=False)
     assert found["results"]["tiny"]["acc,none"] == here["acc,none"] in [right / len(ROWS) for right in range(1, 12)]
+
+
+def test_whole_texts_and_answers_without_a_context(client: Client, inside: Harness) -> None:
+    """Here the end token stands before the text; what is echoed must count it."""
+    whole, bare = asked("loglikelihood_rolling", *((text,) for text in TEXTS)), [("", text) for text in TEXTS]
+    here = inside.loglikelihood_rolling(whole, disable_tqdm=True)
+    assert client().loglikelihood_rolling(whole, disable_tqdm=True) == pytest.approx(here, abs=1e-3)
+    over_http, here = (
+        one.loglikelihood(asked("loglikelihood", *bare), disable_tqdm=True) for one in (client(), inside)
+    )
+    assert [score for score, _ in over_http] == pytest.approx([score for score, _ in here], abs=1e-4)

@@ -109,14 +109,16 @@ def _sampling(state: State, asked: CompletionRequest, prompt_tokens: int) -> Sam
     return state.sampling(asked, prompt_tokens, wanted, **more)
 
 
-def _shown(state: State, prompt: list[int]) -> list[int]:
-    """The prompt without what documents start with."""
+def _shown(state: State, asked: CompletionRequest, index: int, prompt: list[int]) -> list[int]:
+    """The prompt as it was sent: of a text without what documents start with, of token ids every one."""
+    given: Any = asked.prompt
+    sent = given if isinstance(given, str) or isinstance(given[0], int) else given[index // asked.n]
     start = state.engine.tokenizer.start_ids
-    return prompt[len(start) :] if prompt[: len(start)] == start else prompt
+    return prompt[len(start) :] if isinstance(sent, str) and prompt[: len(start)] == start else prompt
 
 
 def _choice(state: State, asked: CompletionRequest, index: int, prompt: list[int], written: Written) -> dict[str, Any]:
-    shown = _shown(state, prompt) if asked.echo else []
+    shown = _shown(state, asked, index, prompt) if asked.echo else []
     before = state.engine.tokenizer.decode(shown) if asked.echo else ""
     choice: dict[str, Any] = {"index": index, "text": before + written.text, "finish_reason": reason(written.end)}
     choice["logprobs"] = None
@@ -174,11 +176,11 @@ async def _chunks(
     if asked.echo:
         for index, (prompt, sampling) in enumerate(jobs):
             if sampling.prompt_logprobs is None:
-                yield chunk(index, state.engine.tokenizer.decode(_shown(state, prompt)), [], None)
+                yield chunk(index, state.engine.tokenizer.decode(_shown(state, asked, index, prompt)), [], None)
     async for index, event in merged(state, jobs):
         match event:
             case Read():
-                shown = _shown(state, jobs[index][0])
+                shown = _shown(state, asked, index, jobs[index][0])
                 text = state.engine.tokenizer.decode(shown) if asked.echo else ""
                 yield chunk(index, text, _of_prompt(event, shown), None)
             case Token():
