@@ -6,6 +6,7 @@ since every token reads all of it. Router, norms and embeddings (with a tied hea
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,6 +83,7 @@ def _quantise(model: nn.Module, bits: int) -> int:
         if isinstance(parent, MLPBank) and own_matrices and not (parent.config.bias or parent.config.clamp):
             up, down = (quantise(w.detach(), bits, GROUP[bits]) for w in (parent.gate_up_proj, parent.down_proj))
             parent.held = HeldExperts(up, down)
+            parent.__dict__["_run"] = partial(_run_held, parent)  # in place of the method, which has no matrices now
             del parent.gate_up_proj, parent.down_proj
             changed += 1
         elif isinstance(parent, Bank) and next(parent.parameters(), None) is not None:
@@ -98,6 +100,12 @@ def _quantise(model: nn.Module, bits: int) -> int:
     return changed
 
 
+def _run_held(bank: MLPBank, x_TD: Tensor, route: Route, merged: Any = None) -> Tensor:
+    """``MLPBank._run`` of a held bank; those that are merged are not held."""
+    held: Any = bank.get_submodule("held")
+    return held(x_TD, route, bank.config.activation)
+
+
 def weight_of(module: Any) -> tuple[Tensor | QuantisedWeight, Tensor | None]:
     """Weight and bias of a linear module, held or not."""
     return module.weight, module.bias
@@ -105,7 +113,7 @@ def weight_of(module: Any) -> tuple[Tensor | QuantisedWeight, Tensor | None]:
 
 def held_experts(bank: MLPBank) -> tuple[Tensor | QuantisedWeight, Tensor | QuantisedWeight]:
     """Up and down of a bank, held or not."""
-    held = bank.held
+    held: Any = getattr(bank, "held", None)
     return (held.up, held.down) if held is not None else (bank.gate_up_proj, bank.down_proj)
 
 

@@ -29,7 +29,6 @@ class MLPBank(Bank):
         self.down_proj = matrix(config.num_experts, d_model, config.d_expert)
         self.gate_up_bias = nn.Parameter(torch.zeros(config.num_experts, width)) if config.bias else None
         self.down_bias = nn.Parameter(torch.zeros(config.num_experts, d_model)) if config.bias else None
-        self.held: Any = None  # in place of the matrices, for inference (models/weights.py)
 
     def rows(self, rows_ND: Tensor, ends_E: Tensor) -> Tensor:
         """[N, D] -> [N, D], every row an edge of weight one to itself."""
@@ -44,9 +43,6 @@ class MLPBank(Bank):
         return route.add_carry(self._run(x_TD, route), x_TD)
 
     def _run(self, x_TD: Tensor, route: Route, merged: MergedRoute | None = None) -> Tensor:
-        if self.held is not None:
-            return self.held(x_TD, route, self.config.activation)
-
         def stack(parameter: Tensor | None, *hidden: int) -> Any:
             return parameter if merged is None or parameter is None else merged.merge(parameter, *hidden)
 
