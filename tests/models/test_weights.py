@@ -5,8 +5,9 @@ import torch
 
 from moeforge.errors import UserError
 from moeforge.kernels.native import engine
+from moeforge.kernels.native.quantised import QuantisedWeight
 from moeforge.models import Decoder, ModelConfig
-from moeforge.models.weights import HeldExperts, HeldLinear, bytes_by_class, hold
+from moeforge.models.weights import HeldLinear, bytes_by_class, hold
 
 SHAPE = {
     **{"vocab_size": 300, "d_model": 128, "num_layers": 3, "num_heads": 4, "max_seq_len": 64},
@@ -46,7 +47,8 @@ def test_every_matrix_is_held_and_little_moves(weights: str, bits: float, moves:
     assert found["dense"] == dense
     assert all(found[kind] == sizes[kind] for kind in ("embeddings", "router", "other"))
     assert all(torch.equal(model.get_parameter(name), value) for name, value in kept.items())
-    assert isinstance(model.output, HeldLinear) != tied and isinstance(model.blocks[0].moe.banks[0].held, HeldExperts)
+    assert isinstance(model.output, HeldLinear) != tied
+    assert isinstance(model.blocks[0].moe.banks[0].down_proj, QuantisedWeight)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

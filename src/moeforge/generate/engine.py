@@ -59,12 +59,10 @@ class _Writing:
 
     def __init__(self, text: Text, tokenizer: Tokenizer, vocab_size: int) -> None:
         request, sampling = text.request, text.request.sampling
-        banned = [*range(tokenizer.vocab_size, vocab_size)]
         self.ends = frozenset() if sampling.ignore_end else tokenizer.end_ids
-        if sampling.ignore_end:
-            banned += sorted(tokenizer.end_ids)
+        banned = sorted(tokenizer.end_ids) if sampling.ignore_end else ()
         matcher = None if sampling.grammar is None else Matcher(sampling.grammar, tokenizer)
-        self.sampler = Sampler(sampling, request.prompt, banned, matcher)
+        self.sampler = Sampler(sampling, request.prompt, banned, matcher, vocab_size)
         self.held = Held(tokenizer.stream(request.prompt), sampling.stop)
         self.prompt: list[tuple[Likely, tuple[Likely, ...]] | None] = [None]
 
@@ -104,7 +102,7 @@ class Engine:
         self._check(prompt, sampling)
         request = Request(prompt, sampling, put, show_experts)
         text = Text(request, [*prompt], sampling.prompt_logprobs is None, owner)
-        writing = _Writing(text, self.tokenizer, self.runner.vocab_size)
+        writing = _Writing(text, self.tokenizer, self.vocab_size)
         with self._wake:
             if self._broken or self._closing:
                 raise UserError(self._broken or "the engine is closed")
@@ -220,7 +218,7 @@ class Engine:
             self._count(pieces, passed, perf_counter() - started)
             self._schedule.done(pieces)
         for index, piece in enumerate(pieces):
-            experts = passed.experts[index][-1] if passed.experts else None
+            experts = passed.experts[index] if passed.experts else None
             try:
                 self._take(piece, passed.logits[index], experts)
             except Exception as error:  # of this text alone: the others go on
@@ -272,9 +270,9 @@ class Engine:
         """The logits of a token are about the one after it."""
         check_finite(logits)
         prompt, count = piece.text.request.prompt, piece.text.request.sampling.prompt_logprobs or 0
-        for at, logits_V in zip(range(piece.start + 1, piece.end + 1), logits[:, : self.vocab_size], strict=True):
+        for at, logits_V in zip(range(piece.start + 1, piece.end + 1), logits, strict=True):
             if at < len(prompt) and at == len(writing.prompt):
-                logprob, others = likely(logits_V, prompt[at], count)
+                logprob, others = likely(logits_V, prompt[at], count, self.vocab_size)
                 alternatives = tuple(Likely(*pair) for pair in others)
                 writing.prompt.append((Likely(prompt[at], logprob), alternatives))
         if piece.end >= len(prompt) and writing.prompt:

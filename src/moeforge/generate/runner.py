@@ -1,6 +1,7 @@
 """One pass over pieces of many texts, by a decoder whose keys and values lie in blocks."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple, Protocol
 
 import torch
@@ -25,8 +26,8 @@ class Passed(NamedTuple):
 
     logits: list[Tensor]
     """[n, V] of each piece: of its last token, or of all its tokens where they were asked for."""
-    experts: list[list[dict[int, list[int]]]] | None
-    """Of each piece and token, by layer, heaviest first; None unless asked for."""
+    experts: list[dict[int, list[int]]] | None
+    """Of each piece's last token, by layer, heaviest first; None unless asked for."""
     counts: dict[int, Tensor]
     """[E] int64 by layer: choices of all tokens together."""
 
@@ -81,10 +82,8 @@ class BlockRunner:
         self.unfused = fuse(model, self.cache)
         fused = len(self.cache.fused) == len(model.stack) and isinstance(model.norm, nn.RMSNorm)
         self._all_fused = Whole(model, self.cache) if fused else None
-        self.bytes, self.num_experts = (
-            bytes_by_class(model),
-            sum(moe.config.num_experts for moe in model.moe_layers.values()),
-        )
+        self.bytes = bytes_by_class(model)
+        self.num_experts = sum(moe.config.num_experts for moe in model.moe_layers.values())
         self.vocab_size = model.config.vocab_size or 0
         self.max_len = min(model.config.max_seq_len, blocks * settings.block_size)
         known(model, domain, torch.empty(0))
@@ -97,7 +96,7 @@ class BlockRunner:
         rows, wanted, sizes = self._rows(pieces)
         output = self._all_fused(ids[0], rows, wanted) if self._all_fused else self._by_modules(ids, rows, wanted)
         logits = output.logits[0].float().cpu().split(sizes)
-        experts = self._experts(output, pieces) if show_experts else None
+        experts = _experts(output, pieces) if show_experts else None
         return Passed(list(logits), experts, _counts(output))
 
     def _by_modules(self, ids: Tensor, rows: Rows, wanted: Tensor) -> Output:
@@ -131,29 +130,23 @@ class BlockRunner:
         on_device = Rows(*(tensor.to(device) for tensor in (rows.text, rows.position, rows.table, rows.slot)))
         return on_device, torch.tensor(wanted, device=device), sizes
 
-    def _experts(self, output: Output, pieces: Sequence[Piece]) -> list[list[dict[int, list[int]]]]:
-        by_row = [
-            {layer: choice.experts for layer, choice in row.items()} for row in choices(output, self._count(pieces))
-        ]
-        for layer, (ids_TK, _) in output.taken.items():
-            for row, ids in zip(by_row, ids_TK.tolist(), strict=True):
-                if ids:
-                    row[layer] = ids
-        starts, at = [], 0
-        for piece in pieces:
-            starts.append(by_row[at : at + piece.end - piece.start])
-            at += piece.end - piece.start
-        return starts
-
-    @staticmethod
-    def _count(pieces: Sequence[Piece]) -> int:
-        return sum(piece.end - piece.start for piece in pieces)
-
 
 def _wants_all(piece: Piece) -> bool:
     """Whether the logits of every token of the prompt are asked for, and this is a part of it."""
     request = piece.text.request
     return request.sampling.prompt_logprobs is not None and piece.start < len(request.prompt)
+
+
+def _experts(output: Output, pieces: Sequence[Piece]) -> list[dict[int, list[int]]]:
+    """Of the last token of each piece."""
+    ends = list(accumulate(piece.end - piece.start for piece in pieces))
+    by_row = choices(output, ends[-1])
+    found = [{layer: choice.experts for layer, choice in by_row[end - 1].items()} for end in ends]
+    for layer, (ids_TK, _) in output.taken.items():
+        if ids_TK.shape[1]:
+            for experts, end in zip(found, ends, strict=True):
+                experts[layer] = ids_TK[end - 1].tolist()
+    return found
 
 
 def _counts(output: Output) -> dict[int, Tensor]:

@@ -95,9 +95,16 @@ class Sampler:
     """Draws the tokens of one text. What it draws depends on that text and its settings alone."""
 
     def __init__(
-        self, sampling: Sampling, prompt: Sequence[int], banned: Sequence[int] = (), matcher: Matcher | None = None
+        self,
+        sampling: Sampling,
+        prompt: Sequence[int],
+        banned: Sequence[int] = (),
+        matcher: Matcher | None = None,
+        vocab_size: int | None = None,
     ) -> None:
-        """``banned`` tokens are never drawn; ``matcher`` is that of the grammar."""
+        """``banned`` tokens are never drawn, nor what lies past ``vocab_size``: public models round theirs up.
+        ``matcher`` is that of the grammar."""
+        self._vocab_size = vocab_size
         self.sampling, self._generator, self._matcher = sampling, sampling.generator(), matcher
         self._banned = torch.tensor(sorted(banned), dtype=torch.int64)
         self._seen = {*prompt} if sampling.repetition_penalty != 1 else set[int]()
@@ -116,7 +123,7 @@ class Sampler:
             self._written[token] += 1
         if self.sampling.logprobs is None:
             return Picked(token, None, ())
-        return Picked(token, *likely(logits_V, token, self.sampling.logprobs))
+        return Picked(token, *likely(logits_V, token, self.sampling.logprobs, self._vocab_size))
 
     def _changed(self, logits_V: Tensor) -> Tensor:
         sampling, logits_V = self.sampling, logits_V.clone()
@@ -132,6 +139,8 @@ class Sampler:
             times = torch.tensor(list(self._written.values()))
             logits_V[ids] -= sampling.presence_penalty + sampling.frequency_penalty * times
         logits_V[self._banned] = -torch.inf
+        if self._vocab_size is not None:
+            logits_V[self._vocab_size :] = -torch.inf
         if self._matcher is not None:
             logits_V[self._matcher.forbidden(len(logits_V))] = -torch.inf
         return logits_V
@@ -186,13 +195,19 @@ def _likeliest(probs_V: Tensor, kept: int) -> Tensor:
     return probs_V.masked_fill(~chosen_V, 0)
 
 
-def likely(logits_V: Tensor, token: int, count: int) -> tuple[float, tuple[tuple[int, float], ...]]:
-    """log(probability) of ``token``, and the ``count`` likeliest tokens with theirs, best first, lowest id first."""
+def likely(
+    logits_V: Tensor, token: int, count: int, vocab_size: int | None = None
+) -> tuple[float, tuple[tuple[int, float], ...]]:
+    """log(probability) of ``token``, and the ``count`` likeliest tokens with theirs, best first, lowest id first.
+
+    Probabilities are over all logits, as the model has them; what is listed is a token below ``vocab_size``.
+    """
     logprobs_V = logits_V.float().log_softmax(-1)
     if count == 0:
         return float(logprobs_V[token]), ()
-    kept = min(count, len(logprobs_V))
-    least = logprobs_V.topk(kept).values[-1]
-    ids = (logprobs_V >= least).nonzero().flatten().tolist()
+    known_V = logprobs_V[:vocab_size]
+    kept = min(count, len(known_V))
+    least = known_V.topk(kept).values[-1]
+    ids = (known_V >= least).nonzero().flatten().tolist()
     best = sorted(((float(logprobs_V[i]), i) for i in ids), key=lambda pair: (-pair[0], pair[1]))
     return float(logprobs_V[token]), tuple((i, value) for value, i in best[:kept])

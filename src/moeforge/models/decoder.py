@@ -142,10 +142,11 @@ class Decoder(nn.Module):
                     added, moments = momentum(added, moments)
             x = x + scaled(added, self.config.residual_scale)
         wanted = x if logits_of is None else x[:, logits_of]
-        return Output(self._logits(self.norm(wanted)), routings, heads, taken)
+        return Output(self.logits(wanted), routings, heads, taken)
 
-    def _logits(self, x: Tensor) -> Tensor:
-        """[B, L, D] -> [B, L, V]."""
+    def logits(self, x: Tensor) -> Tensor:
+        """[B, L, D], what the last layer leaves -> [B, L, V]."""
+        x = self.norm(x)
         logits = self.output(x) if self.output is not None else nn.functional.linear(x, self.embedding.weight)
         if self.output_bias is not None:
             logits = logits + self.output_bias

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moeforge.kernels.activation import is_gated
-from moeforge.kernels.apart import linear
+from moeforge.kernels.apart import apart
 from moeforge.kernels.native import decoder as native
 from moeforge.kernels.native import engine
 from moeforge.kernels.native.quantised import QuantisedWeight
@@ -23,7 +23,7 @@ from moeforge.models.block import Block, scaled
 from moeforge.models.config import ModelConfig
 from moeforge.models.decoder import Blocks, Decoder, Output
 from moeforge.models.heads import AllHeads
-from moeforge.models.weights import HeldLinear, held_experts, weight_of
+from moeforge.models.weights import HeldLinear
 from moeforge.moe.bank.mlp import MLPBank
 from moeforge.moe.gates.row import LinearGate
 from moeforge.moe.shared import MLP
@@ -74,13 +74,8 @@ class Whole:
         positions = locate(config, rows.position[None], None, None)
         x_TD = scaled(model.embedding(ids_T), config.embedding_scale)
         taken = self.layers.run(self.passes.of(rows, positions), x_TD)
-        normed = model.norm(x_TD if len(logits_of) == len(x_TD) else x_TD[logits_of])
-        head = model.embedding if model.output is None else model.output
-        logits = head(normed) if isinstance(head, HeldLinear) else linear(normed, head.weight)
-        if model.output_bias is not None:
-            logits = logits + model.output_bias
-        logits = logits if config.logits_divisor == 1.0 else logits / config.logits_divisor
-        return Output(logits[None], {}, {}, dict(enumerate(taken)))
+        with apart():
+            return Output(model.logits(x_TD[None, logits_of]), {}, {}, dict(enumerate(taken)))
 
 
 def _hands_on(router: Any) -> bool:
@@ -98,7 +93,6 @@ class Fused:
         self.layer.eps, self.layer.residual_scale = config.norm_eps, config.residual_scale
         self._attention(block, cache, config)
         self.layer.mlp_norm = self._pointer(block.mlp_norm.weight)
-        self.top_k = self.experts = 0
         mlp = block.mlp
         if block.moe is not None:
             self._experts(block.moe)
@@ -146,31 +140,27 @@ class Fused:
     def _experts(self, moe: Any) -> None:
         layer, router, bank = self.layer, moe.router, moe.banks[0]
         select, weigh, gate = router.config.select, router.config.weigh, router.gate
-        self.top_k, self.experts = select.k, moe.config.num_experts
-        layer.top_k, layer.experts, layer.d_expert = self.top_k, self.experts, bank.config.d_expert
+        layer.top_k, layer.experts, layer.d_expert = select.k, moe.config.num_experts, bank.config.d_expert
         layer.pointwise = engine.POINTWISE[bank.config.activation]
         layer.gated = int(is_gated(bank.config.activation))
         layer.router = native.matrix(gate.weight.float(), gate.bias, self.held)
         layer.score = native.SCORES[router.config.score.type]
         layer.groups, layer.top_groups = select.num_groups, select.top_groups
-        layer.ranking = 1 if select.group_rank == "best" else min(2, self.experts // select.num_groups)
+        layer.ranking = 1 if select.group_rank == "best" else min(2, layer.experts // select.num_groups)
         layer.softmax_chosen, layer.weight_scale = int(weigh.type == "softmax"), weigh.weight_scale
-        layer.normalize, layer.min_total = (
-            int(getattr(weigh, "normalize_weights", False)),
-            getattr(weigh, "min_total", 0),
-        )
+        layer.normalize = int(getattr(weigh, "normalize_weights", False))
+        layer.min_total = getattr(weigh, "min_total", 0)
         if router.expert_bias is not None:
             layer.selection_bias = self._pointer(router.expert_bias.float())
-        up, down = held_experts(bank)
-        if isinstance(up, QuantisedWeight) and isinstance(down, QuantisedWeight):
+        up, down = bank.gate_up_proj, bank.down_proj
+        if isinstance(up, QuantisedWeight):
             self.held += [up, down]
             layer.quantised, layer.up, layer.down = 1, ctypes.addressof(up.matrix), ctypes.addressof(down.matrix)
         else:
             layer.up, layer.down = self._pointer(up), self._pointer(down)
 
-    def _linear(self, module: nn.Module) -> native.Matrix:
-        weight, bias = weight_of(module)
-        return native.matrix(weight, bias, self.held)
+    def _linear(self, module: Any) -> native.Matrix:
+        return native.matrix(module.weight, module.bias, self.held)
 
     def _pointer(self, tensor: Any) -> int:
         tensor = tensor.detach().contiguous()
@@ -233,6 +223,6 @@ def _of_experts(moe: Any, dtype: torch.dtype) -> Iterator[str]:
         yield "its router is in training mode"
     if moe.shared is not None and not isinstance(moe.shared.mlp, MLP):
         yield "its shared branch is no MLP"
-    up, _ = held_experts(banks[0])
+    up: Any = banks[0].gate_up_proj
     if isinstance(up, QuantisedWeight) and (dtype != torch.bfloat16 or any(size % 128 for size in up.shape[1:])):
         yield "quantised experts in one call want bf16 and multiples of 128"

@@ -6,15 +6,13 @@ since every token reads all of it. Router, norms and embeddings (with a tied hea
 
 import logging
 from collections.abc import Iterator
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moeforge.errors import UserError
-from moeforge.kernels.native.quantised import QuantisedWeight, expert_mlp_quantised, linear_quantised, quantise
-from moeforge.moe import MoE, Route, Router
+from moeforge.kernels.native.quantised import QuantisedWeight, linear_quantised, quantise
+from moeforge.moe import MoE, Router
 from moeforge.moe.bank.base import Bank
 from moeforge.moe.bank.mlp import MLPBank
 from moeforge.moe.select.merged import Merged
@@ -23,6 +21,8 @@ TYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 BITS = {"int8": 8, "int4": 4}
 GROUP = {8: 128, 4: 32}
 """Values that share a scale: 4 bits need narrow groups to stay within a percent of the perplexity."""
+EXPERTS = ("gate_up_proj", "down_proj")
+"""The matrices of an ``MLPBank``."""
 READ_WHOLE = ("gate", "kv_b_proj")
 """Linears that stay: a shared expert's gate, and the matrices that latent attention takes to the queries' side."""
 
@@ -38,18 +38,6 @@ class HeldLinear(nn.Module):
         """[..., in] -> [..., out] in x's type."""
         y = linear_quantised(x, self.weight).to(x.dtype)
         return y if self.bias is None else y + self.bias
-
-
-class HeldExperts(nn.Module):
-    """The matrices of an ``MLPBank``, quantised: takes the place of its kernel."""
-
-    def __init__(self, up: QuantisedWeight, down: QuantisedWeight) -> None:
-        super().__init__()
-        self.up, self.down = up, down
-
-    def forward(self, x_TD: Tensor, route: Route, activation: Any) -> Tensor:
-        """[T, D] -> [T, D] in x's type."""
-        return expert_mlp_quantised(x_TD, route, self.up, self.down, activation).to(x_TD.dtype)
 
 
 def hold(model: nn.Module, weights: str) -> dict[str, int]:
@@ -81,10 +69,10 @@ def _quantise(model: nn.Module, bits: int) -> int:
             continue
         own_matrices = id(parent) not in summed
         if isinstance(parent, MLPBank) and own_matrices and not (parent.config.bias or parent.config.clamp):
-            up, down = (quantise(w.detach(), bits, GROUP[bits]) for w in (parent.gate_up_proj, parent.down_proj))
-            parent.held = HeldExperts(up, down)
-            parent.__dict__["_run"] = partial(_run_held, parent)  # in place of the method, which has no matrices now
-            del parent.gate_up_proj, parent.down_proj
+            for name in EXPERTS:
+                weight = quantise(getattr(parent, name).detach(), bits, GROUP[bits])
+                delattr(parent, name)  # the parameter gives its name to what the kernels take as well
+                setattr(parent, name, weight)
             changed += 1
         elif isinstance(parent, Bank) and next(parent.parameters(), None) is not None:
             stay.append(path)
@@ -98,23 +86,6 @@ def _quantise(model: nn.Module, bits: int) -> int:
         kinds = "experts with biases, that are merged, or of another kind than MLPs stay as stored: %s"
         logging.getLogger("moeforge").warning(kinds, ", ".join(stay))
     return changed
-
-
-def _run_held(bank: MLPBank, x_TD: Tensor, route: Route, merged: Any = None) -> Tensor:
-    """``MLPBank._run`` of a held bank; those that are merged are not held."""
-    held: Any = bank.get_submodule("held")
-    return held(x_TD, route, bank.config.activation)
-
-
-def weight_of(module: Any) -> tuple[Tensor | QuantisedWeight, Tensor | None]:
-    """Weight and bias of a linear module, held or not."""
-    return module.weight, module.bias
-
-
-def held_experts(bank: MLPBank) -> tuple[Tensor | QuantisedWeight, Tensor | QuantisedWeight]:
-    """Up and down of a bank, held or not."""
-    held: Any = getattr(bank, "held", None)
-    return (held.up, held.down) if held is not None else (bank.gate_up_proj, bank.down_proj)
 
 
 def bytes_by_class(model: nn.Module) -> dict[str, int]:
@@ -133,8 +104,9 @@ def bytes_by_class(model: nn.Module) -> dict[str, int]:
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor | QuantisedWeight]]:
     routers = {id(module) for router in model.modules() if isinstance(router, Router) for module in router.modules()}
     for name, module in model.named_modules():
-        if isinstance(module, HeldExperts):
-            yield from (("experts", module.up), ("experts", module.down))
+        if isinstance(module, MLPBank):
+            held = [getattr(module, name) for name in EXPERTS]
+            yield from (("experts", weight) for weight in held if isinstance(weight, QuantisedWeight))
         if isinstance(module, HeldLinear):
             yield "dense", module.weight
         for parameter in module.parameters(recurse=False):

@@ -4,13 +4,16 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
 
 from moeforge.errors import UserError
-from moeforge.generate import End, Engine, Event, Read, Sampling, Token
+from moeforge.generate import End, Event, Read, Sampling, Token
 from moeforge.serve.errors import ApiError, of_engine
+
+if TYPE_CHECKING:
+    from moeforge.serve.state import State
 
 OWNER: ContextVar[str] = ContextVar("owner", default="")
 """Who asks, by key: the start of a prompt is reused for its owner alone, so that no other one can tell it was asked."""
@@ -19,19 +22,21 @@ OWNER: ContextVar[str] = ContextVar("owner", default="")
 class Call:
     """Submitted when made. ``async with`` it: leaving cancels what still runs."""
 
-    def __init__(self, engine: Engine, prompt: Sequence[int], sampling: Sampling, show_experts: bool) -> None:
+    def __init__(self, state: "State", prompt: Sequence[int], sampling: Sampling) -> None:
         """Raises ApiError as the engine refuses."""
         loop, self._events = asyncio.get_running_loop(), asyncio.Queue[Event]()
-        self._engine = engine
+        self._engine = state.engine
 
         def put(event: Event) -> None:
+            if isinstance(event, End):  # here, where every one comes by, whoever still listens
+                state.metrics.ended(event)
             try:
                 loop.call_soon_threadsafe(self._events.put_nowait, event)
             except RuntimeError:  # the loop has ended, and with it whoever waited
                 return
 
         try:
-            self._request = engine.submit(prompt, sampling, put, show_experts, OWNER.get())
+            self._request = state.engine.submit(prompt, sampling, put, state.show_routing, OWNER.get())
         except UserError as error:
             raise of_engine(error) from error
 

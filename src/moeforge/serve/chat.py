@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse, Response
 
 from moeforge.errors import UserError
 from moeforge.generate import End, Sampling, Token
-from moeforge.serve.call import Call, Written, collect, reason, unless_gone
+from moeforge.serve.call import Written, reason, unless_gone
 from moeforge.serve.completions import all_written, usage
 from moeforge.serve.errors import ApiError
 from moeforge.serve.events import merged, streamed
@@ -51,12 +51,7 @@ def router(state: State) -> APIRouter:
         if asked.stream:
             return await streamed(request, _response_events(state, prompt, sampling), named=True)
 
-        async def one() -> Written:
-            async with Call(state.engine, prompt, sampling, False) as call:
-                return await collect(call, state.deadline())
-
-        written = await unless_gone(request, one())
-        state.metrics.ended(written.end)
+        (written,) = await unless_gone(request, all_written(state, [(prompt, sampling)]))
         return JSONResponse(_response(state, new_id("resp"), written.text, written.end))
 
     return routes

@@ -73,10 +73,8 @@ async def all_written(state: State, jobs: list[tuple[list[int], Sampling]]) -> l
     deadline = state.deadline()
 
     async def one(prompt: list[int], sampling: Sampling) -> Written:
-        async with Call(state.engine, prompt, sampling, state.show_routing) as call:
-            written = await collect(call, deadline)
-        state.metrics.ended(written.end)
-        return written
+        async with Call(state, prompt, sampling) as call:
+            return await collect(call, deadline)
 
     tasks = [asyncio.create_task(one(*job)) for job in jobs]
     try:

@@ -51,7 +51,7 @@ async def merged(state: State, jobs: list[tuple[list[int], Sampling]]) -> AsyncI
             await ready.put((index, event))
 
     async with AsyncExitStack() as stack:
-        calls = [await stack.enter_async_context(Call(state.engine, *job, state.show_routing)) for job in jobs]
+        calls = [await stack.enter_async_context(Call(state, *job)) for job in jobs]
         pumps = [asyncio.ensure_future(pump(index, call)) for index, call in enumerate(calls)]
         try:
             left = len(calls)
@@ -59,7 +59,6 @@ async def merged(state: State, jobs: list[tuple[list[int], Sampling]]) -> AsyncI
                 index, event = await ready.get()
                 if isinstance(event, End):
                     left -= 1
-                    state.metrics.ended(event)
                 yield index, event
         finally:
             for one in pumps:

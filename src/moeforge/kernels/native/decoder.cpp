@@ -20,7 +20,7 @@ int moeforge_quantised(const Layer*, int, uint16_t*);
 struct Matrix {
     const void* data;  // null: none; the model's type, or struct Quantised
     const float* bias;
-    int32_t out, in, quantised, as_bytes;
+    int32_t out, in, quantised;
 };
 
 struct Mlp {  // dense, or shared by all tokens
@@ -39,7 +39,7 @@ struct DecoderLayer {
     Matrix mlp_gate;  // [1, d_model]: its sigmoid weighs the MLP beside the experts; none: 1
     float eps, residual_scale, weight_scale, min_total, clip;  // clip of queries, keys, values; 0: none
     int32_t d_model, rotary_width, interleaved, whole_norm, score, normalize, softmax_chosen, top_k, experts, d_expert,
-        pointwise, gated, quantised, as_bytes, bf16;
+        pointwise, gated, quantised, bf16;
     int32_t groups, top_groups, ranking;  // experts are chosen from the best groups, by the sum of their `ranking` best
 };
 
@@ -66,6 +66,7 @@ struct Arena {
         used = (used + 63) / 64 * 64;
         V* at = (V*)(bytes.data() + used);
         used += count * sizeof(V);
+        if (used > bytes.size()) throw std::bad_alloc();  // an error of ours is no write past the end
         return at;
     }
 };
@@ -114,7 +115,7 @@ struct Run {
             check(moeforge_linear(x, m.data, m.bias, T, m.out, m.in, l.bf16, r.threads, 0, y));
             return;
         }
-        check(moeforge_quantised_linear((const Quantised*)m.data, (const uint16_t*)x, T, m.as_bytes, r.threads, (uint16_t*)y));
+        check(moeforge_quantised_linear((const Quantised*)m.data, (const uint16_t*)x, T, 0, r.threads, (uint16_t*)y));
         if (m.bias)
             each(T, m.out, [&](int t) { combine(y + size_t(t) * m.out, m.out, [&](int i, __m512 v, __mmask16 mask) {
                      return _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, m.bias + i)); }); });
@@ -297,7 +298,7 @@ struct Run {
             token[at] = i / K, sorted[at] = weights[i];
         }
         Layer layer{h, l.up, l.down, token, sorted, ends, T, int64_t(T) * K, E, D, l.d_expert, l.pointwise, l.gated, r.threads};
-        if (l.quantised) return check(moeforge_quantised(&layer, l.as_bytes, (uint16_t*)out));
+        if (l.quantised) return check(moeforge_quantised(&layer, 0, (uint16_t*)out));
         int64_t words = moeforge_panel_words(&layer, l.d_expert, l.bf16);
         if (words < 0) throw std::bad_alloc();
         check(moeforge_forward(&layer, l.bf16, out, nullptr, scratch<5>(words)));

@@ -51,7 +51,7 @@ class Attention(nn.Module):
         else:
             if cache is not None:
                 keys, values = cache.append(keys, values)
-            mixed = attend(queries, keys, values, positions.mask(self.window), self.heads.scale, self.sinks)
+            mixed = attend(queries, keys, values, positions.masks[self.window], self.heads.scale, self.sinks)
         return self._output(mixed.transpose(1, 2).flatten(2), x, route)
 
     def _queries(self, x: Tensor, route: Route | None) -> Tensor:
@@ -93,7 +93,7 @@ class Attention(nn.Module):
         Among these tokens alone, not what a cache holds.
         """
         queries, keys = self._queries_and_keys(x, positions, route)
-        return received(queries, keys, positions.mask(self.window), self.heads.scale, self.sinks)
+        return received(queries, keys, positions.masks[self.window], self.heads.scale, self.sinks)
 
     def _queries_and_keys(self, x: Tensor, positions: Positions, route: Route | None) -> tuple[Tensor, Tensor]:
         """[B, heads, L, head_dim] each, rotated."""

@@ -44,10 +44,11 @@ class LatentAttention(nn.Module):
         self, x: Tensor, positions: Positions, cache: LayerCache | BlockLayer | None = None, route: Route | None = None
     ) -> Tensor:
         """One pass; with a cache, x is what follows what the cache holds. There is no route here."""
-        queries, rows, mask = self._queries(x, positions), self._rows(x, positions), positions.mask(self.window)
+        queries, rows = self._queries(x, positions), self._rows(x, positions)
         if isinstance(cache, BlockLayer):
             mixed = self._by_rows(queries, lambda asked: cache.attend(asked, (rows,), self.scale, None))
         else:
+            mask = positions.masks[self.window]
             if cache is not None:
                 (rows,) = cache.append(rows)
             if rows.shape[2] == x.shape[1]:

@@ -19,11 +19,8 @@ class Positions:
     sin: Tensor
     """[B, 1, L, W]."""
     masks: Mapping[int | None, Tensor | None]
-    """By the layers' windows, [B or 1, 1, L, past + L] bool, true where a query may look; None means plain causal."""
-
-    def mask(self, window: int | None) -> Tensor | None:
-        """Of a layer with this window; None also where its cache knows who sees whom."""
-        return self.masks.get(window)
+    """By the layers' windows, [B or 1, 1, L, past + L] bool, true where a query may look; None means plain causal.
+    Empty where caches know who sees whom."""
 
 
 def locate(

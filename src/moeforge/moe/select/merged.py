@@ -74,9 +74,8 @@ class Merged(Selector):
         if self.over == "equal_scores":
             own_GE, group_T = scores_TE.detach().unique(dim=0, return_inverse=True)
             mean_GE = mean_of_groups(scores_TE, group_T, len(own_GE))
-            scores_GE = mean_GE + (
-                own_GE - mean_GE.detach()
-            )  # the mean of equal numbers, rounded, is not always theirs
+            # The mean of equal numbers, rounded, is not always theirs: it only passes the gradient on.
+            scores_GE = mean_GE + (own_GE - mean_GE.detach())
         else:
             group_T, goes_on_G = runs(context, len(scores_TE), self.segment, scores_TE.device)
             scores_GE = mean_of_groups(scores_TE, group_T, len(goes_on_G))
