@@ -32,7 +32,10 @@ async def client(url: str, number: int, until: float, counts: Counter[str]) -> N
         while time.monotonic() < until:
             tokens = int(2 ** draw.uniform(0, 7.5))
             prompt = "".join(draw.choice("def (x): return\n") for _ in range(int(2 ** draw.uniform(0, 8))))
-            asked = {"prompt": prompt, "max_tokens": tokens, "stream": draw.random() < 0.7, "ignore_eos": True}
+            asked: dict[str, object] = {"prompt": prompt, "max_tokens": tokens, "ignore_eos": True}
+            asked["stream"] = draw.random() < 0.7
+            if asked["stream"]:
+                asked["stream_options"] = {"include_usage": True}
             leaves = draw.random() < 0.1
             try:
                 counts[await (leave if leaves else finish)(http, asked, draw)] += 1
@@ -41,25 +44,24 @@ async def client(url: str, number: int, until: float, counts: Counter[str]) -> N
 
 
 async def finish(http: httpx.AsyncClient, asked: dict[str, object], draw: random.Random) -> str:
-    """Reads all of it; what came must be as long as it was asked for."""
+    """Reads all of it; it must have as many tokens as were asked for."""
     answer = await http.post("/v1/completions", json=asked)
     if answer.status_code == 429:
         await asyncio.sleep(draw.uniform(0.5, 1.5))
         return "told to come back"
     if answer.status_code != 200:
         return f"lost: status {answer.status_code}"
-    whole = (
-        "[DONE]" in answer.text and 'data: {"error"' not in answer.text if asked["stream"] else answer.json()["choices"]
-    )
-    return "answered" if whole else "lost: cut short"
+    told = re.findall(r'"completion_tokens": ?(\d+)', answer.text)
+    if asked["stream"] and not answer.text.endswith("data: [DONE]\n\n"):
+        return "lost: cut short"
+    return "answered" if told == [str(asked["max_tokens"])] else "lost: other tokens than asked for"
 
 
 async def leave(http: httpx.AsyncClient, asked: dict[str, object], draw: random.Random) -> str:
-    """Hangs up after a while."""
+    """Hangs up after a while, unless it is all there before."""
     try:
         async with asyncio.timeout(draw.uniform(0.01, 1.0)):
-            await http.post("/v1/completions", json=asked)
-        return "answered"
+            return await finish(http, asked, draw)
     except TimeoutError:
         return "hung up"
 
@@ -93,6 +95,7 @@ async def run(url: str, pid: int, minutes: float, clients: int) -> dict[str, obj
         "lost": sum(count for kind, count in counts.items() if kind.startswith("lost")),
         "left_behind": left,
         "tokens_written": gauge(url, "tokens_written_total"),
+        "preemptions": gauge(url, "preemptions_total"),
         "memory_mib": {
             "after 5 s": memory[1] // 2**20,
             "middle": memory[middle] // 2**20,
@@ -110,8 +113,9 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     asked = parser.parse_args()
-    command = [sys.executable, "-m", "moeforge", "serve", str(asked.folder), "--port", "0", "--max-waiting", "24"]
-    with subprocess.Popen([*command, "--kv-memory", "0.02"], stderr=subprocess.PIPE, text=True) as server:
+    options = ["--max-waiting", "24", "--kv-memory", "0.02"]  # so few that requests are refused and pushed out
+    command = [sys.executable, "-m", "moeforge", "serve", str(asked.folder), "--port", "0"]
+    with subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr is not None
         url = ""
         while not url:
@@ -121,6 +125,7 @@ def main() -> None:
         drain = subprocess.Popen(["cat"], stdin=server.stderr, stdout=log)
         result = asyncio.run(run(url, server.pid, asked.minutes, asked.clients))
         server.terminate()
+        result |= {"model": asked.folder.name, "options": options}
         result["exit_code"] = server.wait(timeout=60)
         drain.wait(timeout=10)
         log.close()

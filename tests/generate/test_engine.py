@@ -1,5 +1,6 @@
 """The engine's side towards those who ask: what is refused, what ends how, and that one request never harms another."""
 
+import math
 import queue
 import threading
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from moeforge.generate.engine import ContextError, FullError
 from moeforge.generate.request import Read
 from moeforge.generate.runner import BlockRunner
 from moeforge.generate.sample import likely
-from moeforge.models import Cache, Decoder
+from moeforge.models import Cache, Decoder, ModelConfig
 from tests.generate.driving import collect, drive, engine, sampling
 
 PROMPT = [256, *b"def first"]
@@ -332,3 +333,19 @@ def test_many_threads_at_once(running: Engine) -> None:
     assert len(results) >= 24 and all(end.error is None for end in results)
     assert len(drive(running, [(PROMPT, sampling())])[0].tokens) == 8
     assert running.report().blocks_used == 0
+
+
+def test_a_padded_vocabulary_counts_in_probabilities_and_is_never_listed() -> None:
+    """Public models round theirs up: what a token's probability was does not depend on who asks, writer or reader."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 300, "d_model": 16, "num_layers": 2, "num_heads": 2, "max_seq_len": 64}
+    moe = {"experts": {"num_experts": 4, "d_expert": 8}}
+    padded = Decoder(ModelConfig.model_validate({**sizes, "moe": moe})).eval()
+    with engine(padded) as running:
+        (written,) = drive(running, [([256, 97], sampling(max_tokens=5, logprobs=400))])
+        ids = [256, 97, *written.tokens]
+        read, *_ = running.write(ids, Sampling(max_tokens=0, prompt_logprobs=400))
+    assert isinstance(read, Read)
+    for token, entry in zip(written.logprobs, read.tokens[2:], strict=True):
+        assert entry is not None and token == (entry[0].logprob, entry[1])
+        assert len(entry[1]) == 257 and sum(math.exp(one.logprob) for one in entry[1]) < 0.99

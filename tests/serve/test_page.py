@@ -108,7 +108,35 @@ def test_what_is_wrong_is_said(browser: Any, server: Served) -> None:
     send(opened, "x" * 400)
     opened.wait_for_selector("#error:not([hidden])")
     assert "the context takes 256" in opened.inner_text("#error")
+    assert opened.locator("li").count() == 0 and opened.input_value("#prompt") == "x" * 400, "as if it was never sent"
+    send(opened, "short")
+    settled(opened)
+    assert opened.is_hidden("#error")
     opened.close()
+
+
+def test_an_empty_field_leaves_the_servers_own(page: Any) -> None:
+    page.fill("#temperature", "")
+    with page.expect_request("**/chat/completions") as sent:
+        send(page, "hello")
+    settled(page)
+    asked = sent.value.post_data_json
+    assert "temperature" not in asked and asked["max_tokens"] == 20
+
+
+def test_clearing_while_text_comes_starts_anew_and_loads_are_live(browser: Any, tmp_path: Path) -> None:
+    with serving(model_folder(tmp_path / "long", max_seq_len=30_000), "--show-routing") as served:
+        for page in watched(browser, served.url):
+            page.fill("#temperature", "0")  # it then repeats itself, and does not end
+            send(page, "hello", most=29_000)
+            holds(page, "document.querySelectorAll('#loads i').length === 4")  # while it still writes
+            assert not page.is_disabled("#stop")
+            page.click("#clear")
+            holds(page, "document.getElementById('stop').disabled")
+            with page.expect_request("**/chat/completions") as sent:
+                send(page, "again")
+            settled(page)
+            assert [message["role"] for message in sent.value.post_data_json["messages"]] == ["user"]
 
 
 def test_markup_in_a_text_stays_text(page: Any) -> None:

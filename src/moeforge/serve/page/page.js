@@ -1,13 +1,16 @@
 "use strict";
 // What a model writes is put into text nodes only: it can never become part of the page.
 const at = (id) => document.getElementById(id);
-let facts = {}, turns = [], running = null;
+let facts = {}, turns = [], running = null, following = null;
 
 const colour = (expert) => `hsl(${(expert * 137.508) % 360} 70% ${68 + (expert % 3) * 6}%)`;
 const headers = () => {
   const key = at("key").value.trim();
   return { "Content-Type": "application/json", ...(key ? { Authorization: `Bearer ${key}` } : {}) };
 };
+
+// What the field says; nothing where it is empty, which leaves the server's own.
+const number = (id) => (Number.isNaN(at(id).valueAsNumber) ? undefined : at(id).valueAsNumber);
 
 function complain(text) {
   at("error").textContent = text;
@@ -46,8 +49,10 @@ function layerShown() {
 
 function paint() {
   const layer = layerShown();
-  at("layer-name").textContent = layer ?? "";
-  for (const span of document.querySelectorAll("span[data-routing]")) tint(span);
+  if (at("layer-name").textContent !== `${layer ?? ""}`) { // a long text has many spans: only when it changes
+    at("layer-name").textContent = layer ?? "";
+    for (const span of document.querySelectorAll("span[data-routing]")) tint(span);
+  }
   const loads = facts.tokens_per_expert?.[layer] ?? [], most = Math.max(1, ...loads);
   at("loads").replaceChildren(...loads.map((load, expert) => {
     const bar = document.createElement("i");
@@ -68,6 +73,15 @@ function tint(span) {
     span.title = `expert ${expert}`;
     span.style.background = colour(expert);
   }
+}
+
+// To the end of the text, once a frame: a layout for each token would take longer than the model.
+function follow(body) {
+  if (following) return;
+  following = requestAnimationFrame(() => {
+    following = null;
+    body.scrollIntoView({ block: "end" });
+  });
 }
 
 function addTurn(role, text) {
@@ -106,20 +120,19 @@ async function send(event) {
   const text = at("prompt").value;
   if (running || (facts.chat && !text.trim())) return;
   complain("");
-  turns.push({ role: "user", content: text });
-  addTurn("user", text);
+  const history = turns; // Clear starts another one
+  history.push({ role: "user", content: text });
+  const asked = addTurn("user", text), body = addTurn("assistant", "");
   at("prompt").value = "";
-  const body = addTurn("assistant", "");
-  const common = {
-    stream: true, temperature: Number(at("temperature").value), max_tokens: Number(at("max-tokens").value),
-  };
+  const common = { stream: true, temperature: number("temperature"), max_tokens: number("max-tokens") };
   const [path, request] = facts.chat
-    ? ["v1/chat/completions", { ...common, messages: turns }]
-    : ["v1/completions", { ...common, prompt: turns.map((turn) => turn.content).join("") }];
+    ? ["v1/chat/completions", { ...common, messages: history }]
+    : ["v1/completions", { ...common, prompt: history.map((turn) => turn.content).join("") }];
   running = new AbortController();
+  const loads = facts.show_routing ? setInterval(() => refresh().catch(() => {}), 1000) : null;
   at("stop").disabled = false;
   at("send").disabled = true;
-  let written = "";
+  let written = "", refused = false;
   try {
     const response = await ask(path, { method: "POST", body: JSON.stringify(request), signal: running.signal });
     for await (const chunk of eventsOf(response)) {
@@ -133,13 +146,24 @@ async function send(event) {
         tint(span);
       }
       body.append(span);
-      body.scrollIntoView({ block: "end" });
+      follow(body);
     }
   } catch (error) {
-    if (error.name !== "AbortError") complain(error.message);
+    if (error.name !== "AbortError") {
+      complain(error.message);
+      refused = !written;
+    }
   }
-  turns.push({ role: "assistant", content: written });
-  if (!written) body.textContent = "(nothing)";
+  clearInterval(loads);
+  if (refused) { // as if it had not been sent
+    history.pop();
+    asked.parentElement.remove();
+    body.parentElement.remove();
+    at("prompt").value ||= text;
+  } else {
+    history.push({ role: "assistant", content: written });
+    if (!written) body.textContent = "(nothing)";
+  }
   running = null;
   at("stop").disabled = true;
   at("send").disabled = false;
