@@ -37,13 +37,13 @@ def train(
     config = recipes.load(recipe, context.obj)
     folder = out or Path("runs") / config.name
     if dry_run:
-        from moeforge.cli.plan import plan, show_plan
+        from moeforge.cli.dry_run import look_ahead, show
 
         given = {"--resume": resume, "--quiet": quiet, "--nproc": nproc > 1, "--ep": ep > 1, "--shard": shard}
         for name in (name for name, is_given in given.items() if is_given):
             raise UserError(f"{name} does nothing beside --dry-run: leave one out")
-        planned = plan(config, recipes.load(recipe), folder)
-        print(json.dumps(planned, indent=2)) if as_json else show_plan(planned)
+        planned = look_ahead(config, recipes.load(recipe), folder)
+        print(json.dumps(planned, indent=2)) if as_json else show(planned)
         return
     if is_worker():
         if nproc > 1:

@@ -13,14 +13,15 @@ if TYPE_CHECKING:
 Tree = dict[str, Any]
 
 
-def plan(config: "RunConfig", before: "RunConfig", out: Path) -> Tree:
+def look_ahead(config: "RunConfig", before: "RunConfig", out: Path) -> Tree:
     """Everything known ahead of a run. Raises UserError for a missing corpus, device or engine."""
-    from moeforge.cli.memory import activation_bytes
     from moeforge.cli.sizes import describe, with_vocabulary
     from moeforge.config import difference
+    from moeforge.models.memory import activation_bytes
 
     _find_text(config)
     model = with_vocabulary(config)
+    tokens, width = config.batch_size * config.seq_len, 2 if config.dtype == "bfloat16" else 4
     return {
         "name": config.name,
         "out": str(out),
@@ -29,20 +30,20 @@ def plan(config: "RunConfig", before: "RunConfig", out: Path) -> Tree:
         "tokens": config.steps * config.tokens_per_step,
         "model": describe(model, seq_len=config.seq_len),
         "engines": engines(config, model),
-        "activation_bytes": activation_bytes(config, model),
+        "activation_bytes": round(activation_bytes(model, width, tokens, config.recompute_activations)),
     }
 
 
-def show_plan(tree: Tree) -> None:
-    """Prints what ``plan`` found."""
+def show(tree: Tree) -> None:
+    """Prints what ``look_ahead`` found."""
     import yaml
     from rich.console import Console
 
-    from moeforge.cli.sizes import show
+    from moeforge.cli.sizes import show as show_sizes
 
     console = Console()
     changed = yaml.safe_dump(tree["changed"], sort_keys=False).rstrip() if tree["changed"] else "nothing"
-    show(tree["model"], console)
+    show_sizes(tree["model"], console)
     for row in tree["engines"]:
         layers = ", ".join(map(str, row["layers"]))
         print(f"experts          engine {row['engine']} ({row['why']}) in layers {layers}")
