@@ -5,7 +5,7 @@ output matrix. All three are given, in total and active per token, so that any p
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ def measure(config: ModelConfig, bytes_per_weight: int = 4, seq_len: int | None 
     idle, context = sum(map(_idle, routed)), seq_len or config.max_seq_len
     kept = sum(_kept(layer, config, context) for layer in config.applied_layers if layer.attends)
     # The input embedding is a look-up; a tied one is still multiplied with, once, at the output.
-    layers = sum(work.attention + work.beside + work.experts for work in layer_work(model, context))
+    layers = sum(sum(astuple(work)) for work in layer_work(model, context))
     return Size(
         total=_count(total, table, config),
         active=_count(total - round(idle) - _looked_up(model, but_rows=1), table, config),
@@ -72,8 +72,10 @@ class LayerWork:
 
     attention: float
     """Its projections, and queries with keys and values."""
+    routing: float
+    """What a token's way to its experts is found with."""
     beside: float
-    """The MLP; or router, shared branch and what else is not experts."""
+    """The MLP, or the branch that every token takes beside experts."""
     experts: float
     """Of a token's experts, were all equally likely."""
 
@@ -89,11 +91,16 @@ def layer_work(model: Decoder, seq_len: int) -> list[LayerWork]:
 def _layer_work(block: Any, layer: LayerConfig, config: ModelConfig, seq_len: int) -> LayerWork:
     attention, moe = block.attention, block.moe
     attending = 0.0 if attention is None else _work(attention) + _attended(layer, config, seq_len)
-    routed = 0.0 if moe is None else _used(moe)
-    beside = _matrices(block) - sum(_matrices(part) for part in (attention, moe) if part is not None)
-    beside += 0.0 if moe is None else _work(moe) - routed
-    again = _looks_again(moe, config, seq_len) if moe is not None else 0
-    return LayerWork(2 * attending + again, 2 * beside, 2 * routed)
+    if moe is None:
+        return LayerWork(2 * attending, 0.0, 2 * (_matrices(block) - _known(attention)), 0.0)
+    routed, shared = _used(moe), moe.d_model / moe.row_width * _known(moe.shared)
+    beside = _matrices(block) - _known(attention) - _matrices(moe) + shared
+    again = _looks_again(moe, config, seq_len)
+    return LayerWork(2 * attending + again, 2 * (_work(moe) - routed - shared), 2 * beside, 2 * routed)
+
+
+def _known(module: nn.Module | None) -> int:
+    return 0 if module is None else _matrices(module)
 
 
 def _attended(layer: LayerConfig, config: ModelConfig, seq_len: int) -> float:

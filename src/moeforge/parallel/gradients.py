@@ -23,11 +23,11 @@ def sum_gradients(sharding: Sharding, wire: Wire) -> None:
         if group is not None and group.size() > 1:
             together[group].append(parameter)
     for group, parameters in together.items():
-        for bucket in _buckets(parameters):
+        for bucket in buckets(parameters):
             _sum_bucket(bucket, group, wire)
 
 
-def _buckets(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+def buckets(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
     """In order, each of one type and at most ``BUCKET_BYTES``, but for a parameter that is larger by itself."""
     buckets: list[list[nn.Parameter]] = []
     room, dtype = 0, None

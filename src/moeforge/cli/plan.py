@@ -1,0 +1,219 @@
+"""``moeforge plan``: what a step of training would cost on a cluster that need not be at hand, and on which mesh."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moeforge.cli.amounts import in_bytes, in_seconds, short
+from moeforge.errors import UserError
+from moeforge.parallel.launch import is_worker
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moeforge.models import ModelConfig
+    from moeforge.parallel.plan.cluster import Cluster
+    from moeforge.parallel.plan.job import Job
+    from moeforge.parallel.plan.search import Candidate
+    from moeforge.train import RunConfig
+
+SHOWN = 5
+"""Meshes in the table."""
+WIDTH = 1024
+"""Of the matrices that ``--profile`` multiplies, when no model says how wide its own are."""
+
+
+def plan(
+    context: typer.Context,
+    what: Annotated[
+        str | None, typer.Argument(metavar="RECIPE_OR_MODEL", help="A recipe, a YAML file, or a model folder.")
+    ] = None,
+    *,
+    cluster: Annotated[Path | None, typer.Option(help="A YAML file: see docs/plan.md.")] = None,
+    ep: Annotated[int | None, typer.Option(min=1, help="Processes that share the experts; all are tried.")] = None,
+    shard: Annotated[bool | None, typer.Option("--shard/--no-shard", help="Cut all weights; both are tried.")] = None,
+    overlap: Annotated[bool, typer.Option("--overlap", help="As if exchanges ran beside other work.")] = False,
+    chunks: Annotated[int | None, typer.Option(min=1, help="Pieces of an exchange, with --overlap.")] = None,
+    loads: Annotated[Path | None, typer.Option(help="A run folder: experts get rows as they did there.")] = None,
+    imbalance: Annotated[float, typer.Option(min=1, help="Rows of the busiest expert, over the mean.")] = 1.0,
+    timeline: Annotated[Path | None, typer.Option(help="Write when who does what: .json (Chrome) or .svg.")] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Measure this machine and write --cluster.")] = False,
+    nproc: Annotated[int, typer.Option(min=1, help="Processes that --profile starts.")] = 2,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
+) -> None:
+    """Choose the mesh for training a model on a cluster: memory, bytes, seconds of a step, and a timeline.
+
+    Any setting of a recipe can be changed on the way: --batch_size=512; of a folder, those of its training.
+    """
+    if cluster is None:
+        raise UserError("name a cluster with --cluster FILE; --profile writes one of this machine into it")
+    if profile:
+        _profile(what, context.obj, cluster, nproc)
+        return
+    if what is None:
+        raise UserError("name a recipe, a YAML file, or a model folder")
+    if chunks is not None and not overlap:
+        raise UserError("--chunks cuts exchanges that run beside other work: add --overlap")
+    if loads is not None and imbalance > 1:
+        raise UserError("--loads says how rows are spread, and so does --imbalance: leave one out")
+    from moeforge.parallel.plan.cluster import read_cluster
+    from moeforge.parallel.plan.search import Wanted, search
+
+    place, config = read_cluster(cluster), _run_config(what, context.obj)
+    job = _job(config, _loads(config.model, loads, imbalance))
+    wanted = Wanted(ep, shard, config.recompute_activations or None, overlap, chunks)
+    found = search(job, place, wanted)
+    tree = _tree(what, config, job, place, found)
+    print(json.dumps(tree, indent=2)) if as_json else _show(tree)
+    if timeline is not None:
+        from moeforge.parallel.plan.timeline import write_timeline
+
+        write_timeline(found[0].played, found[0].layout, timeline)
+        if not as_json:
+            print(f"timeline         {timeline}")
+
+
+def _run_config(what: str, settings: list[str]) -> "RunConfig":
+    from moeforge import recipes
+    from moeforge.cli.sizes import with_vocabulary
+    from moeforge.config import build, override
+    from moeforge.hub.folder import config_json, model_folder, understand
+    from moeforge.train import RunConfig
+
+    if not Path(what).is_dir():
+        config = recipes.load(what, settings)
+        return config.replace(model=with_vocabulary(config))
+    folder = model_folder(Path(what))
+    model, _ = understand(config_json(folder), folder)
+    return build(RunConfig, override({"model": model.model_dump()}, settings), source=what)
+
+
+def _job(config: "RunConfig", loads: "dict[int, Tensor]") -> "Job":
+    from moeforge.parallel.plan.job import Job
+
+    half = config.dtype == "bfloat16"
+    return Job(config.model, config.batch_size, config.seq_len, config.accumulate, half, loads=loads)
+
+
+def _loads(model: "ModelConfig", run: Path | None, imbalance: float) -> "dict[int, Tensor]":
+    """By depth, the share of each expert. Raises UserError for a run of another model, and for too much imbalance."""
+    import torch
+
+    from moeforge.parallel.plan.job import skewed
+
+    sizes = {depth: layer.moe.num_experts for depth, layer in enumerate(model.applied_layers) if layer.moe}
+    if run is None:
+        return {depth: skewed(size, imbalance) for depth, size in sizes.items()} if imbalance > 1 else {}
+    from moeforge.train.metrics import read_metrics
+
+    lines = read_metrics(run / "metrics.jsonl")
+    lines, found = lines[-max(1, len(lines) // 10) :], {}
+    for depth, size in sizes.items():
+        name = f"moe/tokens_per_expert/layer_{depth:02d}"
+        counts = torch.tensor([line.get(name, []) for line in lines], dtype=torch.float64).sum(0)
+        if len(counts) != size or not counts.sum():
+            raise UserError(f"{run} has no loads of {size} experts in layer {depth}: it is a run of another model")
+        found[depth] = counts / counts.sum()
+    return found
+
+
+def _tree(what: str, config: "RunConfig", job: "Job", cluster: "Cluster", found: "list[Candidate]") -> dict[str, Any]:
+    from moeforge.parallel.plan.simulate import busy_seconds
+    from moeforge.parallel.plan.step import bytes_sent
+
+    best = found[0]
+    computing, sending = busy_seconds(best.played)
+    return {
+        "model": config.name if config.recipe else what,
+        "parameters": sum(p.numel() for p in job.decoder.parameters()),
+        "cluster": cluster.model_dump(exclude_none=True),
+        "tokens_per_step": config.tokens_per_step,
+        "idle_processes": max(0, cluster.size - config.batch_size),
+        "meshes": [_mesh(each, config.tokens_per_step) for each in found],
+        "bytes": bytes_sent(best.parts, best.layout),
+        "seconds": {"step": best.seconds, "computing": computing, "sending": sending},
+        "command": _command(what, cluster, best),
+    }
+
+
+def _mesh(found: "Candidate", tokens: int) -> dict[str, Any]:
+    return {
+        **asdict(found.layout),
+        "data": found.layout.data,
+        "seconds": found.seconds,
+        "tokens_per_second": tokens / found.seconds,
+        "memory": {**asdict(found.memory), "total": found.memory.total},
+    }
+
+
+def _command(what: str, cluster: "Cluster", found: "Candidate") -> str:
+    """What starts it; of a model folder, which says nothing of a run, the options alone."""
+    layout = found.layout
+    flags = f" --ep {layout.expert}" * (layout.expert > 1) + " --shard" * layout.shard
+    flags += " --recompute_activations=true" * layout.recompute
+    if Path(what).is_dir():
+        return f"moeforge train ...{flags}"
+    if cluster.nodes == 1:
+        return f"moeforge train {what}{f' --nproc {layout.size}' * (layout.size > 1)}{flags}"
+    start = f"torchrun --nnodes {cluster.nodes} --nproc-per-node {cluster.devices_per_node}"
+    return f"{start} ... -m moeforge train {what}{flags}"
+
+
+def _show(tree: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    place = tree["cluster"]
+    print(
+        f"{tree['model']}: {short(tree['parameters'])} parameters on {place['nodes']} x {place['devices_per_node']} "
+        f"devices of {place['name']}, {short(tree['tokens_per_step'])} tokens a step"
+    )
+    table = Table("mesh", "step", "tokens/s", "memory")
+    for mesh in tree["meshes"][:SHOWN]:
+        row = in_seconds(mesh["seconds"]), short(mesh["tokens_per_second"]), in_bytes(mesh["memory"]["total"])
+        table.add_row(_named(mesh), *row)
+    Console().print(table, highlight=False)
+    if len(tree["meshes"]) > SHOWN:
+        print(f"                 {len(tree['meshes']) - SHOWN} more fit: --json has all")
+    print("of the first mesh, a step:")
+    held = {name: size for name, size in tree["meshes"][0]["memory"].items() if name != "total"}
+    print(f"memory           {', '.join(f'{name} {in_bytes(size)}' for name, size in held.items())}")
+    sent = ", ".join(f"{kind} {in_bytes(count)}" for kind, count in tree["bytes"].items() if count)
+    print(f"sent             {sent or 'nothing'}  (all processes together)")
+    seconds = tree["seconds"]
+    print(f"time             {in_seconds(seconds['computing'])} computing, {in_seconds(seconds['sending'])} sending")
+    if tree["idle_processes"]:
+        print(f"idle             {tree['idle_processes']} processes have no row: raise --batch_size")
+    print(f"to run it        {tree['command']}")
+
+
+def _named(mesh: dict[str, Any]) -> str:
+    from moeforge.parallel.plan.job import Layout
+    from moeforge.parallel.plan.search import describe
+
+    return describe(Layout(**{name: mesh[name] for name in Layout.__dataclass_fields__}))
+
+
+def _profile(what: str | None, settings: list[str], cluster: Path, nproc: int) -> None:
+    from moeforge.parallel.launch import launch
+
+    if not is_worker():
+        command = ["plan", *([what] if what else []), "--profile", "--cluster", str(cluster), *settings]
+        launch(nproc, command, f"moeforge {' '.join(command)} --nproc {nproc}")
+        print(f"wrote {cluster}: moeforge plan {what or 'RECIPE'} --cluster {cluster}")
+        return
+    import torch
+
+    from moeforge.parallel.launch import one_voice
+    from moeforge.parallel.plan.profile import profile
+    from moeforge.parallel.together import join
+    from moeforge.train import RunConfig
+
+    config = _run_config(what, settings) if what else RunConfig()
+    width = config.model.d_model if what else WIDTH
+    with one_voice(), join(expert_size=1, shard=False) as ranks:
+        tokens = max(1, config.batch_size * config.seq_len // ranks.size)
+        profile(ranks, cluster, width, tokens, getattr(torch, config.dtype))
