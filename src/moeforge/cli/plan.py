@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 SHOWN = 5
 """Meshes in the table."""
-WIDTH = 1024
-"""Of the matrices that ``--profile`` multiplies, when no model says how wide its own are."""
 
 
 def plan(
@@ -51,7 +49,9 @@ def plan(
     if cluster is None:
         raise UserError("name a cluster with --cluster FILE; --profile writes one of this machine into it")
     if profile:
-        _profile(what, context.obj, cluster, nproc)
+        if what is not None:
+            raise UserError("--profile measures this machine, whatever the model: leave the model out")
+        _profile(context.obj, cluster, nproc)
         return
     if what is None:
         raise UserError("name a recipe, a YAML file, or a model folder")
@@ -197,23 +197,22 @@ def _named(mesh: dict[str, Any]) -> str:
     return describe(Layout(**{name: mesh[name] for name in Layout.__dataclass_fields__}))
 
 
-def _profile(what: str | None, settings: list[str], cluster: Path, nproc: int) -> None:
-    from moeforge.parallel.launch import launch
+def _profile(settings: list[str], cluster: Path, nproc: int) -> None:
+    from moeforge.parallel.launch import launch, one_voice
 
     if not is_worker():
-        command = ["plan", *([what] if what else []), "--profile", "--cluster", str(cluster), *settings]
+        command = ["plan", "--profile", "--cluster", str(cluster), *settings]
         launch(nproc, command, f"moeforge {' '.join(command)} --nproc {nproc}")
-        print(f"wrote {cluster}: moeforge plan {what or 'RECIPE'} --cluster {cluster}")
+        print(f"wrote {cluster}: moeforge plan RECIPE --cluster {cluster}")
         return
     import torch
 
-    from moeforge.parallel.launch import one_voice
+    from moeforge.cli.plan_steps import timed_steps
+    from moeforge.config import build, override
     from moeforge.parallel.plan.profile import profile
     from moeforge.parallel.together import join
     from moeforge.train import RunConfig
 
-    config = _run_config(what, settings) if what else RunConfig()
-    width = config.model.d_model if what else WIDTH
+    config = build(RunConfig, override({}, settings))
     with one_voice(), join(expert_size=1, shard=False) as ranks:
-        tokens = max(1, config.batch_size * config.seq_len // ranks.size)
-        profile(ranks, cluster, width, tokens, getattr(torch, config.dtype))
+        profile(ranks, cluster, getattr(torch, config.dtype), timed_steps(config, ranks))

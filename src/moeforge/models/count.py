@@ -70,8 +70,10 @@ def measure(config: ModelConfig, bytes_per_weight: int = 4, seq_len: int | None 
 class LayerWork:
     """Forward FLOPs per token of one layer's parts."""
 
-    attention: float
-    """Its projections, and queries with keys and values."""
+    projections: float
+    """Of attention, with those of its heads' router."""
+    scores: float
+    """Queries with keys, and those with values."""
     routing: float
     """What a token's way to its experts is found with."""
     beside: float
@@ -90,13 +92,14 @@ def layer_work(model: Decoder, seq_len: int) -> list[LayerWork]:
 
 def _layer_work(block: Any, layer: LayerConfig, config: ModelConfig, seq_len: int) -> LayerWork:
     attention, moe = block.attention, block.moe
-    attending = 0.0 if attention is None else _work(attention) + _attended(layer, config, seq_len)
+    projections = 0.0 if attention is None else 2 * _work(attention)
+    scores = 0.0 if attention is None else 2 * _attended(layer, config, seq_len)
     if moe is None:
-        return LayerWork(2 * attending, 0.0, 2 * (_matrices(block) - _known(attention)), 0.0)
+        return LayerWork(projections, scores, 0.0, 2 * (_matrices(block) - _known(attention)), 0.0)
     routed, shared = _used(moe), moe.d_model / moe.row_width * _known(moe.shared)
     beside = _matrices(block) - _known(attention) - _matrices(moe) + shared
-    again = _looks_again(moe, config, seq_len)
-    return LayerWork(2 * attending + again, 2 * (_work(moe) - routed - shared), 2 * beside, 2 * routed)
+    scores += _looks_again(moe, config, seq_len)
+    return LayerWork(projections, scores, 2 * (_work(moe) - routed - shared), 2 * beside, 2 * routed)
 
 
 def _known(module: nn.Module | None) -> int:

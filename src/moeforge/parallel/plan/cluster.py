@@ -63,6 +63,8 @@ class Cluster(Config):
     """Of one device."""
     flops: _amount("FLOP/s")
     """That one device reaches in large matrix products of the type that the run has."""
+    half_width: float = Field(0.0, ge=0)
+    """How wide a matrix is in products that reach half of ``flops``: narrow ones, as attention's scores, reach less."""
     bandwidth: _amount("B/s")
     """Of one device's memory."""
     overhead: _amount("s", least=0.0) = 0.0

@@ -1,7 +1,8 @@
 """Measures the machine that these processes run on, all of them at work at the same time, and writes a cluster file.
 
-FLOP/s in matrix products of a given width, memory bandwidth in sums of vectors, the cost of a kernel in a chain of tiny
-ones with their backward pass; of every kind of collective, latency and bandwidth fitted to several sizes.
+Single operations show the most: FLOP/s of a large matrix product, memory bandwidth of a sum of vectors, the cost of a
+kernel in a chain of tiny ones. What a device reaches in training is then fitted to steps of small decoders. Of every
+kind of collective, latency and bandwidth are fitted to several sizes.
 """
 
 import os
@@ -17,7 +18,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from moeforge.errors import UserError
+from moeforge.parallel.plan.amounts import Work
 from moeforge.parallel.plan.cluster import Cluster, Line, Link
+from moeforge.parallel.plan.job import Job, Layout
+from moeforge.parallel.plan.step import Part, step_of
 from moeforge.parallel.together import Together
 
 SIZES = tuple(1 << power for power in range(10, 23, 2))
@@ -25,6 +29,8 @@ SIZES = tuple(1 << power for power in range(10, 23, 2))
 ROUNDS = 9
 VECTOR = 2 << 20
 """Numbers in the vectors of the memory's test: 8 MiB, more than a core's own cache."""
+WIDTH = 2048
+"""Of the square matrices that are multiplied."""
 CHAIN = 200
 """Kernels of the chain."""
 # Before torch 2.13 these had other names.
@@ -32,19 +38,16 @@ ALL_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
-def profile(ranks: Together, path: Path, width: int, tokens: int, dtype: torch.dtype) -> None:
-    """Collective. Products are [tokens, width] x [width, width] of ``dtype``; the first process writes ``path``.
+def profile(ranks: Together, path: Path, dtype: torch.dtype, measured: list[tuple[Job, float]]) -> None:
+    """Collective. ``measured`` are seconds of steps that every process did by itself; the first one writes ``path``.
 
     Raises UserError for a single process, which sends nothing.
     """
     if ranks.size == 1:
         raise UserError("--profile needs two processes or more, to measure what lies between them: add --nproc")
     device, local = torch.device(ranks.mesh.world.device_type), int(os.environ["LOCAL_WORLD_SIZE"])
-    slowest = {
-        "flops": _flops(ranks, device, width, tokens, dtype),
-        "bandwidth": _bandwidth(ranks, device),
-        "overhead": _overhead(ranks, device),
-    }
+    limits = _flops(ranks, device, dtype), _bandwidth(ranks, device), _overhead(ranks, device)
+    (flops, bandwidth, overhead, half_width), error = fit_device(measured, limits)
     nodes = ranks.size // local
     near = _link(ranks, device, [range(first, first + local) for first in range(0, ranks.size, local)])
     far = _link(ranks, device, [range(first, ranks.size, local) for first in range(local)])
@@ -53,22 +56,70 @@ def profile(ranks: Together, path: Path, width: int, tokens: int, dtype: torch.d
         nodes=nodes,
         devices_per_node=local,
         memory=_memory(device) / (local if device.type == "cpu" else 1),
+        flops=flops,
+        half_width=half_width,
+        bandwidth=bandwidth,
+        overhead=overhead,
         inside=near or far,  # type: ignore[arg-type]
         between=far,
-        source=f"moeforge plan --profile: products of {tokens} x {width} x {width}, {str(dtype).split('.')[-1]}",
-        **slowest,
+        source=f"moeforge plan --profile: {len(measured)} steps in {dtype}, fitted within {error:.0%}",
     )
     if ranks.first:
         text = yaml.safe_dump(found.model_dump(mode="json", exclude_none=True), sort_keys=False)
         path.write_text(text, encoding="utf-8")
 
 
+def fit_device(
+    measured: list[tuple[Job, float]], limits: tuple[float, float, float]
+) -> tuple[tuple[float, ...], float]:
+    """(FLOP/s, bytes/s, seconds per kernel, half width) with which steps take nearest to what they took; how far off.
+
+    ``limits`` are what single operations showed: no step is computed faster.
+    """
+    alone = Layout(1)
+    table = [(_rows(step_of(job, alone)), took) for job, took in measured]
+
+    def wrong(device: tuple[float, ...]) -> float:
+        flops, bandwidth, overhead, half_width = device
+        ratios = []
+        for (flops_N, strips_N, traffic_N, kernels_N), took in table:
+            busy_N = torch.maximum((flops_N + half_width * strips_N) / flops, traffic_N / bandwidth)
+            ratios.append((busy_N + overhead * kernels_N).sum() / took)
+        return float(torch.stack(ratios).log().square().mean().sqrt())
+
+    best: tuple[float, ...] = (*limits, 32.0)
+    stride = 2.0
+    while stride > 1.01:
+        tries = [
+            tuple(value * factor if place == moved else value for place, value in enumerate(best))
+            for moved in range(4)
+            for factor in (stride, 1 / stride)
+        ]
+        allowed = [t for t in tries if t[0] <= limits[0] and t[1] <= limits[1] and t[2] >= limits[2]]
+        nearest = min([best, *allowed], key=wrong)
+        if nearest == best:
+            stride **= 0.5
+        best = nearest
+    return best, wrong(best)
+
+
+def _rows(parts: list[Part]) -> Tensor:
+    """[4, operations] of a process that is alone: FLOPs, strips, bytes, kernels; what comes often is many columns."""
+    works = [(o.does, part.times) for part in parts for o in part.operations if isinstance(o.does, Work)]
+    columns = [
+        (float(w.flops.sum()), float(w.strips.sum()), float(w.traffic.sum()), w.kernels)
+        for w, times in works
+        for _ in range(times)
+    ]
+    return torch.tensor(columns, dtype=torch.float64).T
+
+
 def _link(ranks: Together, device: torch.device, groups: list[range]) -> Link | None:
     """Of each kind of collective in groups of these ranks, all at once; None where a group is one rank."""
     if len(groups[0]) == 1:
         return None
-    made = [dist.new_group(list(group)) for group in groups]
-    own = next(group for group, members in zip(made, groups, strict=True) if ranks.mesh.rank in members)
+    own, _ = dist.new_subgroups_by_enumeration([list(group) for group in groups])
+    assert isinstance(own, ProcessGroup)
     kinds = {kind: _line(ranks, device, own, kind) for kind in COLLECTIVES}
     lines = list(kinds.values())
     latency, bandwidth = max(line.latency for line in lines), min(line.bandwidth for line in lines)
@@ -88,7 +139,7 @@ def _line(ranks: Together, device: torch.device, group: ProcessGroup, kind: str)
 
 
 def fit(rows: list[tuple[int, int, float]]) -> tuple[float, float]:
-    """(messages, bytes, seconds) -> seconds per message and per byte, least squares of relative errors, none negative."""
+    """(messages, bytes, seconds) -> seconds per message and per byte, positive: least squares of relative errors."""
     table = torch.tensor([[count, size] for count, size, _ in rows], dtype=torch.float64)
     seconds = torch.tensor([took for *_, took in rows], dtype=torch.float64)
     scaled = table / seconds[:, None]
@@ -146,10 +197,9 @@ def _seconds(ranks: Together, device: torch.device, run: Callable[[], object], c
     return max(ranks.gather(sorted(took)[len(took) // 2]))
 
 
-def _flops(ranks: Together, device: torch.device, width: int, tokens: int, dtype: torch.dtype) -> float:
-    x_TD, weight_DD = (torch.ones(size, width, device=device, dtype=dtype) for size in (tokens, width))
-    work = 2 * tokens * width**2
-    return work / _seconds(ranks, device, lambda: x_TD @ weight_DD, max(1, min(64, round(1e9 / work))))
+def _flops(ranks: Together, device: torch.device, dtype: torch.dtype) -> float:
+    one, two = (torch.ones(WIDTH, WIDTH, device=device, dtype=dtype) for _ in range(2))
+    return 2 * WIDTH**3 / _seconds(ranks, device, lambda: one @ two, 1)
 
 
 def _bandwidth(ranks: Together, device: torch.device) -> float:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moeforge.parallel.plan.amounts import Message, Work
 from moeforge.parallel.plan.cluster import Cluster
 from moeforge.parallel.plan.job import Layout
-from moeforge.parallel.plan.step import Message, Operation, Part, Work
+from moeforge.parallel.plan.step import Operation, Part
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,8 @@ def _together(ready_DP: Tensor, axis: str) -> Tensor:
 
 def work_seconds(work: Work, cluster: Cluster) -> Tensor:
     """[D or 1, P or 1]: the roofline."""
-    busy = torch.maximum(work.flops / cluster.flops, work.traffic / cluster.bandwidth)
+    multiplied = (work.flops + cluster.half_width * work.strips) / cluster.flops
+    busy = torch.maximum(multiplied, work.traffic / cluster.bandwidth)
     return work.kernels * cluster.overhead + busy
 
 

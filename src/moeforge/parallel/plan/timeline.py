@@ -9,9 +9,9 @@ from xml.sax.saxutils import escape
 import torch
 
 from moeforge.errors import UserError
+from moeforge.parallel.plan.amounts import Message
 from moeforge.parallel.plan.job import Layout
 from moeforge.parallel.plan.simulate import Played
-from moeforge.parallel.plan.step import Message
 
 SHOWN = 16
 """Processes: where there are more, the busiest, the idlest, and some between them."""
@@ -47,7 +47,7 @@ class Bar:
 
 
 def write_timeline(played: list[Played], layout: Layout, path: Path) -> None:
-    """``.json`` or ``.svg``; every part once, one after another. Raises UserError for another name, or no such folder."""
+    """``.json`` or ``.svg``; every part once, in order. Raises UserError for another name, or no such folder."""
     writers = {".json": _trace, ".svg": _svg}
     if path.suffix not in writers:
         raise UserError(f"--timeline {path}: its name must end in .json (for chrome://tracing) or .svg")
