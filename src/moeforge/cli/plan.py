@@ -66,14 +66,12 @@ def plan(
     job = _job(config, _loads(config.model, loads, imbalance))
     wanted = Wanted(ep, shard, config.recompute_activations or None, overlap, chunks)
     found = search(job, place, wanted)
-    tree = _tree(what, config, job, place, found)
-    print(json.dumps(tree, indent=2)) if as_json else _show(tree)
     if timeline is not None:
         from moeforge.parallel.plan.timeline import write_timeline
 
         write_timeline(found[0].played, found[0].layout, timeline)
-        if not as_json:
-            print(f"timeline         {timeline}")
+    tree = _tree(what, config, job, place, found) | {"command": _command(what, context.obj, place, found[0])}
+    print(json.dumps(tree, indent=2)) if as_json else _show(tree)
 
 
 def _run_config(what: str, settings: list[str]) -> "RunConfig":
@@ -105,6 +103,8 @@ def _loads(model: "ModelConfig", run: Path | None, imbalance: float) -> "dict[in
     from moeforge.parallel.plan.job import skewed
 
     sizes = {depth: layer.moe.num_experts for depth, layer in enumerate(model.applied_layers) if layer.moe}
+    if not sizes and (run is not None or imbalance > 1):
+        raise UserError("no layer has experts whose loads could differ: leave --loads and --imbalance out")
     if run is None:
         return {depth: skewed(size, imbalance) for depth, size in sizes.items()} if imbalance > 1 else {}
     from moeforge.train.metrics import read_metrics
@@ -135,7 +135,6 @@ def _tree(what: str, config: "RunConfig", job: "Job", cluster: "Cluster", found:
         "meshes": [_mesh(each, config.tokens_per_step) for each in found],
         "bytes": bytes_sent(best.parts, best.layout),
         "seconds": {"step": best.seconds, "computing": computing, "sending": sending},
-        "command": _command(what, cluster, best),
     }
 
 
@@ -149,11 +148,12 @@ def _mesh(found: "Candidate", tokens: int) -> dict[str, Any]:
     }
 
 
-def _command(what: str, cluster: "Cluster", found: "Candidate") -> str:
+def _command(what: str, settings: list[str], cluster: "Cluster", found: "Candidate") -> str:
     """What starts it; of a model folder, which says nothing of a run, the options alone."""
     layout = found.layout
     flags = f" --ep {layout.expert}" * (layout.expert > 1) + " --shard" * layout.shard
     flags += " --recompute_activations=true" * layout.recompute
+    flags += "".join(f" {setting}" for setting in settings)
     if Path(what).is_dir():
         return f"moeforge train ...{flags}"
     if cluster.nodes == 1:
@@ -201,6 +201,8 @@ def _profile(settings: list[str], cluster: Path, nproc: int) -> None:
     from moeforge.parallel.launch import launch, one_voice
 
     if not is_worker():
+        if nproc == 1:
+            raise UserError("--profile needs two processes or more, to measure what lies between them: add --nproc")
         command = ["plan", "--profile", "--cluster", str(cluster), *settings]
         launch(nproc, command, f"moeforge {' '.join(command)} --nproc {nproc}")
         print(f"wrote {cluster}: moeforge plan RECIPE --cluster {cluster}")

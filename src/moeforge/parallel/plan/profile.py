@@ -17,7 +17,6 @@ import yaml
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from moeforge.errors import UserError
 from moeforge.parallel.plan.amounts import Work
 from moeforge.parallel.plan.cluster import Cluster, Line, Link
 from moeforge.parallel.plan.job import Job, Layout
@@ -39,12 +38,10 @@ REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tens
 
 
 def profile(ranks: Together, path: Path, dtype: torch.dtype, measured: list[tuple[Job, float]]) -> None:
-    """Collective. ``measured`` are seconds of steps that every process did by itself; the first one writes ``path``.
+    """Collective, of two processes or more.
 
-    Raises UserError for a single process, which sends nothing.
+    ``measured`` are seconds of steps that every process did by itself; the first one writes ``path``.
     """
-    if ranks.size == 1:
-        raise UserError("--profile needs two processes or more, to measure what lies between them: add --nproc")
     device, local = torch.device(ranks.mesh.world.device_type), int(os.environ["LOCAL_WORLD_SIZE"])
     limits = _flops(ranks, device, dtype), _bandwidth(ranks, device), _overhead(ranks, device)
     (flops, bandwidth, overhead, half_width), error = fit_device(measured, limits)

@@ -28,10 +28,12 @@ COLOURS = {
     "gather": "#59a14f",
     "scatter": "#59a14f",
     "sum": "#59a14f",
+    "norm": "#bab0ac",
     "optimizer": "#bab0ac",
+    "other": "#d3d3d3",
 }
 """By the first word of a name."""
-WIDTH, LEFT, BAR, GAP, TOP = 1200, 110, 11, 5, 46
+WIDTH, LEFT, RIGHT, BAR, GAP, TOP = 1200, 110, 40, 11, 5, 46
 """Of the SVG, in pixels."""
 
 
@@ -104,12 +106,12 @@ def _trace(found: list[Bar], played: list[Played]) -> str:
 def _svg(found: list[Bar], played: list[Played]) -> str:
     total = sum(each.seconds for each in played)
     rows = {key: row for row, key in enumerate(sorted({(bar.rank, bar.lane) for bar in found}))}
-    scale, height = (WIDTH - LEFT - 10) / max(total, 1e-12), TOP + len(rows) * (BAR + GAP) + 34
+    scale, height = (WIDTH - LEFT - RIGHT) / max(total, 1e-12), TOP + len(rows) * (BAR + GAP) + 34
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" font-family="sans-serif" '
         f'font-size="10">',
         f'<rect width="{WIDTH}" height="{height}" fill="white"/>',
-        *_legend({bar.name.split()[0] for bar in found}),
+        *_legend({"other", *(bar.name.split()[0] for bar in found)}),
     ]
     for (rank, lane), row in rows.items():
         label = f"rank {rank} {LANES[lane]}"
@@ -129,7 +131,7 @@ def _svg(found: list[Bar], played: list[Played]) -> str:
         lines.append(f'<text x="{x + 3:.2f}" y="{TOP - 6}" fill="#555">{escape(name)}</text>')
         began += each.seconds
     for tick in range(6):
-        x = LEFT + tick * (WIDTH - LEFT - 10) / 5
+        x = LEFT + tick * (WIDTH - LEFT - RIGHT) / 5
         lines.append(f'<text x="{x:.1f}" y="{height - 8}" text-anchor="middle">{tick * total / 5 * 1e3:.4g} ms</text>')
     return "\n".join([*lines, "</svg>"]) + "\n"
 
@@ -139,7 +141,7 @@ def _y(row: int) -> int:
 
 
 def _colour(name: str) -> str:
-    return COLOURS.get(name.split()[0], "#d3d3d3")
+    return COLOURS.get(name.split()[0], COLOURS["other"])
 
 
 def _legend(words: set[str]) -> list[str]:
