@@ -57,7 +57,7 @@ def test_a_runs_loads_are_its_own_last_ones(call, tiny, run_folder, cluster):
 
 
 def test_a_timeline_is_written(call, tiny, cluster, tmp_path):
-    code, out, err = call("plan", tiny, "--cluster", cluster, "--timeline", tmp_path / "step.svg")
+    code, _, err = call("plan", tiny, "--cluster", cluster, "--timeline", tmp_path / "step.svg")
     assert code == 0 and (tmp_path / "step.svg").read_text().startswith("<svg"), err
 
 
