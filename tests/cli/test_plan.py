@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import yaml
 
 CLUSTER = """
 nodes: 2
@@ -61,9 +62,28 @@ def test_a_timeline_is_written(call, tiny, cluster, tmp_path):
     assert code == 0 and (tmp_path / "step.svg").read_text().startswith("<svg"), err
 
 
+@pytest.mark.parametrize("options", [[], ["--replicas", "2"], ["--transfers"]], ids=str)
+def test_places_are_written_for_a_run(call, run_folder, tmp_path, options):
+    out = tmp_path / "places.yaml"
+    code, told, err = call("plan", run_folder, "--ep", 2, "--place", out, *options, "--json")
+    assert code == 0, err
+    (row,) = json.loads(told)["layers"]
+    assert row["layer"] == 1 and 1 <= row["placed"] <= 2
+    (entries,) = yaml.safe_load(out.read_text()).values()
+    holders = [entry if isinstance(entry, list) else [entry] for entry in entries]
+    assert len(holders) == 4 and sum(map(len, holders)) == 4 + 2 * ("--replicas" in options)
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [
+        (["RUN", "--place", "places.yaml"], "--place needs a run folder, and --ep"),
+        (["TINY", "--place", "places.yaml", "--ep", "2"], "is no run"),
+        (["RUN", "--place", "places.yaml", "--ep", "3"], "take 2 replicas, or 5, 8"),
+        (["RUN", "--place", "places.yaml", "--ep", "3", "--transfers"], "4 experts cannot be spread evenly over 3"),
+        (["RUN", "--place", "none/places.yaml", "--ep", "2"], "No such file"),
+        (["RUN", "--place", "places.yaml", "--ep", "2", "--steps=3"], "a run's settings are fixed"),
+        (["RUN", "--cluster", "CLUSTER", "--replicas", "2"], "add --place FILE"),
         (["TINY"], "name a cluster with --cluster FILE"),
         (["--cluster", "CLUSTER"], "name a recipe"),
         (["TINY", "--cluster", "none.yaml"], "none.yaml: No such file"),

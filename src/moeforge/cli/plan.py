@@ -38,6 +38,9 @@ def plan(
     loads: Annotated[Path | None, typer.Option(help="A run folder: experts get rows as they did there.")] = None,
     imbalance: Annotated[float, typer.Option(min=1, help="Rows of the busiest expert, over the mean.")] = 1.0,
     timeline: Annotated[Path | None, typer.Option(help="Write when who does what: .json (Chrome) or .svg.")] = None,
+    place: Annotated[Path | None, typer.Option(help="Write which process should hold which experts of a run.")] = None,
+    replicas: Annotated[int, typer.Option(min=0, help="With --place: copies of busy experts, in each layer.")] = 0,
+    transfers: Annotated[bool, typer.Option("--transfers", help="With --place: mind the next layer too.")] = False,
     profile: Annotated[bool, typer.Option("--profile", help="Measure this machine and write --cluster.")] = False,
     nproc: Annotated[int, typer.Option(min=1, help="Processes that --profile starts.")] = 2,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
@@ -46,6 +49,11 @@ def plan(
 
     Any setting of a recipe can be changed on the way: --batch_size=512; of a folder, those of its training.
     """
+    if place is not None:
+        _place(what, context.obj, place, ep, replicas, transfers, as_json)
+        return
+    if replicas or transfers:
+        raise UserError(f"{'--replicas' if replicas else '--transfers'} is about places of experts: add --place FILE")
     if cluster is None:
         raise UserError("name a cluster with --cluster FILE; --profile writes one of this machine into it")
     if profile:
@@ -62,15 +70,15 @@ def plan(
     from moeforge.parallel.plan.cluster import read_cluster
     from moeforge.parallel.plan.search import Wanted, search
 
-    place, config = read_cluster(cluster), _run_config(what, context.obj)
+    devices, config = read_cluster(cluster), _run_config(what, context.obj)
     job = _job(config, _loads(config.model, loads, imbalance))
     wanted = Wanted(ep, shard, config.recompute_activations or None, overlap, chunks)
-    found = search(job, place, wanted)
+    found = search(job, devices, wanted)
     if timeline is not None:
         from moeforge.parallel.plan.timeline import write_timeline
 
         write_timeline(found[0].played, found[0].layout, timeline)
-    tree = _tree(what, config, job, place, found) | {"command": _command(what, context.obj, place, found[0])}
+    tree = _tree(what, config, job, devices, found) | {"command": _command(what, context.obj, devices, found[0])}
     print(json.dumps(tree, indent=2)) if as_json else _show(tree)
 
 
@@ -195,6 +203,21 @@ def _named(mesh: dict[str, Any]) -> str:
     from moeforge.parallel.plan.search import describe
 
     return describe(Layout(**{name: mesh[name] for name in Layout.__dataclass_fields__}))
+
+
+def _place(
+    what: str | None, settings: list[str], out: Path, ep: int | None, replicas: int, transfers: bool, as_json: bool
+) -> None:
+    from moeforge.cli.plan_places import Options, place, show_places
+
+    if what is None or ep is None or ep == 1:
+        raise UserError("--place needs a run folder, and --ep with the processes that share its experts")
+    if settings:
+        raise UserError(f"{settings[0]}: a run's settings are fixed")
+    if replicas and transfers:
+        raise UserError("--transfers places each expert once: leave --replicas out")
+    told = place(Path(what), Options(ep, replicas, transfers), out)
+    print(json.dumps(told, indent=2)) if as_json else show_places(told)
 
 
 def _profile(settings: list[str], cluster: Path, nproc: int) -> None:
