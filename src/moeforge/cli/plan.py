@@ -105,25 +105,37 @@ def _job(config: "RunConfig", loads: "dict[int, Tensor]") -> "Job":
 
 
 def _loads(model: "ModelConfig", run: Path | None, imbalance: float) -> "dict[int, Tensor]":
-    """By depth, the share of each expert. Raises UserError for a run of another model, and for too much imbalance."""
-    import torch
-
+    """By depth, the share of each expert. Raises UserError where there are none, and for too much imbalance."""
     from moeforge.parallel.plan.job import skewed
 
     sizes = {depth: layer.moe.num_experts for depth, layer in enumerate(model.applied_layers) if layer.moe}
     if not sizes and (run is not None or imbalance > 1):
         raise UserError("no layer has experts whose loads could differ: leave --loads and --imbalance out")
-    if run is None:
-        return {depth: skewed(size, imbalance) for depth, size in sizes.items()} if imbalance > 1 else {}
+    if run is not None:
+        return loads_of_run(model, run)
+    return {depth: skewed(size, imbalance) for depth, size in sizes.items()} if imbalance > 1 else {}
+
+
+def loads_of_run(model: "ModelConfig", run: Path, steps: int | None = None) -> "dict[int, Tensor]":
+    """By depth, the share of each expert in the last ``steps`` of a run; None: in the last tenth of it.
+
+    Raises UserError for a run of another model.
+    """
+    import torch
+
     from moeforge.train.metrics import read_metrics
 
     lines = read_metrics(run / "metrics.jsonl")
-    lines, found = lines[-max(1, len(lines) // 10) :], {}
-    for depth, size in sizes.items():
+    lines, found = lines[-(steps or max(1, len(lines) // 10)) :], {}
+    for depth, layer in enumerate(model.applied_layers):
+        if layer.moe is None:
+            continue
         name = f"moe/tokens_per_expert/layer_{depth:02d}"
         counts = torch.tensor([line.get(name, []) for line in lines], dtype=torch.float64).sum(0)
-        if len(counts) != size or not counts.sum():
-            raise UserError(f"{run} has no loads of {size} experts in layer {depth}: it is a run of another model")
+        if len(counts) != layer.moe.num_experts or not counts.sum():
+            raise UserError(
+                f"{run} has no loads of {layer.moe.num_experts} experts in layer {depth}: it is a run of another model"
+            )
         found[depth] = counts / counts.sum()
     return found
 
