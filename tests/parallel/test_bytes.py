@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import distributed as dist
 
+from moeforge.parallel.layout import Layout
 from moeforge.parallel.mesh import Mesh
 from moeforge.parallel.together import Together
 from moeforge.train.config import AdamW
@@ -18,7 +19,7 @@ WIDTH, EXPERTS, LOSSES, BYTES = 8, 4, 3, 8
 
 
 def one_step(rows: list[int], expert_size: int, shard: bool, recompute: bool) -> dict[str, int]:
-    ranks = Together(Mesh.build(dist.get_world_size(), expert_size, "cpu"), shard)
+    ranks = Together(Mesh.build(dist.get_world_size(), expert_size, "cpu"), Layout(expert_size, shard))
     model = decoder("plain", torch.float64)
     model.recompute_activations = recompute
     ranks.place(model)

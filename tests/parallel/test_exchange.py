@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from torch.distributed.device_mesh import DeviceMesh
 
 from moeforge.moe.bank import LowRankExperts, MLPExperts, NeuronExperts
 from moeforge.moe.route import Route
-from moeforge.parallel.exchange import install
+from moeforge.parallel.exchange import Exchange
+from moeforge.parallel.mesh import Mesh
 from moeforge.parallel.wire import Wire
 
 pytestmark = pytest.mark.dist
@@ -49,25 +49,30 @@ def built(name: str, dtype: torch.dtype):
     return BANKS[name].build(WIDTH).to(dtype)
 
 
-def exchanged(name: str, case: str, dtype: torch.dtype):
-    mesh = DeviceMesh("cpu", torch.arange(torch.distributed.get_world_size()))
-    bank, group, wire = built(name, dtype), mesh.get_group(), Wire()
+def exchanged(name: str, case: str, dtype: torch.dtype, two_level: bool):
+    """Four processes are two machines of two."""
+    size = torch.distributed.get_world_size()
+    mesh = Mesh.build(size, size, "cpu", 2 if two_level else None)
+    bank, group, wire = built(name, dtype), mesh.expert_group, Wire(2)
     for key, parameter in list(bank.named_parameters()):
         own = parameter.detach().chunk(group.size())[group.rank()].clone()
         setattr(bank, key, torch.nn.Parameter(own))
-    install(bank, group, wire)
+    Exchange(mesh.levels, wire).install(bank)
     results = passed(bank, case, group.rank(), BANKS[name].num_experts, dtype)
-    return results, {key: p.grad for key, p in bank.named_parameters()}, dict(wire.sent)
+    return results, {key: p.grad for key, p in bank.named_parameters()}, (wire.sent, wire.far)
 
 
-@pytest.mark.parametrize("size", [2, 4])
+WAYS = [(2, False), (4, False), (4, True)]
+
+
+@pytest.mark.parametrize("size, two_level", WAYS)
 @pytest.mark.parametrize("case", ROUTES)
 @pytest.mark.parametrize("name", BANKS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
-def test_experts_elsewhere_are_as_experts_here(processes, size, name, case, dtype):
+def test_experts_elsewhere_are_as_experts_here(processes, size, two_level, name, case, dtype):
     tolerance = {"rtol": 1e-10, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-5}
     bank, config = built(name, dtype), BANKS[name]
-    there = processes(size).run(exchanged, name, case, dtype)
+    there = processes(size).run(exchanged, name, case, dtype, two_level)
     for rank, (results, _, _) in enumerate(there):
         here = passed(bank, case, rank, config.num_experts, dtype)
         for actual, expected in zip(results, here, strict=True):
@@ -75,16 +80,36 @@ def test_experts_elsewhere_are_as_experts_here(processes, size, name, case, dtyp
     for key, parameter in bank.named_parameters():
         pieces = torch.cat([gradients[key] for _, gradients, _ in there])
         torch.testing.assert_close(pieces, parameter.grad, **tolerance, msg=key)
-    assert [sent["all_to_all"] for *_, sent in there] == bytes_sent(case, size, config.num_experts, dtype)
+    counted = [(sent["all_to_all"], far["all_to_all"], far["messages"]) for *_, (sent, far) in there]
+    away_RR = edges_between(case, size, config.num_experts, dtype)
+    expected = bytes_sent(away_RR, config.num_experts, dtype, two_level)
+    assert counted == expected if not two_level else tuple(map(sum, zip(*counted, strict=True))) == expected
 
 
-def bytes_sent(case: str, size: int, num_experts: int, dtype: torch.dtype) -> list[int]:
-    """By the formula of docs/parallel.md, of each rank: counts, rows and weights out, rows back, and all in reverse."""
-    away = torch.zeros(size, size, dtype=torch.int64)
+def edges_between(case: str, size: int, num_experts: int, dtype: torch.dtype) -> torch.Tensor:
+    """[from, to]."""
+    rows = []
     for rank in range(size):
         _, weights_TE, route = inputs(case, rank, num_experts, dtype)
-        away[rank] = route(weights_TE).counts.view(size, -1).sum(1)
-    away.fill_diagonal_(0)
-    counts = 8 * (num_experts // size) * (size - 1)
-    edge = 2 * WIDTH * dtype.itemsize + dtype.itemsize
-    return [counts + edge * int(out) + edge * int(back) for out, back in zip(away.sum(1), away.sum(0), strict=True)]
+        rows.append(route(weights_TE).counts.view(size, -1).sum(1))
+    return torch.stack(rows)
+
+
+def bytes_sent(away_RR: torch.Tensor, num_experts: int, dtype: torch.dtype, two_level: bool):
+    """By the formulas of docs/parallel.md: counts, rows and weights out, rows back, and all in reverse.
+
+    One level: of each rank; two: of all. What goes to any process, what goes to the other machine, messages there.
+    """
+    size, edge = len(away_RR), 4 * WIDTH * dtype.itemsize + 2 * dtype.itemsize  # there, back, and their gradients
+    own, rank = num_experts // size, torch.arange(size)
+    other, far = rank[:, None] != rank, rank[:, None] // 2 != rank // 2
+    if two_level:
+        inside = rank[:, None] % 2 != rank % 2  # to the neighbour who has the owner's place
+        far_bytes = 8 * size * 1 * 2 * own + edge * int(away_RR[far].sum())
+        return far_bytes + 8 * size * 1 * 2 * own + edge * int(away_RR[inside].sum()), far_bytes, size * 1 * 7
+
+    def of_each(there_RR: torch.Tensor) -> list[int]:
+        out_and_back = (away_RR * there_RR).sum(1) + (away_RR * there_RR).sum(0)
+        return [8 * own * int(n) + edge // 2 * int(rows) for n, rows in zip(there_RR.sum(1), out_and_back, strict=True)]
+
+    return list(zip(of_each(other), of_each(far), (7 * far.sum(1)).tolist(), strict=True))

@@ -78,7 +78,7 @@ def test_a_killed_process_is_named_the_others_stop_and_the_run_goes_on(tiny, tmp
     assert run.returncode == 2
     assert "process 1 of 2 was killed by SIGKILL" in said and "Traceback" not in said
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers.values())
-    assert f"moeforge train {out}/config.yaml --out {out} --resume --nproc 2 --ep 2" in said
+    assert f"moeforge train {out}/config.yaml --out {out} --resume --nproc 2 --ep=2" in said
 
     saved = int(checkpoints(out / "checkpoints")[-1].name[5:])
     settings = ["--out", out, "--resume", "--nproc", 2, "--ep", 2, "--json", f"--steps={saved + 2}"]
@@ -120,6 +120,13 @@ REFUSED = {
     "one process": (["--ep=2"], "--ep needs several processes: add --nproc"),
     "nothing to cut": (["--shard"], "--shard needs several processes: add --nproc"),
     "nothing to deal out": (["--nproc=2", "--ep=2", "--model.moe=null"], "an expert size of 2 does nothing"),
+    "no two levels": (
+        ["--nproc=4", "--ep=2", "--two-level", "--node-size=2"],
+        "an expert size of 2 and a node size of 2 do not make them",
+    ),
+    "all on one machine": (["--nproc=4", "--ep=4", "--two-level"], "an expert size of 4 and a node size of 4 do not"),
+    "machines half full": (["--nproc=4", "--node-size=3"], "--node-size: 4 processes do not fill machines of 3"),
+    "one process, two levels": (["--two-level"], "--two-level needs several processes: add --nproc"),
     "mixed tokens": ([*"--nproc=2 --ep=2".split(), *SOFT], "select: soft mixes before experts run: it needs an expert"),
     "a dry run": (["--nproc=2", "--dry-run"], "--nproc does nothing beside --dry-run"),
 }

@@ -11,6 +11,7 @@ from moeforge.config import build
 from moeforge.data.prepare import prepare
 from moeforge.errors import UserError
 from moeforge.hub import load
+from moeforge.parallel.layout import Layout
 from moeforge.parallel.mesh import Mesh
 from moeforge.parallel.ranks import ALONE
 from moeforge.parallel.together import Together
@@ -58,7 +59,7 @@ def whole(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ranks_of(expert_size: int, shard: bool):
     if not dist.is_initialized():
         return ALONE
-    return Together(Mesh.build(dist.get_world_size(), expert_size, "cpu"), shard)
+    return Together(Mesh.build(dist.get_world_size(), expert_size, "cpu"), Layout(expert_size, shard))
 
 
 def begin(config: RunConfig, out: Path, expert_size: int, shard: bool) -> None:

@@ -11,6 +11,7 @@ from moeforge.config import Tree, build
 from moeforge.data.packing import Batch
 from moeforge.errors import UserError
 from moeforge.models import Decoder, ModelConfig
+from moeforge.parallel.layout import Layout
 from moeforge.parallel.mesh import Mesh
 from moeforge.parallel.ranks import ALONE
 from moeforge.parallel.together import Together
@@ -99,8 +100,9 @@ def gathered(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def together(name: str, rows: list[int], mesh: tuple[int, bool], dtype: torch.dtype, recompute: bool):
-    ranks = Together(Mesh.build(dist.get_world_size(), mesh[0], "cpu"), mesh[1])
+def together(name: str, rows: list[int], layout: Layout, dtype: torch.dtype, recompute: bool):
+    node_size = layout.node_size if layout.two_level else None
+    ranks = Together(Mesh.build(dist.get_world_size(), layout.ep, "cpu", node_size), layout)
     return trained(decoder(name, dtype), ranks, [batches(rows, step, name) for step in range(STEPS)], recompute)
 
 
@@ -137,19 +139,31 @@ CASES += [(name, [7, 2], *mesh) for name in MODELS if name != "plain" for mesh i
 @pytest.mark.parametrize("name, rows, size, expert_size, shard", CASES, ids=str)
 def test_many_processes_are_as_one(processes, name, rows, size, expert_size, shard):
     expected = alone(name, rows, size, torch.float64)
-    for actual in processes(size).run(together, name, rows, (expert_size, shard), torch.float64, False):
+    for actual in processes(size).run(together, name, rows, Layout(expert_size, shard), torch.float64, False):
+        same(actual, expected, torch.float64)
+
+
+OPTIONS = {"two levels": Layout(ep=4, node_size=2, two_level=True)}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", ["plain", "two banks, any number of experts"])
+@pytest.mark.parametrize("layout", OPTIONS.values(), ids=OPTIONS)
+def test_every_option_gives_the_same(processes, layout, name, recompute):
+    expected = alone(name, [7, 2], 4, torch.float64)
+    for actual in processes(4).run(together, name, [7, 2], layout, torch.float64, recompute):
         same(actual, expected, torch.float64)
 
 
 @pytest.mark.parametrize("size, expert_size, shard", [(4, 2, False), (4, 2, True)])
 def test_in_single_precision_and_with_activations_made_again(processes, size, expert_size, shard):
     expected = alone("plain", [5], size, torch.float32)
-    for actual in processes(size).run(together, "plain", [5], (expert_size, shard), torch.float32, True):
+    for actual in processes(size).run(together, "plain", [5], Layout(expert_size, shard), torch.float32, True):
         same(actual, expected, torch.float32)
 
 
 def broken(expert_size: int) -> str:
-    ranks = Together(Mesh.build(dist.get_world_size(), expert_size, "cpu"), False)
+    ranks = Together(Mesh.build(dist.get_world_size(), expert_size, "cpu"), Layout(expert_size))
     model = decoder("plain", torch.float64)
     ranks.place(model)
     if not ranks.first:

@@ -6,6 +6,7 @@ all. In the backward pass the same ways are gone in reverse, with the gradients 
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -16,33 +17,40 @@ from moeforge.errors import UserError
 from moeforge.kernels import sum_by_token
 from moeforge.moe.bank import Bank
 from moeforge.moe.route import Route
-from moeforge.parallel.wire import Wire, transfer
+from moeforge.parallel.way import find_way
+from moeforge.parallel.wire import Wire
 
 Run = Callable[[Tensor, Route], Tensor]
 
 
-def install(bank: Bank, group: ProcessGroup, wire: Wire) -> None:
-    """From now on the bank, which holds its process' share of the experts, is called with routes over all of them."""
-    bank.forward = partial(exchanged, bank.forward, group, wire)  # type: ignore[method-assign,assignment]
+@dataclass(frozen=True)
+class Exchange:
+    """Who exchanges rows, and by which links."""
 
+    levels: tuple[ProcessGroup, ...]
+    """As ``Mesh.levels``."""
+    wire: Wire
 
-def exchanged(run: Run, group: ProcessGroup, wire: Wire, x_TD: Tensor, route: object) -> Tensor:
-    """[T, D] -> [T, D] weighted sum over a route over all experts; ``run`` is the bank of the local ones.
+    def install(self, bank: Bank) -> None:
+        """From now on the bank, which holds its process' share of the experts, is called with routes over all."""
+        bank.forward = partial(self.run, bank.forward)  # type: ignore[method-assign,assignment]
 
-    Collective over the group. Raises UserError for mixed tokens or mixed parameters, which have no edges.
-    """
-    if not isinstance(route, Route):
-        raise UserError("select: soft and merged mix all tokens or all experts: they need an expert size of 1")
-    send_RE = route.counts.view(group.size(), -1)
-    come_RE = wire.all_to_all(send_RE, [1] * len(send_RE), [1] * len(send_RE), group)
-    to, come = torch.stack([send_RE.sum(1), come_RE.sum(1)]).tolist()
-    local_RE = torch.arange(send_RE.shape[1], device=x_TD.device).expand_as(send_RE)
-    expert_M1 = local_RE.flatten().repeat_interleave(come_RE.flatten())[:, None]
-    rows_MD = transfer(route.gather(_as_computed(x_TD)), to, come, group, wire)
-    weight_M = transfer(route.weight, to, come, group, wire)
-    weighted_MD = run(rows_MD, Route.from_top_k(expert_M1, weight_M[:, None], send_RE.shape[1]))
-    y_TD = sum_by_token(transfer(weighted_MD, come, to, group, wire), route)
-    return route.add_carry(y_TD.to(weighted_MD.dtype), x_TD)
+    def run(self, run: Run, x_TD: Tensor, route: object) -> Tensor:
+        """[T, D] -> [T, D] weighted sum over a route over all experts; ``run`` is the bank of the local ones.
+
+        Collective over the group. Raises UserError for mixed tokens or mixed parameters, which have no edges.
+        """
+        if not isinstance(route, Route):
+            raise UserError("select: soft and merged mix all tokens or all experts: they need an expert size of 1")
+        size = torch.Size(group.size() for group in self.levels).numel()
+        way, come_RE = find_way(route.counts, [route.num_experts // size] * size, self.levels, self.wire)
+        local_RE = torch.arange(come_RE.shape[1], device=x_TD.device).expand_as(come_RE)
+        expert_M1 = local_RE.flatten().repeat_interleave(come_RE.flatten())[:, None]
+        rows_MD = way.there(route.gather(_as_computed(x_TD)))
+        weight_M = way.there(route.weight)
+        weighted_MD = run(rows_MD, Route.from_top_k(expert_M1, weight_M[:, None], come_RE.shape[1]))
+        y_TD = sum_by_token(way.back(weighted_MD), route)
+        return route.add_carry(y_TD.to(weighted_MD.dtype), x_TD)
 
 
 def _as_computed(x_TD: Tensor) -> Tensor:

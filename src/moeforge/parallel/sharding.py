@@ -14,7 +14,8 @@ from moeforge.errors import UserError
 from moeforge.models import Decoder, ModelConfig
 from moeforge.moe import MoEConfig
 from moeforge.moe.bank import Bank, LowRankExperts, MLPExperts, NeuronExperts
-from moeforge.parallel.exchange import install
+from moeforge.parallel.exchange import Exchange
+from moeforge.parallel.layout import Layout
 from moeforge.parallel.mesh import Mesh, check_experts
 from moeforge.parallel.wire import Wire
 
@@ -25,10 +26,11 @@ DEALT = (MLPExperts, LowRankExperts, NeuronExperts)
 class Sharding:
     """A decoder's parameters on a mesh. The model is changed in place; each process must hold the same one before."""
 
-    def __init__(self, model: Decoder, mesh: Mesh, wire: Wire, shard: bool) -> None:
-        """``shard``: FSDP cuts what would else be on several processes. Raises UserError where ``dealt`` does."""
+    def __init__(self, model: Decoder, mesh: Mesh, wire: Wire, layout: Layout) -> None:
+        """Raises UserError where ``dealt`` does."""
         self.mesh = mesh
         banks: dict[str, Bank] = {name: model.get_submodule(name) for name in dealt(model.config, mesh.expert_size)}  # type: ignore[misc]
+        exchange = Exchange(mesh.levels, wire)
         self.dealt: dict[str, torch.Size] = {}
         """Whole shape of each parameter that is dealt out by experts."""
         for name, bank in banks.items():
@@ -36,8 +38,8 @@ class Sharding:
                 self.dealt[f"{name}.{key}"] = parameter.shape
                 own = parameter.detach().chunk(mesh.expert_size)[mesh.grid.get_local_rank("expert")]
                 setattr(bank, key, nn.Parameter(own.clone()))
-            install(bank, mesh.expert_group, wire)
-        if shard:
+            exchange.install(bank)
+        if layout.shard:
             _fully_shard(model, list(banks.values()), mesh, wire)
         # Kept, as FSDP puts others in their place while a module works.
         self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
