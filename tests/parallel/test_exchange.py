@@ -5,6 +5,7 @@ import torch
 
 from moeforge.moe.bank import LowRankExperts, MLPExperts, NeuronExperts
 from moeforge.moe.route import Route
+from moeforge.parallel.chunks import Chunks
 from moeforge.parallel.exchange import Exchange
 from moeforge.parallel.mesh import Mesh
 from moeforge.parallel.wire import Wire
@@ -49,7 +50,7 @@ def built(name: str, dtype: torch.dtype):
     return BANKS[name].build(WIDTH).to(dtype)
 
 
-def exchanged(name: str, case: str, dtype: torch.dtype, two_level: bool):
+def exchanged(name: str, case: str, dtype: torch.dtype, two_level: bool, chunks: int):
     """Four processes are two machines of two."""
     size = torch.distributed.get_world_size()
     mesh = Mesh.build(size, size, "cpu", 2 if two_level else None)
@@ -57,22 +58,24 @@ def exchanged(name: str, case: str, dtype: torch.dtype, two_level: bool):
     for key, parameter in list(bank.named_parameters()):
         own = parameter.detach().chunk(group.size())[group.rank()].clone()
         setattr(bank, key, torch.nn.Parameter(own))
-    Exchange(mesh.levels, wire).install(bank)
+    Exchange(mesh.levels, wire, Chunks(chunks)).install(bank)
     results = passed(bank, case, group.rank(), BANKS[name].num_experts, dtype)
     return results, {key: p.grad for key, p in bank.named_parameters()}, (wire.sent, wire.far)
 
 
-WAYS = [(2, False), (4, False), (4, True)]
+DOUBLE, SINGLE = torch.float64, torch.float32
+WAYS = [(2, DOUBLE), (4, DOUBLE), (4, SINGLE), (4, DOUBLE, True), (4, DOUBLE, False, 3), (4, DOUBLE, True, 2)]
+"""Processes, type, two levels, chunks."""
 
 
-@pytest.mark.parametrize("size, two_level", WAYS)
+@pytest.mark.parametrize("way", WAYS, ids=str)
 @pytest.mark.parametrize("case", ROUTES)
 @pytest.mark.parametrize("name", BANKS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
-def test_experts_elsewhere_are_as_experts_here(processes, size, two_level, name, case, dtype):
+def test_experts_elsewhere_are_as_experts_here(processes, way, name, case):
+    size, dtype, two_level, chunks = (*way, *(False, 1)[len(way) - 2 :])
     tolerance = {"rtol": 1e-10, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-5}
     bank, config = built(name, dtype), BANKS[name]
-    there = processes(size).run(exchanged, name, case, dtype, two_level)
+    there = processes(size).run(exchanged, name, case, dtype, two_level, chunks)
     for rank, (results, _, _) in enumerate(there):
         here = passed(bank, case, rank, config.num_experts, dtype)
         for actual, expected in zip(results, here, strict=True):
@@ -82,7 +85,7 @@ def test_experts_elsewhere_are_as_experts_here(processes, size, two_level, name,
         torch.testing.assert_close(pieces, parameter.grad, **tolerance, msg=key)
     counted = [(sent["all_to_all"], far["all_to_all"], far["messages"]) for *_, (sent, far) in there]
     away_RR = edges_between(case, size, config.num_experts, dtype)
-    expected = bytes_sent(away_RR, config.num_experts, dtype, two_level)
+    expected = bytes_sent(away_RR, config.num_experts, dtype, two_level, chunks)
     assert counted == expected if not two_level else tuple(map(sum, zip(*counted, strict=True))) == expected
 
 
@@ -95,21 +98,21 @@ def edges_between(case: str, size: int, num_experts: int, dtype: torch.dtype) ->
     return torch.stack(rows)
 
 
-def bytes_sent(away_RR: torch.Tensor, num_experts: int, dtype: torch.dtype, two_level: bool):
+def bytes_sent(away_RR: torch.Tensor, num_experts: int, dtype: torch.dtype, two_level: bool, chunks: int):
     """By the formulas of docs/parallel.md: counts, rows and weights out, rows back, and all in reverse.
 
     One level: of each rank; two: of all. What goes to any process, what goes to the other machine, messages there.
     """
     size, edge = len(away_RR), 4 * WIDTH * dtype.itemsize + 2 * dtype.itemsize  # there, back, and their gradients
-    own, rank = num_experts // size, torch.arange(size)
+    own, rank = chunks * num_experts // size, torch.arange(size)
     other, far = rank[:, None] != rank, rank[:, None] // 2 != rank // 2
     if two_level:
         inside = rank[:, None] % 2 != rank % 2  # to the neighbour who has the owner's place
         far_bytes = 8 * size * 1 * 2 * own + edge * int(away_RR[far].sum())
-        return far_bytes + 8 * size * 1 * 2 * own + edge * int(away_RR[inside].sum()), far_bytes, size * 1 * 7
+        return far_bytes + 8 * size * 1 * 2 * own + edge * int(away_RR[inside].sum()), far_bytes, size * 1 * 7 * chunks
 
     def of_each(there_RR: torch.Tensor) -> list[int]:
         out_and_back = (away_RR * there_RR).sum(1) + (away_RR * there_RR).sum(0)
         return [8 * own * int(n) + edge // 2 * int(rows) for n, rows in zip(there_RR.sum(1), out_and_back, strict=True)]
 
-    return list(zip(of_each(other), of_each(far), (7 * far.sum(1)).tolist(), strict=True))
+    return list(zip(of_each(other), of_each(far), (7 * chunks * far.sum(1)).tolist(), strict=True))

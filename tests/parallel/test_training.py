@@ -26,7 +26,7 @@ MLP = {"num_experts": 4, "d_expert": 8}
 LOW_RANK = {"type": "low_rank", "num_experts": 4, "d_expert": 8, "rank": 3}
 
 
-def shaped(experts: object = MLP, num_repeats: int = 1, **router: object) -> Tree:
+def shaped(experts: object = MLP, num_repeats: int = 1, shortcut: bool = False, **router: object) -> Tree:
     """A dense layer, then one with experts."""
     parts = {"select": {"k": 2}, "losses": LOSSES, "controller": "expert_bias"} | router
     return {
@@ -38,7 +38,7 @@ def shaped(experts: object = MLP, num_repeats: int = 1, **router: object) -> Tre
         "first_dense_layers": 1,
         "num_repeats": num_repeats,
         "init": {"type": "normal", "std": 0.3},
-        "moe": {"experts": experts, "shared": {"d_expert": 4}, "router": parts},
+        "moe": {"experts": experts, "shared": {"d_expert": 4}, "shortcut": shortcut, "router": parts},
     }
 
 
@@ -48,6 +48,7 @@ MODELS: dict[str, Tree] = {
     "two banks, any number of experts": shaped([MLP, LOW_RANK, {"type": "copy"}], select={"type": "top_p", "p": 0.6}),
     ONE_OWNER: shaped(gate="hash", select={"k": 1}, losses=[], controller=None),
     "capacity": shaped(capacity=[{"type": "capacity", "capacity_factor": 0.7}]),
+    "shortcut": shaped(shortcut=True),
     "per sequence, repeated": shaped(
         num_repeats=2, losses=[{"type": "load_balancing_loss", "over": "sequence"}], controller="overflow"
     ),
@@ -143,11 +144,16 @@ def test_many_processes_are_as_one(processes, name, rows, size, expert_size, sha
         same(actual, expected, torch.float64)
 
 
-OPTIONS = {"two levels": Layout(ep=4, node_size=2, two_level=True)}
+OPTIONS = {
+    "two levels": Layout(ep=4, node_size=2, two_level=True),
+    "chunks": Layout(ep=2, chunks=3),
+    "chunks, cut": Layout(ep=2, shard=True, chunks=2),
+    "all": Layout(ep=4, shard=True, node_size=2, two_level=True, chunks=2),
+}
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("name", ["plain", "two banks, any number of experts"])
+@pytest.mark.parametrize("name", ["plain", "two banks, any number of experts", "shortcut"])
 @pytest.mark.parametrize("layout", OPTIONS.values(), ids=OPTIONS)
 def test_every_option_gives_the_same(processes, layout, name, recompute):
     expected = alone(name, [7, 2], 4, torch.float64)

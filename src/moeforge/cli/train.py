@@ -31,6 +31,7 @@ def train(
         int | None, typer.Option(min=1, help="Processes that count as one machine.", show_default="as they are")
     ] = None,
     two_level: Annotated[bool, typer.Option("--two-level", help="Rows go to other machines by a neighbour.")] = False,
+    chunks: Annotated[int, typer.Option(min=0, help="Exchange in so many parts; 0: what proves fastest.")] = 1,
 ) -> None:
     """Train a model.
 
@@ -41,7 +42,7 @@ def train(
 
     config = recipes.load(recipe, context.obj)
     folder = out or Path("runs") / config.name
-    layout = Layout(ep, shard, node_size, two_level)
+    layout = Layout(ep, shard, node_size, two_level, chunks)
     if dry_run:
         from moeforge.cli.plan import plan, show_plan
 

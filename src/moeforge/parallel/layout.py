@@ -1,7 +1,7 @@
 """What a user says about how processes share the work: no settings of a run, for its results are the same."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from moeforge.errors import UserError
@@ -22,6 +22,8 @@ class Layout:
     """Processes of one machine; None: as the launcher says."""
     two_level: bool = False
     """Rows go to other machines by a neighbour."""
+    chunks: int = 1
+    """Parts in which tokens are exchanged, so that one travels while another is computed; 0: what proves fastest."""
 
     def check(self, size: int) -> None:
         """Raises UserError when ``size`` processes cannot be laid out so, or an option would do nothing."""
@@ -32,6 +34,8 @@ class Layout:
             raise UserError("--shard does nothing with one process: leave it out, or start more")
         if self.node_size is not None and (self.node_size < 1 or size % self.node_size):
             raise UserError(f"--node-size: {size} processes do not fill machines of {self.node_size}")
+        if self.chunks != 1 and self.ep == 1:
+            raise UserError("--chunks needs an exchange: add --ep")
         if self.two_level:
             check_levels(self.ep, self.processes_per_node(size))
 
@@ -48,9 +52,9 @@ class Layout:
     @property
     def flags(self) -> list[str]:
         """As on the command line."""
-        flags = [f"--ep={self.ep}"] if self.ep > 1 else []
-        flags += [] if self.node_size is None else [f"--node-size={self.node_size}"]
-        return flags + [f"--{name}" for name in ("shard", "two-level") if getattr(self, name.replace("-", "_"))]
-
-
-PLAIN = Layout()
+        told = []
+        for option in fields(self):
+            value, name = getattr(self, option.name), "--" + option.name.replace("_", "-")
+            if value != option.default:
+                told.append(name if value is True else f"{name}={value}")
+        return told

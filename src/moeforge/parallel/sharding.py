@@ -26,11 +26,10 @@ DEALT = (MLPExperts, LowRankExperts, NeuronExperts)
 class Sharding:
     """A decoder's parameters on a mesh. The model is changed in place; each process must hold the same one before."""
 
-    def __init__(self, model: Decoder, mesh: Mesh, wire: Wire, layout: Layout) -> None:
+    def __init__(self, model: Decoder, mesh: Mesh, exchange: Exchange, layout: Layout) -> None:
         """Raises UserError where ``dealt`` does."""
         self.mesh = mesh
         banks: dict[str, Bank] = {name: model.get_submodule(name) for name in dealt(model.config, mesh.expert_size)}  # type: ignore[misc]
-        exchange = Exchange(mesh.levels, wire)
         self.dealt: dict[str, torch.Size] = {}
         """Whole shape of each parameter that is dealt out by experts."""
         for name, bank in banks.items():
@@ -40,7 +39,7 @@ class Sharding:
                 setattr(bank, key, nn.Parameter(own.clone()))
             exchange.install(bank)
         if layout.shard:
-            _fully_shard(model, list(banks.values()), mesh, wire)
+            _fully_shard(model, list(banks.values()), mesh, exchange.wire)
         # Kept, as FSDP puts others in their place while a module works.
         self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from moeforge.data.packing import Batch
 from moeforge.models import Decoder
+from moeforge.parallel.chunks import Chunks
+from moeforge.parallel.exchange import Exchange
 from moeforge.parallel.gradients import clip_gradients, sum_gradients
 from moeforge.parallel.layout import Layout
 from moeforge.parallel.mesh import Mesh
@@ -26,27 +28,29 @@ class Together:
 
     def __init__(self, mesh: Mesh, layout: Layout) -> None:
         self.mesh, self.layout = mesh, layout
-        self.wire = Wire(layout.processes_per_node(mesh.size))
+        self.wire, self.chunks = Wire(layout.processes_per_node(mesh.size)), Chunks(layout.chunks)
         self.size, self.first = mesh.size, mesh.rank == 0
 
     def place(self, model: Decoder) -> None:
         """Spreads the parameters, in place. Raises UserError for what cannot be."""
-        self.sharding = Sharding(model, self.mesh, self.wire, self.layout)
+        self.sharding = Sharding(model, self.mesh, Exchange(self.mesh.levels, self.wire, self.chunks), self.layout)
 
     def begin(self, seed: int, step: int) -> None:
         """A step: counts from zero, random numbers that are each process' own, and of which no checkpoint need know."""
         self.wire.clear()
+        self.chunks.begin()
         digest = hashlib.sha256(f"{seed}/{step}/{self.mesh.rank}".encode()).digest()
         torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
     def sent(self) -> dict[str, int]:
-        """Bytes that all processes have sent since the step began, by kind; but for those that this sum takes.
+        """Ends a step: bytes that all processes have sent since it began, by kind; but for those that this sum takes.
 
         With several machines, ``far/KIND`` are those to another one, ``far/messages`` counts those of all-to-alls.
         """
         counts = {kind: self.wire.sent[kind] for kind in KINDS}
         if self.wire.node_size != self.size:
             counts |= {f"far/{kind}": self.wire.far[kind] for kind in (*KINDS, "messages")}
+        self.chunks.end(self.mesh.world_group, self.mesh.world.device_type)
         summed = torch.tensor(list(counts.values()), device=self.mesh.world.device_type)
         return dict(zip(counts, self.total(summed).tolist(), strict=True))
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from moeforge.parallel.wire import Wire, transfer
+from moeforge.parallel.wire import Flight, Wire
 
 
 @dataclass(frozen=True)
@@ -39,19 +39,33 @@ class Way:
     hops: list[Hop]
     wire: Wire
 
-    def there(self, rows: Tensor) -> Tensor:
-        """[N, ...] sorted by owner -> [M, ...] what came, sorted by sender."""
-        for hop in self.hops:
-            rows = rows if hop.order is None else rows.index_select(0, hop.order)
-            rows = transfer(rows, hop.to, hop.come, hop.group, self.wire)
+    def depart(self, rows: Tensor) -> Flight:
+        """[N, ...] sorted by owner -> [M, ...] by sender, once they arrive. Only the last hop is left under way."""
+        for hop in self.hops[:-1]:
+            rows = self._flight(rows, hop).arrive()
+        return self._flight(rows, self.hops[-1])
+
+    def _flight(self, rows: Tensor, hop: Hop) -> Flight:
+        rows = rows if hop.order is None else rows.index_select(0, hop.order)
+        return Flight(rows, hop.to, hop.come, hop.group, self.wire)
+
+    def depart_home(self, rows: Tensor) -> Flight:
+        """[M, ...] as they came -> on their way home by the hop that came last."""
+        return self._flight_back(rows, self.hops[-1])
+
+    def arrive_home(self, flight: Flight) -> Tensor:
+        """[N, ...] as they were before ``depart``."""
+        rows = _as_before(flight.arrive(), self.hops[-1])
+        for hop in reversed(self.hops[:-1]):
+            rows = _as_before(self._flight_back(rows, hop).arrive(), hop)
         return rows
 
-    def back(self, rows: Tensor) -> Tensor:
-        """[M, ...] -> [N, ...], as they were before ``there``."""
-        for hop in reversed(self.hops):
-            rows = transfer(rows, hop.come, hop.to, hop.group, self.wire)
-            rows = rows if hop.order is None else rows.index_select(0, hop.order.argsort())
-        return rows
+    def _flight_back(self, rows: Tensor, hop: Hop) -> Flight:
+        return Flight(rows, hop.come, hop.to, hop.group, self.wire)
+
+
+def _as_before(rows: Tensor, hop: Hop) -> Tensor:
+    return rows if hop.order is None else rows.index_select(0, hop.order.argsort())
 
 
 def find_way(counts_S: Tensor, held: Sequence[int], levels: Sequence[ProcessGroup], wire: Wire) -> tuple[Way, Tensor]:

@@ -35,14 +35,23 @@ class Wire:
 
     def all_to_all(self, rows: Tensor, to: list[int], come: list[int], group: ProcessGroup) -> Tensor:
         """[sum(to), ...] -> [sum(come), ...]: the first ``to[0]`` rows go to the group's first process, and so on."""
+        received, work = self.begin_all_to_all(rows, to, come, group)
+        work.wait()
+        return received
+
+    def begin_all_to_all(
+        self, rows: Tensor, to: list[int], come: list[int], group: ProcessGroup
+    ) -> tuple[Tensor, dist.Work]:
+        """The same under way: what has been received can be read after ``wait``."""
         row_bytes = rows.shape[1:].numel() * rows.element_size()
         for peer, count in enumerate(to):
             if peer != group.rank():
                 self._count("all_to_all", count * row_bytes, peer, group)
                 self.far["messages"] += self._is_far(peer, group)
         received = rows.new_empty(sum(come), *rows.shape[1:])
-        dist.all_to_all_single(received, rows.contiguous(), come, to, group=group)
-        return received
+        work = dist.all_to_all_single(received, rows.contiguous(), come, to, group=group, async_op=True)
+        assert work is not None  # this process is one of the group
+        return received, work
 
     def all_reduce(self, tensor: Tensor, group: ProcessGroup) -> None:
         """Sum over the group, in place."""
@@ -75,19 +84,57 @@ class Wire:
         return ranks[peer] // self.node_size != ranks[group.rank()] // self.node_size
 
 
-class _Transfer(torch.autograd.Function):
+class Flight:
+    """Rows under way to other processes, whose gradients will be under way back while other gradients are computed.
+
+    Autograd runs what was last made first: what was computed between departure and arrival comes between the two in
+    the backward pass also, in the same order on all processes.
+    """
+
+    def __init__(self, rows: Tensor, to: list[int], come: list[int], group: ProcessGroup, wire: Wire) -> None:
+        """Departs: as ``Wire.all_to_all``."""
+        self.there, self.back, self.wire = (to, come, group), (come, to, group), wire
+        self.departed: Tensor = _Depart.apply(rows, self)
+
+    def begin(self, rows: Tensor, direction: tuple[list[int], list[int], ProcessGroup]) -> Tensor:
+        """Where rows, or gradients, will have come to after ``landed``."""
+        self.received, self.work = self.wire.begin_all_to_all(rows, *direction)
+        return self.received
+
+    def landed(self) -> Tensor:
+        """What has come, once it has. Keeps nothing of it."""
+        self.work.wait()
+        received = self.received
+        del self.received, self.work
+        return received
+
+    def arrive(self) -> Tensor:
+        """``landed``, to be computed with."""
+        departed = self.departed
+        del self.departed  # whose graph knows of this flight
+        return _Arrive.apply(departed, self)
+
+
+class _Depart(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, to: list[int], come: list[int], group: ProcessGroup, wire: Wire) -> Tensor:
-        ctx.way_back = come, to, group, wire
-        return wire.all_to_all(rows, to, come, group)
+    def forward(ctx: Any, rows: Tensor, flight: Flight) -> Tensor:
+        ctx.flight = flight
+        return flight.begin(rows, flight.there)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
-        to, come, group, wire = ctx.way_back
-        return wire.all_to_all(grad_outputs[0], to, come, group), None, None, None, None
+        return ctx.flight.landed(), None
 
 
-def transfer(rows: Tensor, to: list[int], come: list[int], group: ProcessGroup, wire: Wire) -> Tensor:
-    """``Wire.all_to_all``; gradients take the way back."""
-    return _Transfer.apply(rows, to, come, group, wire)
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, departed: Tensor, flight: Flight) -> Tensor:
+        ctx.flight = flight
+        return flight.landed().view_as(departed)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
+        ctx.flight.begin(grad_outputs[0], ctx.flight.back)
+        return grad_outputs[0], None  # of the right shape; what is under way has the one of what departed
