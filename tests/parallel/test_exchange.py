@@ -8,6 +8,7 @@ from moeforge.moe.route import Route
 from moeforge.parallel.chunks import Chunks
 from moeforge.parallel.exchange import Exchange
 from moeforge.parallel.mesh import Mesh
+from moeforge.parallel.placement import Placement
 from moeforge.parallel.wire import Wire
 
 pytestmark = pytest.mark.dist
@@ -50,69 +51,96 @@ def built(name: str, dtype: torch.dtype):
     return BANKS[name].build(WIDTH).to(dtype)
 
 
-def exchanged(name: str, case: str, dtype: torch.dtype, two_level: bool, chunks: int):
+def holders(num_experts: int, size: int, mixed: bool) -> Placement:
+    """In order, or: experts dealt out one by one like cards, the second also on the first process, the third on all."""
+    if not mixed:
+        return Placement.in_order(num_experts, size)
+    ranks = [[expert % size] for expert in range(num_experts)]
+    return Placement.of_holders([ranks[0], [0, 1], [*range(size)], *ranks[3:]], size)
+
+
+def exchanged(name: str, case: str, dtype: torch.dtype, two_level: bool, chunks: int, mixed: bool):
     """Four processes are two machines of two."""
     size = torch.distributed.get_world_size()
     mesh = Mesh.build(size, size, "cpu", 2 if two_level else None)
     bank, group, wire = built(name, dtype), mesh.expert_group, Wire(2)
+    placement = holders(BANKS[name].num_experts, size, mixed)
     for key, parameter in list(bank.named_parameters()):
-        own = parameter.detach().chunk(group.size())[group.rank()].clone()
-        setattr(bank, key, torch.nn.Parameter(own))
-    Exchange(mesh.levels, wire, Chunks(chunks)).install(bank)
+        setattr(bank, key, torch.nn.Parameter(parameter.detach()[list(placement.held[group.rank()])]))
+    Exchange(mesh.levels, wire, Chunks(chunks), group.rank()).install(bank, placement)
     results = passed(bank, case, group.rank(), BANKS[name].num_experts, dtype)
     return results, {key: p.grad for key, p in bank.named_parameters()}, (wire.sent, wire.far)
 
 
 DOUBLE, SINGLE = torch.float64, torch.float32
-WAYS = [(2, DOUBLE), (4, DOUBLE), (4, SINGLE), (4, DOUBLE, True), (4, DOUBLE, False, 3), (4, DOUBLE, True, 2)]
-"""Processes, type, two levels, chunks."""
+WAYS = [
+    (2, DOUBLE, False, 1, False),
+    (4, DOUBLE, False, 1, False),
+    (4, SINGLE, False, 1, False),
+    (4, DOUBLE, True, 1, False),
+    (4, DOUBLE, False, 3, False),
+    (4, DOUBLE, True, 2, True),
+    (4, DOUBLE, False, 1, True),
+]
+"""Processes, type, two levels, chunks, experts anywhere."""
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
 @pytest.mark.parametrize("case", ROUTES)
 @pytest.mark.parametrize("name", BANKS)
 def test_experts_elsewhere_are_as_experts_here(processes, way, name, case):
-    size, dtype, two_level, chunks = (*way, *(False, 1)[len(way) - 2 :])
+    size, dtype, two_level, chunks, mixed = way
     tolerance = {"rtol": 1e-10, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-5}
     bank, config = built(name, dtype), BANKS[name]
-    there = processes(size).run(exchanged, name, case, dtype, two_level, chunks)
+    there = processes(size).run(exchanged, name, case, *way[1:])
     for rank, (results, _, _) in enumerate(there):
         here = passed(bank, case, rank, config.num_experts, dtype)
         for actual, expected in zip(results, here, strict=True):
             torch.testing.assert_close(actual, expected, **tolerance)
+    placement = holders(config.num_experts, size, mixed)
     for key, parameter in bank.named_parameters():
-        pieces = torch.cat([gradients[key] for _, gradients, _ in there])
-        torch.testing.assert_close(pieces, parameter.grad, **tolerance, msg=key)
+        summed = torch.zeros_like(parameter)
+        for held, (_, gradients, _) in zip(placement.held, there, strict=True):
+            summed[list(held)] += gradients[key]
+        torch.testing.assert_close(summed, parameter.grad, **tolerance, msg=key)
     counted = [(sent["all_to_all"], far["all_to_all"], far["messages"]) for *_, (sent, far) in there]
-    away_RR = edges_between(case, size, config.num_experts, dtype)
-    expected = bytes_sent(away_RR, config.num_experts, dtype, two_level, chunks)
+    away_RR = sum(edges_between(case, placement, dtype, chunk, chunks) for chunk in range(chunks))
+    expected = bytes_sent(away_RR, placement, dtype, two_level, chunks)
     assert counted == expected if not two_level else tuple(map(sum, zip(*counted, strict=True))) == expected
 
 
-def edges_between(case: str, size: int, num_experts: int, dtype: torch.dtype) -> torch.Tensor:
-    """[from, to]."""
-    rows = []
+def edges_between(case: str, placement: Placement, dtype: torch.dtype, chunk: int, chunks: int) -> torch.Tensor:
+    """[from, to], of the tokens in a chunk. Counted one by one."""
+    size, num_experts = len(placement.held), len(placement.copies)
+    edges_RR = torch.zeros(size, size, dtype=torch.int64)
     for rank in range(size):
         _, weights_TE, route = inputs(case, rank, num_experts, dtype)
-        rows.append(route(weights_TE).counts.view(size, -1).sum(1))
-    return torch.stack(rows)
+        low, high = (len(weights_TE) * edge // chunks for edge in (chunk, chunk + 1))
+        for expert in range(num_experts):
+            route_here = route(weights_TE)
+            edges = sum(low <= t < high for t in route_here.token[route_here.expert == expert].tolist())
+            at = [holder for holder, experts in enumerate(placement.held) if expert in experts]
+            for edge in range(edges):
+                edges_RR[rank, at[(edge * len(at) // edges + rank) % len(at)]] += 1
+    return edges_RR
 
 
-def bytes_sent(away_RR: torch.Tensor, num_experts: int, dtype: torch.dtype, two_level: bool, chunks: int):
+def bytes_sent(away_RR: torch.Tensor, placement: Placement, dtype: torch.dtype, two_level: bool, chunks: int):
     """By the formulas of docs/parallel.md: counts, rows and weights out, rows back, and all in reverse.
 
     One level: of each rank; two: of all. What goes to any process, what goes to the other machine, messages there.
     """
     size, edge = len(away_RR), 4 * WIDTH * dtype.itemsize + 2 * dtype.itemsize  # there, back, and their gradients
-    own, rank = chunks * num_experts // size, torch.arange(size)
+    places, rank = 8 * chunks * torch.tensor(placement.sizes), torch.arange(size)
     other, far = rank[:, None] != rank, rank[:, None] // 2 != rank // 2
     if two_level:
         inside = rank[:, None] % 2 != rank % 2  # to the neighbour who has the owner's place
-        far_bytes = 8 * size * 1 * 2 * own + edge * int(away_RR[far].sum())
-        return far_bytes + 8 * size * 1 * 2 * own + edge * int(away_RR[inside].sum()), far_bytes, size * 1 * 7 * chunks
+        each = 2 * int(places.sum())  # twice: by both machines inside, and for both processes of a machine between
+        far_bytes = each + edge * int(away_RR[far].sum())
+        return far_bytes + each + edge * int(away_RR[inside].sum()), far_bytes, size * 1 * 7 * chunks
 
     def of_each(there_RR: torch.Tensor) -> list[int]:
         out_and_back = (away_RR * there_RR).sum(1) + (away_RR * there_RR).sum(0)
-        return [8 * own * int(n) + edge // 2 * int(rows) for n, rows in zip(there_RR.sum(1), out_and_back, strict=True)]
+        return ((there_RR * places).sum(1) + edge // 2 * out_and_back).tolist()
 
     return list(zip(of_each(other), of_each(far), (7 * chunks * far.sum(1)).tolist(), strict=True))

@@ -127,9 +127,33 @@ REFUSED = {
     "all on one machine": (["--nproc=4", "--ep=4", "--two-level"], "an expert size of 4 and a node size of 4 do not"),
     "machines half full": (["--nproc=4", "--node-size=3"], "--node-size: 4 processes do not fill machines of 3"),
     "one process, two levels": (["--two-level"], "--two-level needs several processes: add --nproc"),
+    "few for uneven": (["--nproc=8", "--ep=8", "--uneven"], "4 experts are too few for 8 processes"),
+    "chunks of nothing": (["--nproc=2", "--chunks=2"], "--chunks is about experts on several processes: add --ep"),
+    "no such file": (["--nproc=2", "--ep=2", "--placement=nowhere.yaml"], "nowhere.yaml"),
     "mixed tokens": ([*"--nproc=2 --ep=2".split(), *SOFT], "select: soft mixes before experts run: it needs an expert"),
     "a dry run": (["--nproc=2", "--dry-run"], "--nproc does nothing beside --dry-run"),
 }
+
+
+PLACEMENTS = {
+    "too few": ("layer_01: [0, 1]", "layer 1 has 4 experts, not 2"),
+    "no such layer": ("layer_07: [0, 1, 0, 1]", "the model has no experts in layer_07"),
+    "no such process": ("layer_00: [0, 1, 2, 1]", "there is no process 2 in a group of 2: 0 to 1"),
+    "nowhere": ("layer_00: [0, 1, null, 1]", "expert 2 of its bank is null, but must be somewhere"),
+    "twice": ("layer_00: [0, 1, [1, 1], 1]", "a list of different processes, or null per expert"),
+    "words": ("layer_00: left", "layer_00: a list is wanted"),
+    "idle": ("layer_00: [0, 0, 0, 0]", "process 1 of 2 would hold no expert of a bank"),
+}
+
+
+@pytest.mark.parametrize("text, message", PLACEMENTS.values(), ids=PLACEMENTS)
+def test_a_placement_that_cannot_be_is_refused(tiny, tmp_path, capsys, text, message):
+    file = tmp_path / "placement.yaml"
+    file.write_text(text, encoding="utf-8")
+    options = ["--nproc=2", "--ep=2", f"--placement={file}"]
+    assert main(["train", str(tiny), f"--out={tmp_path / 'run'}", *options]) == 2
+    told = capsys.readouterr().err
+    assert message in told and str(file) in told
 
 
 @pytest.mark.parametrize("arguments, message", REFUSED.values(), ids=REFUSED)

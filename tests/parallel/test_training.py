@@ -1,6 +1,7 @@
 """Training steps on two and four processes equal those of one: losses, norms, every updated parameter, every load."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from moeforge.errors import UserError
 from moeforge.models import Decoder, ModelConfig
 from moeforge.parallel.layout import Layout
 from moeforge.parallel.mesh import Mesh
+from moeforge.parallel.piece import Piece
 from moeforge.parallel.ranks import ALONE
 from moeforge.parallel.together import Together
 from moeforge.train.config import AdamW
@@ -42,6 +44,7 @@ def shaped(experts: object = MLP, num_repeats: int = 1, shortcut: bool = False, 
     }
 
 
+SIX = "six experts"
 ONE_OWNER = "all tokens to one expert"
 MODELS: dict[str, Tree] = {
     "plain": shaped(),
@@ -49,6 +52,7 @@ MODELS: dict[str, Tree] = {
     ONE_OWNER: shaped(gate="hash", select={"k": 1}, losses=[], controller=None),
     "capacity": shaped(capacity=[{"type": "capacity", "capacity_factor": 0.7}]),
     "shortcut": shaped(shortcut=True),
+    SIX: shaped(MLP | {"num_experts": 6}),
     "per sequence, repeated": shaped(
         num_repeats=2, losses=[{"type": "load_balancing_loss", "over": "sequence"}], controller="overflow"
     ),
@@ -98,7 +102,11 @@ def trained(model: Decoder, ranks, given: list[list[Batch]], recompute: bool = F
 
 
 def gathered(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor | Piece) else tensor).detach().clone()
+
+
+PLACED = "layer_01: [3, [0, 2, 3], [2, 1], [3, 0, 1, 2], 0, 2]"
+"""On four processes; on each, experts out of order and some that others have too."""
 
 
 def together(name: str, rows: list[int], layout: Layout, dtype: torch.dtype, recompute: bool):
@@ -134,7 +142,9 @@ def same(actual, expected, dtype: torch.dtype) -> None:
 
 
 CASES = [("plain", rows, *mesh) for rows in BATCHES for mesh in MESHES]
-CASES += [(name, [7, 2], *mesh) for name in MODELS if name != "plain" for mesh in MESHES if mesh in FEW]
+CASES += [
+    (name, [7, 2], *mesh) for name in MODELS if name not in ("plain", "six experts") for mesh in MESHES if mesh in FEW
+]
 
 
 @pytest.mark.parametrize("name, rows, size, expert_size, shard", CASES, ids=str)
@@ -158,6 +168,33 @@ OPTIONS = {
 def test_every_option_gives_the_same(processes, layout, name, recompute):
     expected = alone(name, [7, 2], 4, torch.float64)
     for actual in processes(4).run(together, name, [7, 2], layout, torch.float64, recompute):
+        same(actual, expected, torch.float64)
+
+
+def written(layout: Layout, folder: Path) -> Layout:
+    """With its placement, which is a text, in a file."""
+    if not layout.placement:
+        return layout
+    file = folder / "placement.yaml"
+    file.write_text(layout.placement, encoding="utf-8")
+    return replace(layout, placement=str(file))
+
+
+UNEVEN = {
+    "uneven": Layout(ep=4, uneven=True),
+    "uneven, two levels, chunks": Layout(ep=4, uneven=True, node_size=2, two_level=True, chunks=2),
+    "placed": Layout(ep=4, placement=PLACED),
+    "placed, two levels, chunks": Layout(ep=4, placement=PLACED, node_size=2, two_level=True, chunks=2),
+    "placed, two groups": Layout(ep=2, placement="layer_01: [1, [0, 1], 1, 0, [1, 0], 0]"),
+    "placed, two groups, cut": Layout(ep=2, shard=True, placement="layer_01: [1, [0, 1], 1, 0, [1, 0], 0]"),
+}
+
+
+@pytest.mark.parametrize("layout", UNEVEN.values(), ids=UNEVEN)
+def test_experts_may_be_wherever_one_likes(processes, tmp_path, layout):
+    layout = written(layout, tmp_path)
+    expected = alone(SIX, [7, 2], 4, torch.float64)
+    for actual in processes(4).run(together, SIX, [7, 2], layout, torch.float64, False):
         same(actual, expected, torch.float64)
 
 

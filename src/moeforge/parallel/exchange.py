@@ -20,6 +20,7 @@ from moeforge.kernels import sum_by_token
 from moeforge.moe.bank import Bank
 from moeforge.moe.route import Route
 from moeforge.parallel.chunks import Chunks
+from moeforge.parallel.placement import Placement
 from moeforge.parallel.way import Way, find_way
 from moeforge.parallel.wire import Flight, Wire
 
@@ -36,27 +37,30 @@ class Exchange:
     chunks: Chunks
     """While one is computed, the next one is on its way, and the one before on its way back."""
 
-    def install(self, bank: Bank) -> None:
-        """From now on the bank, which holds its process' share of the experts, is called with routes over all."""
-        bank.forward = partial(self.run, bank.forward)  # type: ignore[method-assign,assignment]
-        bank.begin = partial(self.begin, bank)  # type: ignore[method-assign,assignment]
+    position: int
+    """Of this process among those that hold all experts."""
 
-    def begin(self, bank: Bank, x_TD: Tensor, route: Any) -> Callable[[], Tensor]:
+    def install(self, bank: Bank, placement: Placement) -> None:
+        """From now on the bank, which holds its process' share of the experts, is called with routes over all."""
+        bank.forward = partial(self.run, bank.forward, placement)  # type: ignore[method-assign,assignment]
+        bank.begin = partial(self.begin, bank, placement)  # type: ignore[method-assign,assignment]
+
+    def begin(self, bank: Bank, placement: Placement, x_TD: Tensor, route: Any) -> Callable[[], Tensor]:
         """``Bank.begin``: the first chunk is on its way when this returns.
 
         FSDP gives back its weights when the gradient of a call's input is there: such a bank is one call.
         """
         if isinstance(bank, FSDPModule):
             return Bank.begin(bank, x_TD, route)
-        begun = self._depart(x_TD, route)
+        begun = self._depart(placement, x_TD, route)
         return lambda: bank(x_TD, begun)
 
-    def run(self, run: Run, x_TD: Tensor, route: object) -> Tensor:
+    def run(self, run: Run, placement: Placement, x_TD: Tensor, route: object) -> Tensor:
         """[T, D] -> [T, D] weighted sum over a route over all experts; ``run`` is the bank of the local ones.
 
         Collective over the group. Raises UserError for mixed tokens or mixed parameters, which have no edges.
         """
-        begun = route if isinstance(route, Begun) else self._depart(x_TD, route)
+        begun = route if isinstance(route, Begun) else self._depart(placement, x_TD, route)
         homeward, arriving = [], begun.flights
         for part, following in zip(begun.parts, [*begun.parts[1:], None], strict=True):
             departed = None if following is None else following.depart()
@@ -65,16 +69,15 @@ class Exchange:
         y_TD = torch.cat([part.arrive_home(flight) for part, flight in zip(begun.parts, homeward, strict=True)])
         return begun.route.add_carry(y_TD, x_TD)
 
-    def _depart(self, x_TD: Tensor, route: object) -> "Begun":
+    def _depart(self, placement: Placement, x_TD: Tensor, route: object) -> "Begun":
         if not isinstance(route, Route):
             raise UserError("select: soft and merged mix all tokens or all experts: they need an expert size of 1")
-        size = torch.Size(group.size() for group in self.levels).numel()
-        held, rows_TD, parts = [route.num_experts // size] * size, _as_computed(x_TD), []
-        chunks = self.chunks.now
+        rows_TD, parts, chunks = _as_computed(x_TD), [], self.chunks.now
         for number in range(chunks):
             low, high = (len(x_TD) * edge // chunks for edge in (number, number + 1))
             piece = route if chunks == 1 else _of_tokens(route, low, high)
-            way, come_RE = find_way(piece.counts, held, self.levels, self.wire)
+            piece = placement.route(piece, self.position)
+            way, come_RE = find_way(piece.counts, placement.sizes, self.levels, self.wire)
             parts.append(Part(rows_TD[low:high], piece, way, come_RE))
         return Begun(route, parts, parts[0].depart())
 

@@ -24,6 +24,10 @@ class Layout:
     """Rows go to other machines by a neighbour."""
     chunks: int = 1
     """Parts in which tokens are exchanged, so that one travels while another is computed; 0: what proves fastest."""
+    uneven: bool = False
+    """Experts may be dealt out in shares that differ by one."""
+    placement: str | None = None
+    """File that says which process of an expert group holds which experts."""
 
     def check(self, size: int) -> None:
         """Raises UserError when ``size`` processes cannot be laid out so, or an option would do nothing."""
@@ -34,8 +38,9 @@ class Layout:
             raise UserError("--shard does nothing with one process: leave it out, or start more")
         if self.node_size is not None and (self.node_size < 1 or size % self.node_size):
             raise UserError(f"--node-size: {size} processes do not fill machines of {self.node_size}")
-        if self.chunks != 1 and self.ep == 1:
-            raise UserError("--chunks needs an exchange: add --ep")
+        for flag in self.flags if self.ep == 1 else ():
+            if flag.startswith(("--chunks", "--uneven", "--placement")):
+                raise UserError(f"{flag.partition('=')[0]} is about experts on several processes: add --ep")
         if self.two_level:
             check_levels(self.ep, self.processes_per_node(size))
 
@@ -43,7 +48,7 @@ class Layout:
         """Raises UserError when the model cannot be laid out so."""
         from moeforge.parallel.sharding import dealt
 
-        dealt(config, self.ep)
+        dealt(config, self)
 
     def processes_per_node(self, size: int) -> int:
         """Processes on each machine, as given or as torchrun says."""

@@ -100,13 +100,14 @@ def check_levels(expert_size: int, node_size: int) -> None:
         )
 
 
-def check_experts(num_experts: int, expert_size: int, where: str) -> None:
-    """Raises UserError when the experts of a bank cannot be dealt out evenly."""
-    if num_experts % expert_size:
-        fitting = divisors(num_experts)
+def check_experts(num_experts: int, expert_size: int, where: str, uneven: bool) -> None:
+    """Raises UserError when the experts of a bank cannot be dealt out, evenly unless ``uneven``."""
+    if uneven and num_experts < expert_size:
+        raise UserError(f"{where}: {num_experts} experts are too few for {expert_size} processes: take fewer")
+    if num_experts % expert_size and not uneven:
         raise UserError(
             f"{where}: {num_experts} experts cannot be spread evenly over {expert_size} processes: take an expert size "
-            f"of {_listed(fitting)}, or a multiple of {expert_size} experts"
+            f"of {_listed(divisors(num_experts))}, or a multiple of {expert_size} experts, or add --uneven"
         )
 
 

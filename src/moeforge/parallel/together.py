@@ -17,6 +17,7 @@ from moeforge.parallel.exchange import Exchange
 from moeforge.parallel.gradients import clip_gradients, sum_gradients
 from moeforge.parallel.layout import Layout
 from moeforge.parallel.mesh import Mesh
+from moeforge.parallel.piece import Piece
 from moeforge.parallel.sharding import Sharding
 from moeforge.parallel.wire import KINDS, Wire
 
@@ -33,7 +34,9 @@ class Together:
 
     def place(self, model: Decoder) -> None:
         """Spreads the parameters, in place. Raises UserError for what cannot be."""
-        self.sharding = Sharding(model, self.mesh, Exchange(self.mesh.levels, self.wire, self.chunks), self.layout)
+        position = self.mesh.grid.get_local_rank("expert")
+        exchange = Exchange(self.mesh.levels, self.wire, self.chunks, position)
+        self.sharding = Sharding(model, self.mesh, exchange, self.layout)
 
     def begin(self, seed: int, step: int) -> None:
         """A step: counts from zero, random numbers that are each process' own, and of which no checkpoint need know."""
@@ -82,7 +85,7 @@ class Together:
         """By name, as the optimizer has them."""
         return self.sharding.parameters
 
-    def whole(self, name: str, tensor: Tensor) -> Tensor:
+    def whole(self, name: str, tensor: Tensor) -> Tensor | Piece:
         """A parameter, or its like, as a piece of the whole model's: shares its memory."""
         return self.sharding.whole(name, tensor)
 

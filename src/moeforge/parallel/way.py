@@ -69,10 +69,10 @@ def _as_before(rows: Tensor, hop: Hop) -> Tensor:
 
 
 def find_way(counts_S: Tensor, held: Sequence[int], levels: Sequence[ProcessGroup], wire: Wire) -> tuple[Way, Tensor]:
-    """The way of rows of which there are ``counts_S``, and how many come to this process, [senders, own experts].
+    """The way of rows of which there are ``counts_S``, and how many come to this process, [senders, own places].
 
-    S are the experts of all processes, sorted by owner, of whom each has ``held``. ``levels`` are the groups inside a
-    machine and across machines, or one group of all. The counts go the way themselves. Collective.
+    S are the places of experts, sorted by process, of which each has as many as ``held`` says. ``levels`` are the
+    groups inside a machine and across machines, or one group of all. The counts go the way themselves. Collective.
     """
     hops, blocks = [], torch.tensor(held)
     for group in levels:
