@@ -129,6 +129,10 @@ REFUSED = {
     "one process, two levels": (["--two-level"], "--two-level needs several processes: add --nproc"),
     "few for uneven": (["--nproc=8", "--ep=8", "--uneven"], "4 experts are too few for 8 processes"),
     "chunks of nothing": (["--nproc=2", "--chunks=2"], "--chunks is about experts on several processes: add --ep"),
+    "rows or weights": (
+        ["--nproc=2", "--ep=2", "--fetch", "--chunks=2"],
+        "--fetch sends no rows: leave",
+    ),
     "no such file": (["--nproc=2", "--ep=2", "--placement=nowhere.yaml"], "nowhere.yaml"),
     "mixed tokens": ([*"--nproc=2 --ep=2".split(), *SOFT], "select: soft mixes before experts run: it needs an expert"),
     "a dry run": (["--nproc=2", "--dry-run"], "--nproc does nothing beside --dry-run"),

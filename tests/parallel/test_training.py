@@ -158,6 +158,8 @@ OPTIONS = {
     "two levels": Layout(ep=4, node_size=2, two_level=True),
     "chunks": Layout(ep=2, chunks=3),
     "chunks, cut": Layout(ep=2, shard=True, chunks=2),
+    "weights travel": Layout(ep=4, fetch=True),
+    "weights travel, cut": Layout(ep=2, shard=True, fetch=True),
     "all": Layout(ep=4, shard=True, node_size=2, two_level=True, chunks=2),
 }
 
@@ -185,6 +187,7 @@ UNEVEN = {
     "uneven, two levels, chunks": Layout(ep=4, uneven=True, node_size=2, two_level=True, chunks=2),
     "placed": Layout(ep=4, placement=PLACED),
     "placed, two levels, chunks": Layout(ep=4, placement=PLACED, node_size=2, two_level=True, chunks=2),
+    "weights travel": Layout(ep=4, placement=PLACED, fetch=True),
     "placed, two groups": Layout(ep=2, placement="layer_01: [1, [0, 1], 1, 0, [1, 0], 0]"),
     "placed, two groups, cut": Layout(ep=2, shard=True, placement="layer_01: [1, [0, 1], 1, 0, [1, 0], 0]"),
 }

@@ -33,7 +33,8 @@ def train(
     two_level: Annotated[bool, typer.Option("--two-level", help="Rows go to other machines by a neighbour.")] = False,
     chunks: Annotated[int, typer.Option(min=0, help="Exchange in so many parts; 0: what proves fastest.")] = 1,
     uneven: Annotated[bool, typer.Option("--uneven", help="Shares of experts may differ by one.")] = False,
-    placement: Annotated[Path | None, typer.Option(help="YAML: which process holds which experts.")] = None,
+    fetch: Annotated[bool, typer.Option("--fetch", help="Send weights of needed experts, not rows.")] = False,
+    placement: Annotated[str | None, typer.Option(metavar="FILE", help="YAML: who holds which experts.")] = None,
 ) -> None:
     """Train a model.
 
@@ -44,7 +45,7 @@ def train(
 
     config = recipes.load(recipe, context.obj)
     folder = out or Path("runs") / config.name
-    layout = Layout(ep, shard, node_size, two_level, chunks, uneven, str(placement) if placement else None)
+    layout = Layout(ep, shard, node_size, two_level, chunks, uneven, placement, fetch)
     if dry_run:
         from moeforge.cli.plan import plan, show_plan
 

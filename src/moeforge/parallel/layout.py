@@ -28,6 +28,8 @@ class Layout:
     """Experts may be dealt out in shares that differ by one."""
     placement: str | None = None
     """File that says which process of an expert group holds which experts."""
+    fetch: bool = False
+    """Weights of the experts that are needed travel, not rows."""
 
     def check(self, size: int) -> None:
         """Raises UserError when ``size`` processes cannot be laid out so, or an option would do nothing."""
@@ -39,8 +41,10 @@ class Layout:
         if self.node_size is not None and (self.node_size < 1 or size % self.node_size):
             raise UserError(f"--node-size: {size} processes do not fill machines of {self.node_size}")
         for flag in self.flags if self.ep == 1 else ():
-            if flag.startswith(("--chunks", "--uneven", "--placement")):
+            if flag.startswith(("--chunks", "--uneven", "--placement", "--fetch")):
                 raise UserError(f"{flag.partition('=')[0]} is about experts on several processes: add --ep")
+        if self.fetch and (self.two_level or self.chunks != 1):
+            raise UserError("--fetch sends no rows: leave --two-level and --chunks out")
         if self.two_level:
             check_levels(self.ep, self.processes_per_node(size))
 

@@ -16,6 +16,7 @@ from moeforge.models import Decoder, ModelConfig
 from moeforge.moe import MoEConfig
 from moeforge.moe.bank import Bank, LowRankExperts, MLPExperts, NeuronExperts
 from moeforge.parallel.exchange import Exchange
+from moeforge.parallel.fetch import Fetch
 from moeforge.parallel.layout import Layout
 from moeforge.parallel.mesh import Mesh, check_experts
 from moeforge.parallel.piece import Piece
@@ -29,7 +30,7 @@ DEALT = (MLPExperts, LowRankExperts, NeuronExperts)
 class Sharding:
     """A decoder's parameters on a mesh. The model is changed in place; each process must hold the same one before."""
 
-    def __init__(self, model: Decoder, mesh: Mesh, exchange: Exchange, layout: Layout) -> None:
+    def __init__(self, model: Decoder, mesh: Mesh, exchange: Exchange | Fetch, layout: Layout) -> None:
         """Raises UserError where ``dealt`` does."""
         self.mesh = mesh
         placements, position = dealt(model.config, layout), mesh.grid.get_local_rank("expert")

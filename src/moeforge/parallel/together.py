@@ -14,6 +14,7 @@ from moeforge.data.packing import Batch
 from moeforge.models import Decoder
 from moeforge.parallel.chunks import Chunks
 from moeforge.parallel.exchange import Exchange
+from moeforge.parallel.fetch import Fetch
 from moeforge.parallel.gradients import clip_gradients, sum_gradients
 from moeforge.parallel.layout import Layout
 from moeforge.parallel.mesh import Mesh
@@ -34,9 +35,10 @@ class Together:
 
     def place(self, model: Decoder) -> None:
         """Spreads the parameters, in place. Raises UserError for what cannot be."""
-        position = self.mesh.grid.get_local_rank("expert")
-        exchange = Exchange(self.mesh.levels, self.wire, self.chunks, position)
-        self.sharding = Sharding(model, self.mesh, exchange, self.layout)
+        mesh, wire = self.mesh, self.wire
+        position = mesh.grid.get_local_rank("expert")
+        fetch, exchange = Fetch(mesh.expert_group, wire), Exchange(mesh.levels, wire, self.chunks, position)
+        self.sharding = Sharding(model, mesh, fetch if self.layout.fetch else exchange, self.layout)
 
     def begin(self, seed: int, step: int) -> None:
         """A step: counts from zero, random numbers that are each process' own, and of which no checkpoint need know."""
