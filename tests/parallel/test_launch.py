@@ -109,6 +109,68 @@ def test_torchrun_starts_it_too_and_one_process_says_what_is_wrong(tiny, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+ONLY_ONE = """
+import os
+from typing import Literal
+from moeforge.moe import Context
+from moeforge.moe.select import Selection, TopK
+
+class Breaks(TopK):
+    type: Literal["breaks_on_one:Breaks"] = "breaks_on_one:Breaks"
+
+    def __call__(self, scores_TE, context: Context) -> Selection:
+        if os.environ.get("RANK") == "1":
+            raise RuntimeError("the second process has had enough")
+        return super().__call__(scores_TE, context)
+"""
+
+
+def test_the_process_that_failed_first_is_heard_and_the_others_logs_are_kept(tiny, tmp_path, monkeypatch):
+    (tmp_path / "breaks_on_one.py").write_text(ONLY_ONE, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    out, select = tmp_path / "run", "--model.moe.router.select={type: breaks_on_one:Breaks, k: 1}"
+    run = start("moeforge", "train", tiny, "--out", out, "--nproc", 2, "--ep", 2, "--quiet", select)
+    _, said = run.communicate(timeout=90)
+    assert run.returncode == 1
+    first = said.index("RuntimeError: the second process has had enough")
+    assert "[rank0]" not in said[:first], "the lost connection of others comes after its cause, or not at all"
+    assert f"What all but the first said is in {out}/logs." in said
+    assert "had enough" in (out / "logs" / "process-1.log").read_text(encoding="utf-8")
+
+
+REPRODUCED = """
+extends: TINY
+name: mine
+steps: 6
+recipe:
+  title: A paper
+  arxiv: "2401.06066"
+  claim: Two experts are better than one.
+  check: moeforge reproduce mine.yaml
+  against: {settings: ["--model.moe.router.select.k=1"]}
+  expected: not measured yet
+model: {moe: {router: {select: {k: 2}}}}
+"""
+
+
+def test_a_claim_is_reproduced_on_several_processes_as_on_one(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(REPRODUCED.replace("TINY", str(tiny)), encoding="utf-8")
+    found = []
+    for options in ([], ["--nproc=2", "--ep=2"]):
+        name = f"--out=runs{len(found)}"
+        run = start("moeforge", "reproduce", "mine.yaml", "--seeds=1", "--json", name, *options)
+        shown, said = run.communicate(timeout=120)
+        assert run.returncode == 0, said
+        found.append(json.loads(shown)["runs"])
+    alone, together = found
+    assert alone.keys() == together.keys()
+    for label, (measured,) in alone.items():
+        assert together[label][0]["bits_per_byte"] == pytest.approx(measured["bits_per_byte"], rel=1e-5)
+        assert measured["steps"] == 6
+    assert "sent/all_to_all" in next(Path("runs1").glob("mine-0/metrics.jsonl")).read_text(encoding="utf-8")
+
+
 SOFT = [f"--model.moe.router.{part}" for part in ("select=soft", "score=logits", "losses=[]")]
 REFUSED = {
     "no such mesh": (

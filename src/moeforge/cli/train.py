@@ -63,22 +63,22 @@ def train(
             with join(layout) as ranks:
                 _train(config, folder, resume, quiet, as_json, ranks)
     elif nproc > 1:
-        layout.check(nproc)
-        layout.check_model(config.model)
         flags = [name for name, given in {"--resume": resume, "--json": as_json, "--quiet": quiet}.items() if given]
-        arguments = [recipe, *context.obj, f"--out={folder}", *flags, *layout.flags]
-        launch(nproc, ["train", *arguments], _again(folder, nproc, layout))
+        start(config, folder, nproc, layout, [recipe, *context.obj, *flags])
     elif layout.flags:
         raise UserError(f"{layout.flags[0].partition('=')[0]} needs several processes: add --nproc")
     else:
         _train(config, folder, resume, quiet, as_json, None)
 
 
-def _again(folder: Path, nproc: int, layout: Layout) -> str:
-    """What goes on with a run after a crash."""
+def start(config: "RunConfig", folder: Path, nproc: int, layout: Layout, arguments: list[str]) -> None:
+    """Trains in processes of their own; ``arguments`` are those of this verb that make ``config``."""
     from moeforge.train.loop import resume_command
 
-    return " ".join([resume_command(folder), "--nproc", str(nproc), *layout.flags])
+    layout.check(nproc)
+    layout.check_model(config.model)
+    again = " ".join([resume_command(folder), "--nproc", str(nproc), *layout.flags])
+    launch(nproc, ["train", *arguments, f"--out={folder}", *layout.flags], again, folder / "logs")
 
 
 def _train(config: "RunConfig", folder: Path, resume: bool, quiet: bool, as_json: bool, ranks: "Ranks | None") -> None:
