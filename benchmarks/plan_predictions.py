@@ -18,7 +18,7 @@ from moeforge import recipes
 from moeforge.cli.plan import loads_of_run
 from moeforge.cli.sizes import with_vocabulary
 from moeforge.parallel.plan.cluster import Cluster, read_cluster
-from moeforge.parallel.plan.job import Job, Layout
+from moeforge.parallel.plan.job import Arrangement, Job
 from moeforge.parallel.plan.search import candidate, describe
 from moeforge.parallel.plan.step import bytes_sent
 from moeforge.train.metrics import read_metrics
@@ -40,29 +40,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--nproc", type=int, default=2)
     size = parser.parse_args().nproc
-    layouts = [Layout(size), Layout(size, 2), Layout(size, 2, shard=True), *([Layout(size, size)] * (size > 2))]
+    arrangements = [
+        Arrangement(size),
+        Arrangement(size, 2),
+        Arrangement(size, 2, shard=True),
+        *([Arrangement(size, size)] * (size > 2)),
+    ]
     with tempfile.TemporaryDirectory() as folder:
         cluster_file = Path(folder) / "here.yaml"
         run(
             "plan", "--profile", "--cluster", cluster_file, "--nproc", size, "--dtype=float32"
         )  # as the recipes have it
-        pairs = [(name, layout) for name in MODELS for layout in layouts]
+        pairs = [(name, arrangement) for name in MODELS for arrangement in arrangements]
         places = [(*pair, Path(folder) / str(number)) for number, pair in enumerate(pairs)]
         for number in range(ROUNDS):
-            for name, layout, out in places:
+            for name, arrangement, out in places:
                 recipe, settings = MODELS[name]
-                flags = ["--nproc", size, "--ep", layout.expert, *(["--shard"] * layout.shard), "--quiet"]
+                flags = ["--nproc", size, "--ep", arrangement.expert, *(["--shard"] * arrangement.shard), "--quiet"]
                 rest = [*settings, f"--steps={STEPS}", "--eval_every=1000", "--eval_tokens=1", "--save_every=1000"]
                 run("train", recipe, *flags, *rest, f"--out={out}_{number}")
         cluster = read_cluster(cluster_file)
         runs = {out: [Path(f"{out}_{number}") for number in range(ROUNDS)] for *_, out in places}
-        found = [compared(name, layout, runs[out], cluster) for name, layout, out in places]
+        found = [compared(name, arrangement, runs[out], cluster) for name, arrangement, out in places]
     path = HERE / "plan_predictions.json"
     before = json.loads(path.read_text())["results"] if path.exists() else {}
     write("plan_predictions", before | {str(size): {"cluster": cluster.model_dump(exclude_none=True), "meshes": found}})
 
 
-def compared(name: str, layout: Layout, runs: list[Path], cluster: Cluster) -> dict[str, object]:
+def compared(name: str, arrangement: Arrangement, runs: list[Path], cluster: Cluster) -> dict[str, object]:
     """One mesh, planned and measured."""
     recipe, settings = MODELS[name]
     config = recipes.load(recipe, settings)
@@ -70,13 +75,13 @@ def compared(name: str, layout: Layout, runs: list[Path], cluster: Cluster) -> d
     lines = [line for out in runs for line in read_metrics(out / "metrics.jsonl")[WARM:]]
     loads = loads_of_run(model, runs[0], STEPS)
     job = Job(model, config.batch_size, config.seq_len, config.accumulate, config.dtype == "bfloat16", loads=loads)
-    planned = candidate(job, layout, cluster)
-    kinds = bytes_sent(planned.parts, layout)
+    planned = candidate(job, arrangement, cluster)
+    kinds = bytes_sent(planned.parts, arrangement)
     seconds = median(line["perf/seconds"] for line in lines)
-    print(f"{name}, {describe(layout)}: planned {planned.seconds * 1e3:.1f} ms, measured {seconds * 1e3:.1f} ms")
+    print(f"{name}, {describe(arrangement)}: planned {planned.seconds * 1e3:.1f} ms, measured {seconds * 1e3:.1f} ms")
     return {
         "model": name,
-        "mesh": describe(layout),
+        "mesh": describe(arrangement),
         "planned_ms": planned.seconds * 1e3,
         "measured_ms": seconds * 1e3,
         "rounds_ms": [median(x["perf/seconds"] for x in read_metrics(r / "metrics.jsonl")[WARM:]) * 1e3 for r in runs],

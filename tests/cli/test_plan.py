@@ -41,7 +41,7 @@ def test_a_recipe_and_the_model_made_from_it_cost_the_same(call, tiny, run_folde
 def test_the_table_ends_with_the_command_to_run(call, tiny, cluster):
     code, out, err = call("plan", tiny, "--cluster", cluster, "--batch_size=8", "--ep", 4, "--shard")
     assert code == 0, err
-    assert f"torchrun --nnodes 2 --nproc-per-node 4 ... -m moeforge train {tiny} --ep 4 --shard" in out
+    assert f"torchrun --nnodes 2 --nproc-per-node 4 ... -m moeforge train {tiny} --ep=4 --shard --batch_size=8" in out
     assert "all_to_all" in out and "activations" in out and "data 2 x expert 4, sharded" in out
 
 
@@ -89,7 +89,7 @@ def test_places_are_written_for_a_run(call, run_folder, tmp_path, options):
         (["TINY", "--cluster", "none.yaml"], "none.yaml: No such file"),
         (["TINY", "--cluster", "CLUSTER", "--ep", "3"], "cannot form expert groups of 3"),
         (["TINY", "--cluster", "CLUSTER", "--ep", "8"], "4 experts cannot be spread evenly over 8 processes"),
-        (["TINY", "--cluster", "CLUSTER", "--chunks", "2"], "add --overlap"),
+        (["TINY", "--cluster", "CLUSTER", "--ep", "1", "--chunks", "2"], "--chunks is about experts on several"),
         (["TINY", "--cluster", "CLUSTER", "--imbalance", "9"], "a layer has 4 experts"),
         (["TINY", "--cluster", "CLUSTER", "--imbalance", "2", "--loads", "RUN"], "leave one out"),
         (["dense", "--cluster", "CLUSTER", "--ep", "2"], "no layer has experts"),

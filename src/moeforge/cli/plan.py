@@ -33,8 +33,7 @@ def plan(
     cluster: Annotated[Path | None, typer.Option(help="A YAML file: see docs/plan.md.")] = None,
     ep: Annotated[int | None, typer.Option(min=1, help="Processes that share the experts; all are tried.")] = None,
     shard: Annotated[bool | None, typer.Option("--shard/--no-shard", help="Cut all weights; both are tried.")] = None,
-    overlap: Annotated[bool, typer.Option("--overlap", help="As if exchanges ran beside other work.")] = False,
-    chunks: Annotated[int | None, typer.Option(min=1, help="Pieces of an exchange, with --overlap.")] = None,
+    chunks: Annotated[int | None, typer.Option(min=1, help="Parts of an exchange; some are tried.")] = None,
     loads: Annotated[Path | None, typer.Option(help="A run folder: experts get rows as they did there.")] = None,
     imbalance: Annotated[float, typer.Option(min=1, help="Rows of the busiest expert, over the mean.")] = 1.0,
     timeline: Annotated[Path | None, typer.Option(help="Write when who does what: .json (Chrome) or .svg.")] = None,
@@ -63,21 +62,20 @@ def plan(
         return
     if what is None:
         raise UserError("name a recipe, a YAML file, or a model folder")
-    if chunks is not None and not overlap:
-        raise UserError("--chunks cuts exchanges that run beside other work: add --overlap")
     if loads is not None and imbalance > 1:
         raise UserError("--loads says how rows are spread, and so does --imbalance: leave one out")
     from moeforge.parallel.plan.cluster import read_cluster
-    from moeforge.parallel.plan.search import Wanted, search
+    from moeforge.parallel.plan.search import CHUNKS, Wanted, search
 
     devices, config = read_cluster(cluster), _run_config(what, context.obj)
     job = _job(config, _loads(config.model, loads, imbalance))
-    wanted = Wanted(ep, shard, config.recompute_activations or None, overlap, chunks)
+    tried = (chunks,) if chunks else CHUNKS if devices.overlap else (1,)
+    wanted = Wanted(ep, shard, config.recompute_activations or None, tried)
     found = search(job, devices, wanted)
     if timeline is not None:
         from moeforge.parallel.plan.timeline import write_timeline
 
-        write_timeline(found[0].played, found[0].layout, timeline)
+        write_timeline(found[0].played, found[0].arrangement, timeline)
     tree = _tree(what, config, job, devices, found) | {"command": _command(what, context.obj, devices, found[0])}
     print(json.dumps(tree, indent=2)) if as_json else _show(tree)
 
@@ -153,15 +151,15 @@ def _tree(what: str, config: "RunConfig", job: "Job", cluster: "Cluster", found:
         "tokens_per_step": config.tokens_per_step,
         "idle_processes": max(0, cluster.size - config.batch_size),
         "meshes": [_mesh(each, config.tokens_per_step) for each in found],
-        "bytes": bytes_sent(best.parts, best.layout),
+        "bytes": bytes_sent(best.parts, best.arrangement),
         "seconds": {"step": best.seconds, "computing": computing, "sending": sending},
     }
 
 
 def _mesh(found: "Candidate", tokens: int) -> dict[str, Any]:
     return {
-        **asdict(found.layout),
-        "data": found.layout.data,
+        **asdict(found.arrangement),
+        "data": found.arrangement.data,
         "seconds": found.seconds,
         "tokens_per_second": tokens / found.seconds,
         "memory": {**asdict(found.memory), "total": found.memory.total},
@@ -170,14 +168,14 @@ def _mesh(found: "Candidate", tokens: int) -> dict[str, Any]:
 
 def _command(what: str, settings: list[str], cluster: "Cluster", found: "Candidate") -> str:
     """What starts it; of a model folder, which says nothing of a run, the options alone."""
-    layout = found.layout
-    flags = f" --ep {layout.expert}" * (layout.expert > 1) + " --shard" * layout.shard
-    flags += " --recompute_activations=true" * layout.recompute
+    arrangement = found.arrangement
+    flags = "".join(f" {flag}" for flag in arrangement.layout.flags)
+    flags += " --recompute_activations=true" * arrangement.recompute
     flags += "".join(f" {setting}" for setting in settings)
     if Path(what).is_dir():
         return f"moeforge train ...{flags}"
     if cluster.nodes == 1:
-        return f"moeforge train {what}{f' --nproc {layout.size}' * (layout.size > 1)}{flags}"
+        return f"moeforge train {what}{f' --nproc {arrangement.size}' * (arrangement.size > 1)}{flags}"
     start = f"torchrun --nnodes {cluster.nodes} --nproc-per-node {cluster.devices_per_node}"
     return f"{start} ... -m moeforge train {what}{flags}"
 
@@ -211,10 +209,10 @@ def _show(tree: dict[str, Any]) -> None:
 
 
 def _named(mesh: dict[str, Any]) -> str:
-    from moeforge.parallel.plan.job import Layout
+    from moeforge.parallel.plan.job import Arrangement
     from moeforge.parallel.plan.search import describe
 
-    return describe(Layout(**{name: mesh[name] for name in Layout.__dataclass_fields__}))
+    return describe(Arrangement(**{name: mesh[name] for name in Arrangement.__dataclass_fields__}))
 
 
 def _place(
@@ -246,10 +244,11 @@ def _profile(settings: list[str], cluster: Path, nproc: int) -> None:
 
     from moeforge.cli.plan_steps import timed_steps
     from moeforge.config import build, override
+    from moeforge.parallel.layout import Layout
     from moeforge.parallel.plan.profile import profile
     from moeforge.parallel.together import join
     from moeforge.train import RunConfig
 
     config = build(RunConfig, override({}, settings))
-    with one_voice(), join(expert_size=1, shard=False) as ranks:
+    with one_voice(), join(Layout()) as ranks:
         profile(ranks, cluster, getattr(torch, config.dtype), timed_steps(config, ranks))

@@ -9,7 +9,7 @@ from moeforge.config import build
 from moeforge.models import ModelConfig
 from moeforge.parallel.plan.amounts import Message, Work
 from moeforge.parallel.plan.cluster import Cluster, Link
-from moeforge.parallel.plan.job import Job, Layout, skewed
+from moeforge.parallel.plan.job import Arrangement, Job, skewed
 from moeforge.parallel.plan.simulate import (
     busy_seconds,
     message_seconds,
@@ -18,7 +18,7 @@ from moeforge.parallel.plan.simulate import (
     step_seconds,
     work_seconds,
 )
-from moeforge.parallel.plan.step import Operation, Part, bytes_sent, step_of
+from moeforge.parallel.plan.step import Operation, Part, step_of
 
 MODEL = {
     "vocab_size": 64,
@@ -44,54 +44,56 @@ def model(**changes: object) -> ModelConfig:
     return build(ModelConfig, {**MODEL, **changes})
 
 
-def group(rank: int, axis: str, layout: Layout) -> list[int]:
+def group(rank: int, axis: str, arrangement: Arrangement) -> list[int]:
     """Ranks that a process meets."""
-    row, place = divmod(rank, layout.expert)
+    row, place = divmod(rank, arrangement.expert)
     if axis == "expert":
-        return [row * layout.expert + other for other in range(layout.expert)]
+        return [row * arrangement.expert + other for other in range(arrangement.expert)]
     if axis == "data":
-        return [other * layout.expert + place for other in range(layout.data)]
-    return list(range(layout.size))
+        return [other * arrangement.expert + place for other in range(arrangement.data)]
+    return list(range(arrangement.size))
 
 
-def at(values: torch.Tensor, rank: int, layout: Layout) -> float:
-    return float(values.expand(layout.data, layout.expert).flatten()[rank])
+def at(values: torch.Tensor, rank: int, arrangement: Arrangement) -> float:
+    return float(values.expand(arrangement.data, arrangement.expert).flatten()[rank])
 
 
-def slow_play(part: Part, layout: Layout, cluster: Cluster) -> list[dict[int, float]]:
+def slow_play(part: Part, arrangement: Arrangement, cluster: Cluster) -> list[dict[int, float]]:
     """When each operation ends on each process."""
     ends: list[dict[int, float]] = []
-    lanes = {(lane, rank): 0.0 for lane in (Work, Message) for rank in range(layout.size)}
+    lanes = {(lane, rank): 0.0 for lane in (Work, Message) for rank in range(arrangement.size)}
     for operation in part.operations:
-        lane = type(operation.does)
+        lane = type(operation.does) if cluster.overlap else Work
         ready = {
             rank: max([lanes[lane, rank], *(ends[place][rank] for place in operation.after)])
-            for rank in range(layout.size)
+            for rank in range(arrangement.size)
         }
         if isinstance(operation.does, Work):
             took = work_seconds(operation.does, cluster)
-            ended = {rank: ready[rank] + at(took, rank, layout) for rank in ready}
+            ended = {rank: ready[rank] + at(took, rank, arrangement) for rank in ready}
         else:
-            took = message_seconds(operation.does, layout, cluster)
+            took = message_seconds(operation.does, arrangement, cluster)
             axis = operation.does.axis
-            begin = {rank: max(ready[other] for other in group(rank, axis, layout)) for rank in ready}
-            ended = {rank: begin[rank] + at(took, rank, layout) for rank in ready}
+            begin = {rank: max(ready[other] for other in group(rank, axis, arrangement)) for rank in ready}
+            ended = {rank: begin[rank] + at(took, rank, arrangement) for rank in ready}
         ends.append(ended)
         lanes |= {(lane, rank): end for rank, end in ended.items()}
     return ends
 
 
 @pytest.mark.parametrize("batch_size", [8, 11], ids=["all alike", "uneven rows"])
-@pytest.mark.parametrize("chunks", [0, 1, 3])
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("chunks", [1, 3])
 @pytest.mark.parametrize("expert, shard", [(1, False), (2, True), (4, False), (8, False)])
-def test_all_at_once_is_one_by_one(expert, shard, chunks, batch_size):
-    layout = Layout(8, expert, shard, chunks=chunks)
+def test_all_at_once_is_one_by_one(expert, shard, chunks, overlap, batch_size):
+    arrangement = Arrangement(8, expert, shard, chunks=chunks)
     loads = {2: skewed(8, 3.0)}
     job = Job(model(), batch_size, 16, accumulate=2, loads=loads)
-    for played in play(step_of(job, layout), layout, CLUSTER):
-        wanted = slow_play(played.part, layout, CLUSTER)
+    cluster = CLUSTER.replace(overlap=overlap)
+    for played in play(step_of(job, arrangement), arrangement, cluster):
+        wanted = slow_play(played.part, arrangement, cluster)
         for event, ends in zip(played.events, wanted, strict=True):
-            assert [at(event.end, rank, layout) for rank in range(8)] == pytest.approx(list(ends.values()))
+            assert [at(event.end, rank, arrangement) for rank in range(8)] == pytest.approx(list(ends.values()))
 
 
 @given(
@@ -102,7 +104,7 @@ def test_all_at_once_is_one_by_one(expert, shard, chunks, batch_size):
 def test_an_exchange_takes_as_long_as_its_busiest_process(sizes, near):
     sent_PP = torch.tensor(sizes, dtype=torch.float64).view(4, 4) * (1 - torch.eye(4))
     cluster = CLUSTER.replace(nodes=4 // near, devices_per_node=near)
-    took = float(message_seconds(Message("all_to_all", "expert", sent_PP[None]), Layout(4, 4), cluster))
+    took = float(message_seconds(Message("all_to_all", "expert", sent_PP[None]), Arrangement(4, 4), cluster))
     wanted = 0.0
     for line, far in ((cluster.inside, False), (cluster.between, True)):
         peers = [[q for q in range(4) if q != p and (q // near != p // near) == far] for p in range(4)]
@@ -117,14 +119,14 @@ def test_an_exchange_takes_as_long_as_its_busiest_process(sizes, near):
 @pytest.mark.parametrize("expert", [1, 2, 4, 8])
 @pytest.mark.parametrize("axis", ["expert", "data", "world"])
 def test_neighbours_are_those_on_the_first_ones_node(axis, expert):
-    layout = Layout(8, expert)
-    members = group(0, axis, layout)
-    assert neighbours(layout, axis, CLUSTER) == sum(rank // CLUSTER.devices_per_node == 0 for rank in members)
+    arrangement = Arrangement(8, expert)
+    members = group(0, axis, arrangement)
+    assert neighbours(arrangement, axis, CLUSTER) == sum(rank // CLUSTER.devices_per_node == 0 for rank in members)
 
 
 def test_a_ring_by_hand():
     sent = torch.tensor(2 * 7 * 1000.0)
-    took = float(message_seconds(Message("all_reduce", "world", sent), Layout(8), CLUSTER))
+    took = float(message_seconds(Message("all_reduce", "world", sent), Arrangement(8), CLUSTER))
     assert took == pytest.approx(14 * 1e-4 + 14000 / 4e7)
 
 
@@ -136,41 +138,41 @@ def test_pieces_hide_the_exchange_behind_experts():
     send, work = Message("all_to_all", "expert", off), Work(torch.full((1, 1), 2.0), none, none, 0)
     names = [("out", send, ()), ("out", send, ()), ("experts", work, (0,)), ("experts", work, (1,))]
     names += [("back", send, (2,)), ("back", send, (3,))]
-    (played,) = play([Part("layer", [Operation(*each) for each in names], 1)], Layout(2, 2), second)
+    (played,) = play([Part("layer", [Operation(*each) for each in names], 1)], Arrangement(2, 2), second)
     assert played.seconds == pytest.approx(8)  # 12 one after another
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 4])
-def test_overlap_never_sends_more_and_waits_less(chunks):
-    job = Job(model(), 8, 64)
-    plain, pieces = Layout(8, 4), Layout(8, 4, chunks=chunks)
-    assert bytes_sent(step_of(job, pieces), pieces) == bytes_sent(step_of(job, plain), plain)
-    free = CLUSTER.replace(overhead=0.0, inside={"latency": 1e-12, "bandwidth": 1e8})
-    seconds = [step_seconds(play(step_of(job, layout), layout, free)) for layout in (plain, pieces)]
-    assert seconds[1] < seconds[0]
+def test_what_is_done_at_once_takes_less_time(chunks):
+    job, free = Job(model(), 8, 64), CLUSTER.replace(overhead=0.0, inside={"latency": 1e-12, "bandwidth": 1e8})
+    arrangement = Arrangement(8, 4, chunks=chunks)
+    parts = step_of(job, arrangement)
+    together, apart = (play(parts, arrangement, free.replace(overlap=overlap)) for overlap in (True, False))
+    assert step_seconds(together) < step_seconds(apart)
+    assert sum(busy_seconds(apart)) == pytest.approx(step_seconds(apart))
 
 
 def test_imbalance_costs_time():
     seconds = []
     for imbalance in (1.0, 2.0, 4.0):
         job = Job(model(), 8, 64, loads={depth: skewed(8, imbalance) for depth in (1, 2)})
-        seconds.append(step_seconds(play(step_of(job, Layout(8, 8)), Layout(8, 8), CLUSTER)))
+        seconds.append(step_seconds(play(step_of(job, Arrangement(8, 8)), Arrangement(8, 8), CLUSTER)))
     assert seconds == sorted(set(seconds))
 
 
 def test_a_shortcut_hides_the_exchange_behind_attention():
-    layout, seconds = Layout(8, 4, chunks=1), []
+    arrangement, seconds = Arrangement(8, 4, chunks=1), []
     for shortcut in (False, True):
         moe = {**MODEL["moe"], "shortcut": shortcut}  # type: ignore[dict-item]
         job = Job(model(moe=moe), 8, 64)
-        seconds.append(step_seconds(play(step_of(job, layout), layout, CLUSTER)))
+        seconds.append(step_seconds(play(step_of(job, arrangement), arrangement, CLUSTER)))
     assert seconds[1] < seconds[0]
 
 
 def test_thousands_of_processes_take_no_longer_than_one_group():
-    layout = Layout(8192, 8)
+    arrangement = Arrangement(8192, 8)
     job, cluster = Job(model(), 8192, 16), CLUSTER.replace(nodes=2048)
-    played = play(step_of(job, layout), layout, cluster)
+    played = play(step_of(job, arrangement), arrangement, cluster)
     assert max(event.end.numel() for each in played for event in each.events) == 8
     computing, sending = busy_seconds(played)
     assert computing + sending == pytest.approx(step_seconds(played), rel=0.2)

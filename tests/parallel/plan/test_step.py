@@ -5,8 +5,9 @@ import torch
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 
+from moeforge.parallel.layout import Layout
 from moeforge.parallel.mesh import Mesh
-from moeforge.parallel.plan.job import Job, Layout, Weights, nbytes
+from moeforge.parallel.plan.job import Arrangement, Job, Weights, nbytes
 from moeforge.parallel.plan.step import bytes_sent, step_of
 from moeforge.parallel.together import Together
 from moeforge.train.config import AdamW
@@ -14,7 +15,7 @@ from moeforge.train.optimizer import build_optimizer
 from moeforge.train.step import accumulate_gradients, apply_gradients
 from tests.parallel.test_training import LENGTH, batches, decoder
 
-MESHES = [(2, 2, False), (4, 2, False), (4, 4, False), (4, 1, True), (4, 2, True)]
+MESHES = [(2, 2, False, 1), (4, 2, False, 3), (4, 4, False, 1), (4, 1, True, 1), (4, 2, True, 1)]
 STEPS = [
     ("plain", [4, 4], False),
     ("two banks, any number of experts", [7], True),
@@ -22,9 +23,9 @@ STEPS = [
 ]
 
 
-def real_step(name: str, rows: list[int], mesh: tuple[int, bool], recompute: bool) -> tuple[dict[str, int], int]:
+def real_step(name: str, rows: list[int], layout: Layout, recompute: bool) -> tuple[dict[str, int], int]:
     """Bytes by kind of one step, and bytes of weights on this process."""
-    ranks = Together(Mesh.build(dist.get_world_size(), mesh[0], "cpu"), mesh[1])
+    ranks = Together(Mesh.build(dist.get_world_size(), layout.ep, "cpu"), layout)
     model = decoder(name, torch.float64)
     model.recompute_activations = recompute
     ranks.place(model)
@@ -47,14 +48,14 @@ def job(name: str, rows: list[int], size: int) -> Job:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("size, expert, shard", MESHES)
+@pytest.mark.parametrize("size, expert, shard, chunks", MESHES)
 @pytest.mark.parametrize("name, rows, recompute", STEPS, ids=str)
-def test_bytes_are_those_that_real_processes_count(processes, name, rows, recompute, size, expert, shard):
-    layout = Layout(size, expert, shard, recompute)
+def test_bytes_are_those_that_real_processes_count(processes, name, rows, recompute, size, expert, shard, chunks):
+    arrangement = Arrangement(size, expert, shard, recompute, chunks)
     planned = job(name, rows, size)
-    wanted = bytes_sent(step_of(planned, layout), layout)
-    found = processes(size).run(real_step, name, rows, (expert, shard), recompute)
+    wanted = bytes_sent(step_of(planned, arrangement), arrangement)
+    found = processes(size).run(real_step, name, rows, arrangement.layout, recompute)
     assert [sent for sent, _ in found] == [wanted] * size
-    weights, cut = Weights.of(planned, layout), size if shard else 1
-    held = nbytes(weights.everywhere, cut) + nbytes(weights.shared_out, layout.data if shard else 1)
+    weights, cut = Weights.of(planned, arrangement), size if shard else 1
+    held = nbytes(weights.everywhere, cut) + nbytes(weights.shared_out, arrangement.data if shard else 1)
     assert max(held for _, held in found) == held

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moeforge.models.count import LayerWork, layer_work
 from moeforge.models.memory import kept_by_block
-from moeforge.parallel.plan.job import Job, Layout, Weights, experts_of, nbytes
+from moeforge.parallel.plan.job import Arrangement, Job, Weights, experts_of, nbytes
 
 KERNELS = {"attention": 30, "routing": 40, "beside": 10, "experts": 15, "update": 1}
 """About how many a part starts on its way forward; its way back starts twice as many."""
@@ -49,10 +49,10 @@ class Message:
 class Amounts:
     """Of a job on a mesh. What layers that are the same come to is found once."""
 
-    def __init__(self, job: Job, layout: Layout) -> None:
+    def __init__(self, job: Job, arrangement: Arrangement) -> None:
         """Raises UserError for experts that cannot be dealt out so."""
-        self.job, self.layout, self.weights = job, layout, Weights.of(job, layout)
-        self.tokens_DP, self.work = job.tokens(layout), layer_work(job.decoder, job.seq_len)
+        self.job, self.arrangement, self.weights = job, arrangement, Weights.of(job, arrangement)
+        self.tokens_DP, self.work = job.tokens(arrangement), layer_work(job.decoder, job.seq_len)
         self.first: dict[str, int] = {}
         self._sends_once, self._works_once = cache(self._sends), cache(self._works)
 
@@ -81,11 +81,11 @@ class Amounts:
         return self.first.setdefault(self.job.model.applied_layers[depth].model_dump_json(), depth)
 
     def _sends(self, depth: int) -> tuple[Message, Message, Message] | None:
-        job, size, index = self.job, self.layout.expert, depth % self.job.model.num_layers
+        job, size, index = self.job, self.arrangement.expert, depth % self.job.model.num_layers
         banks, layer = self.weights.banks[index], job.model.applied_layers[depth]
         if not banks or layer.moe is None:
             return None
-        edges_DPE, places = job.edges(depth, self.layout), experts_of(layer)
+        edges_DPE, places = job.edges(depth, self.arrangement), experts_of(layer)
         away_DPP = sum(edges_DPE[..., places[bank]].unflatten(-1, (size, -1)).sum(-1) for bank in banks)
         away_DPP = away_DPP * (1 - torch.eye(size, dtype=torch.float64))  # type: ignore[operator]
         counted = FLOAT64 * sum(layer.moe.experts[bank].num_experts for bank in banks) / size
@@ -128,7 +128,7 @@ class Amounts:
         job, layer, index = self.job, self.job.model.applied_layers[depth], depth % self.job.model.num_layers
         if layer.moe is None:
             return Work(NOTHING, NOTHING, NOTHING, 0)
-        edges_DPE, size = job.edges(depth, self.layout), self.layout.expert
+        edges_DPE, size = job.edges(depth, self.arrangement), self.arrangement.expert
         width = layer.moe.row_width(job.model.d_model)
         cost_E = 2.0 * torch.tensor(layer.moe.costs(width), dtype=torch.float64)
         mean = job.model.d_model / width * layer.moe.router.select.mean_experts(layer.moe.num_experts)

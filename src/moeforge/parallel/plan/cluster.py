@@ -69,6 +69,8 @@ class Cluster(Config):
     """Of one device's memory."""
     overhead: _amount("s", least=0.0) = 0.0
     """That a kernel takes whatever its size."""
+    overlap: bool = True
+    """Whether a device computes while it sends."""
     inside: Link
     """Between devices of a node."""
     between: Link | None = None

@@ -11,19 +11,25 @@ from torch import Tensor, nn
 
 from moeforge.errors import UserError
 from moeforge.models import Decoder, LayerConfig, ModelConfig
+from moeforge.parallel.layout import Layout
 from moeforge.parallel.sharding import dealt
 
 
 @dataclass(frozen=True)
-class Layout:
-    """The mesh and how it is used: ``expert`` neighbours share the experts, as ``parallel.mesh`` says."""
+class Arrangement:
+    """So many processes, and what they are told: ``expert`` neighbours share the experts, as in ``parallel.mesh``."""
 
     size: int
     expert: int = 1
     shard: bool = False
     recompute: bool = False
-    chunks: int = 0
-    """Pieces in which rows travel while experts, and the branch beside them, work; 0: nothing is done at once."""
+    chunks: int = 1
+    """Parts in which rows are exchanged, where there is something to exchange."""
+
+    @property
+    def layout(self) -> Layout:
+        """As ``moeforge train`` takes it."""
+        return Layout(ep=self.expert, shard=self.shard, chunks=self.chunks)
 
     @property
     def data(self) -> int:
@@ -68,14 +74,14 @@ class Job:
         with torch.device("meta"):
             return Decoder(self.model).to(self.dtype)
 
-    def tokens(self, layout: Layout) -> Tensor:
+    def tokens(self, arrangement: Arrangement) -> Tensor:
         """[D or 1, P] tokens of each process in a micro-batch; D is 1 where all data groups are alike."""
-        each, more = divmod(self.batch_size, layout.size)
-        rows_W = each + (torch.arange(layout.size) < more)
-        rows_DP = rows_W.view(layout.data, layout.expert).double() * self.seq_len
+        each, more = divmod(self.batch_size, arrangement.size)
+        rows_W = each + (torch.arange(arrangement.size) < more)
+        rows_DP = rows_W.view(arrangement.data, arrangement.expert).double() * self.seq_len
         return rows_DP if more else rows_DP[:1]
 
-    def edges(self, depth: int, layout: Layout) -> Tensor:
+    def edges(self, depth: int, arrangement: Arrangement) -> Tensor:
         """[D or 1, P, E] rows that each process has for each expert of the layer at ``depth``, in a micro-batch.
 
         Raises UserError for loads of another number of experts or processes.
@@ -83,14 +89,14 @@ class Job:
         moe = self.model.applied_layers[depth].moe
         assert moe is not None
         load = self.loads.get(depth, torch.ones(moe.num_experts) / moe.num_experts).double()
-        wanted = ((moe.num_experts,), (layout.size, moe.num_experts))
+        wanted = ((moe.num_experts,), (arrangement.size, moe.num_experts))
         if load.shape not in wanted:
             raise UserError(f"loads of layer {depth} are {list(load.shape)}: it has {moe.num_experts} experts")
         if load.ndim == 2:
-            return load.view(layout.data, layout.expert, -1)
+            return load.view(arrangement.data, arrangement.expert, -1)
         rows = self.model.d_model / moe.row_width(self.model.d_model)
         mean = rows * moe.router.select.mean_experts(moe.num_experts)
-        return self.tokens(layout)[..., None] * mean * load
+        return self.tokens(arrangement)[..., None] * mean * load
 
 
 @dataclass(frozen=True)
@@ -107,16 +113,18 @@ class Weights:
     """``blocks`` and ``root``, in the model's order."""
 
     @classmethod
-    def of(cls, job: Job, layout: Layout) -> "Weights":
+    def of(cls, job: Job, arrangement: Arrangement) -> "Weights":
         """Raises UserError when experts cannot be dealt out so."""
         model = job.decoder
-        names = dealt(job.model, layout.expert)
+        names = dealt(job.model, arrangement.layout)
         away = {id(p) for name in names for p in model.get_submodule(name).parameters()}
         inside = {id(p) for p in model.blocks.parameters()}
         banks: list[dict[int, list[nn.Parameter]]] = [{} for _ in model.blocks]
         for name in names:
             _, depth, *_, number = name.split(".")
-            banks[int(depth)][int(number)] = [share(p, layout.expert) for p in model.get_submodule(name).parameters()]
+            banks[int(depth)][int(number)] = [
+                share(p, arrangement.expert) for p in model.get_submodule(name).parameters()
+            ]
         return cls(
             blocks=[[p for p in block.parameters() if id(p) not in away] for block in model.blocks],
             root=[p for p in model.parameters() if id(p) not in inside],

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 
 from moeforge.models.memory import activation_bytes
 from moeforge.parallel.gradients import buckets
-from moeforge.parallel.plan.job import Job, Layout, Weights, experts_of, nbytes
+from moeforge.parallel.plan.job import Arrangement, Job, Weights, experts_of, nbytes
 
 
 @dataclass(frozen=True)
@@ -26,49 +26,49 @@ class Memory:
         return sum(asdict(self).values())
 
 
-def memory_of(job: Job, layout: Layout) -> Memory:
+def memory_of(job: Job, arrangement: Arrangement) -> Memory:
     """Raises UserError for experts that cannot be dealt out so."""
-    weights = Weights.of(job, layout)
+    weights = Weights.of(job, arrangement)
     everywhere, dealt = weights.everywhere, weights.shared_out
-    cut = (layout.size, layout.data) if layout.shard else (1, 1)
+    cut = (arrangement.size, arrangement.data) if arrangement.shard else (1, 1)
     own = nbytes(everywhere, cut[0]) + nbytes(dealt, cut[1])
-    edges, came = _edges(job, layout, weights)
-    tokens = int(job.tokens(layout).max())
+    edges, came = _edges(job, arrangement, weights)
+    tokens = int(job.tokens(arrangement).max())
     # An owner keeps the rows that came to it besides what its experts make of them.
-    kept = activation_bytes(job.model, job.row, tokens, layout.recompute, edges)
-    kept += (max if layout.recompute else sum)([0.0, *came.values()])
+    kept = activation_bytes(job.model, job.row, tokens, arrangement.recompute, edges)
+    kept += (max if arrangement.recompute else sum)([0.0, *came.values()])
     return Memory(
-        own, own, 2 * own, round(kept), round(_buffers(job, layout, weights) + 2 * max([0.0, *came.values()]))
+        own, own, 2 * own, round(kept), round(_buffers(job, arrangement, weights) + 2 * max([0.0, *came.values()]))
     )
 
 
-def _edges(job: Job, layout: Layout, weights: Weights) -> tuple[dict[int, float], dict[int, float]]:
+def _edges(job: Job, arrangement: Arrangement, weights: Weights) -> tuple[dict[int, float], dict[int, float]]:
     """By depth: rows through the busiest process' experts, and bytes of those that came to it over the exchange."""
     edges, came = {}, {}
     for depth, layer in enumerate(job.model.applied_layers):
         if layer.moe is None:
             continue
-        edges_DPE, rows, width = job.edges(depth, layout), 0.0, layer.moe.row_width(job.model.d_model)
+        edges_DPE, rows, width = job.edges(depth, arrangement), 0.0, layer.moe.row_width(job.model.d_model)
         for number, place in enumerate(experts_of(layer)):
             held_DPE = edges_DPE[..., place]
             if number in weights.banks[depth % job.model.num_layers]:
-                held_DPE = held_DPE.sum(1).unflatten(-1, (layout.expert, -1))
+                held_DPE = held_DPE.sum(1).unflatten(-1, (arrangement.expert, -1))
                 came[depth] = came.get(depth, 0.0) + float(held_DPE.sum(-1).max()) * width * job.row
             rows += float(held_DPE.sum(-1).max())
         edges[depth] = rows
     return edges, came
 
 
-def _buffers(job: Job, layout: Layout, weights: Weights) -> int:
+def _buffers(job: Job, arrangement: Arrangement, weights: Weights) -> int:
     """Sharded: the root, two blocks with their experts (one at work, one on its way), and one's whole gradients."""
-    if not layout.shard:
-        groups = (parameters for parameters, size in _summed(layout, weights) if size > 1)
+    if not arrangement.shard:
+        groups = (parameters for parameters, size in _summed(arrangement, weights) if size > 1)
         return max((nbytes(bucket) for parameters in groups for bucket in buckets(parameters)), default=0)
-    banks = [sum(nbytes(bank) for bank in some.values()) for some in weights.banks] if layout.data > 1 else []
+    banks = [sum(nbytes(bank) for bank in some.values()) for some in weights.banks] if arrangement.data > 1 else []
     blocks = [nbytes(block) for block in weights.blocks]
     whole = [block + bank for block, bank in zip(blocks, banks or [0] * len(blocks), strict=True)]
     return nbytes(weights.root) + 3 * max(whole)
 
 
-def _summed(layout: Layout, weights: Weights) -> list[tuple[list, int]]:
-    return [(weights.everywhere, layout.size), (weights.shared_out, layout.data)]
+def _summed(arrangement: Arrangement, weights: Weights) -> list[tuple[list, int]]:
+    return [(weights.everywhere, arrangement.size), (weights.shared_out, arrangement.data)]

@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 
 from moeforge.parallel.plan.amounts import Work
 from moeforge.parallel.plan.cluster import Cluster, Line, Link
-from moeforge.parallel.plan.job import Job, Layout
+from moeforge.parallel.plan.job import Arrangement, Job
 from moeforge.parallel.plan.step import Part, step_of
 from moeforge.parallel.together import Together
 
@@ -57,6 +57,7 @@ def profile(ranks: Together, path: Path, dtype: torch.dtype, measured: list[tupl
         half_width=half_width,
         bandwidth=bandwidth,
         overhead=overhead,
+        overlap=device.type != "cpu",  # there, who sends computes less
         inside=near or far,  # type: ignore[arg-type]
         between=far,
         source=f"moeforge plan --profile: {len(measured)} steps in {dtype}, fitted within {error:.0%}",
@@ -73,7 +74,7 @@ def fit_device(
 
     ``limits`` are what single operations showed: no step is computed faster.
     """
-    alone = Layout(1)
+    alone = Arrangement(1)
     table = [(_rows(step_of(job, alone)), took) for job, took in measured]
 
     def wrong(device: tuple[float, ...]) -> float:

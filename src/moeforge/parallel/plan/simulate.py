@@ -1,7 +1,7 @@
 """Plays a step on a cluster, all processes at once: when each of them does what, and how long it waits.
 
-A process has two lanes, one that computes and one that sends; in each, operations run in their order, each when what it
-needs has ended. A collective begins when the last of its group is there, and ends for all of it alike. Times are
+A process has two lanes, one that computes and one that sends (or a single one, where the two don't go together); in
+each, operations run in their order, each when what it needs has ended. A collective begins when the last of its group is there, and ends for all of it alike. Times are
 [D or 1, P] float64: where all data groups do the same, one stands for all, so thousands of processes cost no more.
 """
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moeforge.parallel.plan.amounts import Message, Work
 from moeforge.parallel.plan.cluster import Cluster
-from moeforge.parallel.plan.job import Layout
+from moeforge.parallel.plan.job import Arrangement
 from moeforge.parallel.plan.step import Operation, Part
 
 
@@ -40,9 +40,9 @@ class Played:
         return max((float(event.end.max()) for event in self.events), default=0.0)
 
 
-def play(parts: list[Part], layout: Layout, cluster: Cluster) -> list[Played]:
+def play(parts: list[Part], arrangement: Arrangement, cluster: Cluster) -> list[Played]:
     """Every part, once."""
-    return [Played(part, _play(part, layout, cluster)) for part in parts]
+    return [Played(part, _play(part, arrangement, cluster)) for part in parts]
 
 
 def step_seconds(played: list[Played]) -> float:
@@ -64,11 +64,12 @@ def busy_seconds(played: list[Played]) -> tuple[float, float]:
     return lanes[0], lanes[1]
 
 
-def _play(part: Part, layout: Layout, cluster: Cluster) -> list[Event]:
+def _play(part: Part, arrangement: Arrangement, cluster: Cluster) -> list[Event]:
     events: list[Event] = []
-    free: dict[type, Tensor] = {Work: torch.zeros(1, 1).double(), Message: torch.zeros(1, 1).double()}
+    free = [torch.zeros(1, 1, dtype=torch.float64)] * 2
     for operation in part.operations:
-        lane, ready = type(operation.does), free[type(operation.does)]
+        lane = int(cluster.overlap and isinstance(operation.does, Message))
+        ready = free[lane]
         for place in operation.after:
             ready = torch.maximum(ready, events[place].end)
         if isinstance(operation.does, Work):
@@ -77,7 +78,7 @@ def _play(part: Part, layout: Layout, cluster: Cluster) -> list[Event]:
         else:
             # Waiting for the others is no sending: it shows as a gap.
             start = _together(ready, operation.does.axis)
-            end = start + message_seconds(operation.does, layout, cluster)
+            end = start + message_seconds(operation.does, arrangement, cluster)
         start, end = torch.broadcast_tensors(start, end)
         events.append(Event(operation, start, end))
         free[lane] = end
@@ -98,12 +99,12 @@ def work_seconds(work: Work, cluster: Cluster) -> Tensor:
     return work.kernels * cluster.overhead + busy
 
 
-def message_seconds(message: Message, layout: Layout, cluster: Cluster) -> Tensor:
+def message_seconds(message: Message, arrangement: Arrangement, cluster: Cluster) -> Tensor:
     """[D or 1, 1] for groups along ``expert``, else [1, 1]: latencies and bytes, of the slowest of the group."""
-    count = layout.group(message.axis)
+    count = arrangement.group(message.axis)
     if count == 1:
         return torch.zeros(1, 1, dtype=torch.float64)
-    near = neighbours(layout, message.axis, cluster)
+    near = neighbours(arrangement, message.axis, cluster)
     inside = cluster.inside.line(message.kind)
     between = cluster.between.line(message.kind) if cluster.between and near < count else None
     if message.kind == "all_to_all":
@@ -130,8 +131,8 @@ def _exchange_seconds(message: Message, near: int, lines: tuple) -> Tensor:
     return torch.stack(took).amax(0)[:, None]
 
 
-def neighbours(layout: Layout, axis: str, cluster: Cluster) -> int:
+def neighbours(arrangement: Arrangement, axis: str, cluster: Cluster) -> int:
     """How many of a group are on the node of its first process; neighbouring ranks share an expert group."""
     node = cluster.devices_per_node
-    apart = layout.expert if axis == "data" else 1
-    return min(layout.group(axis), max(1, -(-node // apart)))
+    apart = arrangement.expert if axis == "data" else 1
+    return min(arrangement.group(axis), max(1, -(-node // apart)))

@@ -10,7 +10,7 @@ from torch import nn
 
 from moeforge.parallel.gradients import buckets
 from moeforge.parallel.plan.amounts import FLOAT64, KERNELS, NOTHING, Amounts, Message, Work
-from moeforge.parallel.plan.job import Job, Layout, nbytes
+from moeforge.parallel.plan.job import Arrangement, Job, nbytes
 
 
 @dataclass(frozen=True)
@@ -33,17 +33,19 @@ class Part:
     """How often in one step."""
 
 
-def step_of(job: Job, layout: Layout) -> list[Part]:
+def step_of(job: Job, arrangement: Arrangement) -> list[Part]:
     """One optimizer step. Raises UserError for experts that cannot be dealt out so, and loads that do not fit."""
-    return _Writer(job, layout).parts()
+    return _Writer(job, arrangement).parts()
 
 
-def bytes_sent(parts: list[Part], layout: Layout) -> dict[str, int]:
+def bytes_sent(parts: list[Part], arrangement: Arrangement) -> dict[str, int]:
     """In one step, by kind, all processes together: what ``metrics.jsonl`` has as ``sent/...``."""
     total = dict.fromkeys(("all_to_all", "all_reduce", "all_gather", "reduce_scatter"), 0.0)
     for part in parts:
         for message in (operation.does for operation in part.operations if isinstance(operation.does, Message)):
-            sent = message.sent.sum() * (layout.data / len(message.sent) if message.sent.ndim else layout.size)
+            sent = message.sent.sum() * (
+                arrangement.data / len(message.sent) if message.sent.ndim else arrangement.size
+            )
             total[message.kind] += part.times * float(sent)
     return {kind: round(count) for kind, count in total.items()}
 
@@ -51,8 +53,8 @@ def bytes_sent(parts: list[Part], layout: Layout) -> dict[str, int]:
 class _Writer:
     """Writes the list down."""
 
-    def __init__(self, job: Job, layout: Layout) -> None:
-        self.job, self.layout, self.amounts = job, layout, Amounts(job, layout)
+    def __init__(self, job: Job, arrangement: Arrangement) -> None:
+        self.job, self.arrangement, self.amounts = job, arrangement, Amounts(job, arrangement)
         self.weights = self.amounts.weights
         self.operations: list[Operation] = []
 
@@ -68,7 +70,7 @@ class _Writer:
             parts.append(self._part("counting", job.accumulate))
             self._reduce("counts of all", FLOAT64 * counted)
             parts.append(self._part("counts", 1))
-        if self.layout.shard:
+        if self.arrangement.shard:
             self._cut("gather root", "all_gather", "world", self.weights.root)
         self._add("embedding", self.amounts.head(0, 1), self.last)
         for depth in depths:
@@ -81,7 +83,7 @@ class _Writer:
         for depth in reversed(depths):
             self._backward(depth)
         self._add("embedding back", self.amounts.head(0, 1), self.last)
-        if self.layout.shard:
+        if self.arrangement.shard:
             self._cut("scatter root", "reduce_scatter", "world", self.weights.root)
         parts.append(self._part("micro-batch", job.accumulate))
         self._update()
@@ -93,9 +95,7 @@ class _Writer:
         return part
 
     def _add(self, name: str, does: Work | Message, *after: int) -> int:
-        """Returns its place. Where nothing is done at once, it waits for what was added before."""
-        if not self.layout.chunks:
-            after = (len(self.operations) - 1,)
+        """Returns its place."""
         self.operations.append(Operation(name, does, tuple(place for place in after if place >= 0)))
         return len(self.operations) - 1
 
@@ -106,23 +106,23 @@ class _Writer:
 
     def _reduce(self, name: str, size: int, axis: str = "world") -> None:
         """Sums ``size`` bytes, in a ring."""
-        count = self.layout.group(axis)
+        count = self.arrangement.group(axis)
         if count > 1:
             each = 2 * (count - 1) * -(-size // count)
             self._add(name, Message("all_reduce", axis, torch.tensor(float(each))), self.last)
 
     def _cut(self, name: str, kind: str, axis: str, parameters: list[nn.Parameter], *after: int) -> int:
         """Gathers parameters that are cut along an axis, or sums and cuts their gradients."""
-        count = self.layout.group(axis)
+        count = self.arrangement.group(axis)
         sent = torch.tensor(float((count - 1) * nbytes(parameters, count)))
         return self._add(name, Message(kind, axis, sent), *(after or (self.last,)))
 
     def _gathered(self, depth: int, passing: str) -> int:
         """Brings a cut block together; returns the place of the last gather, -1 where nothing is cut."""
-        weights, layout, index, place = self.weights, self.layout, depth % self.job.model.num_layers, -1
-        if layout.shard:
+        weights, arrangement, index, place = self.weights, self.arrangement, depth % self.job.model.num_layers, -1
+        if arrangement.shard:
             place = self._cut(f"gather layer {depth}{passing}", "all_gather", "world", weights.blocks[index])
-            for bank in weights.banks[index].values() if layout.data > 1 else ():
+            for bank in weights.banks[index].values() if arrangement.data > 1 else ():
                 place = self._cut(f"gather experts {depth}{passing}", "all_gather", "data", bank, place)
         return place
 
@@ -140,10 +140,10 @@ class _Writer:
             self._add(f"mlp {depth}{passing}", works["beside"], *stream)
             return
         routed = self._add(f"router {depth}{passing}", works["routing"], *entry)
-        sends, chunks, gone = self.amounts.sends(depth), max(1, self.layout.chunks), []
+        sends, chunks, gone = self.amounts.sends(depth), self.arrangement.chunks, []
         if sends is not None:
-            counted = self._add(f"counts {depth}{passing}", sends[0], routed)
-            gone = [self._add(f"dispatch {depth}{passing}", _slice(sends[1], chunks), counted) for _ in range(chunks)]
+            counted = [self._add(f"counts {depth}{passing}", sends[0], routed) for _ in range(chunks)]
+            gone = [self._add(f"dispatch {depth}{passing}", _slice(sends[1], chunks), place) for place in counted]
         if attends and early:  # what rows on their way through a shortcut need nothing of
             stream = (self._add(f"attention {depth}{passing}", works["attention"], *before),)
         self._add(f"shared {depth}{passing}", works["beside"], *stream)
@@ -157,13 +157,12 @@ class _Writer:
 
     def _join(self, depth: int, *after: int) -> None:
         """What comes next needs all of what stood side by side."""
-        if self.layout.chunks:
-            self._add(f"add {depth}", Work(NOTHING, NOTHING, NOTHING, 1), *after, self.last)
+        self._add(f"add {depth}", Work(NOTHING, NOTHING, NOTHING, 0), *after, self.last)
 
     def _backward(self, depth: int) -> None:
         before, layer = self.last, self.job.model.applied_layers[depth]
         gathered, index = self._gathered(depth, " back"), depth % self.job.model.num_layers
-        if self.layout.recompute:
+        if self.arrangement.recompute:
             self._layer(depth, " again", False, before, gathered)
             before = self.last
         back = {name: work.times(2) for name, work in self.amounts.works(depth).items()}
@@ -173,13 +172,13 @@ class _Writer:
             self._experts_back(depth, back, before, gathered)
         if not (layer.moe and layer.moe.shortcut):
             self._attention_back(depth, back["attention"], self.last)
-        if self.layout.shard and depth < self.job.model.num_layers:  # a layer passed again and again: at the last
+        if self.arrangement.shard and depth < self.job.model.num_layers:  # a layer passed again and again: at the last
             self._cut(f"scatter layer {depth}", "reduce_scatter", "world", self.weights.blocks[index])
-            for bank in self.weights.banks[index].values() if self.layout.data > 1 else ():
+            for bank in self.weights.banks[index].values() if self.arrangement.data > 1 else ():
                 self._cut(f"scatter experts {depth}", "reduce_scatter", "data", bank)
 
     def _experts_back(self, depth: int, back: dict[str, Work], *before: int) -> None:
-        sends, chunks = self.amounts.sends(depth), max(1, self.layout.chunks)
+        sends, chunks = self.amounts.sends(depth), self.arrangement.chunks
         gone = []
         if sends is not None:
             gone = [self._add(f"combine {depth} back", _slice(sends[2], chunks), *before) for _ in range(chunks)]
@@ -197,21 +196,21 @@ class _Writer:
         self._add(f"router {depth} back", back["routing"], self.last)
 
     def _attention_back(self, depth: int, back: Work, *before: int) -> None:
-        if self.layout.recompute:
+        if self.arrangement.recompute:
             again = self._add(f"attention {depth} again", back.times(0.5), *before)
             before = (again,)
         self._add(f"attention {depth} back", back, *before)
 
     def _update(self) -> None:
         """Gradients summed, their norm, the optimizer, and what the step measured."""
-        job, layout, weights = self.job, self.layout, self.weights
+        job, arrangement, weights = self.job, self.arrangement, self.weights
         everywhere, dealt = weights.everywhere, weights.shared_out
-        if not layout.shard:
+        if not arrangement.shard:
             for axis, parameters in (("world", everywhere), ("data", dealt)):
                 for bucket in buckets(parameters):
                     self._reduce("sum gradients", nbytes(bucket) + len(bucket) * job.value, axis)
-        cut = layout.size if layout.shard else 1
-        own = nbytes(everywhere, cut) + nbytes(dealt, layout.data if layout.shard else 1)
+        cut = arrangement.size if arrangement.shard else 1
+        own = nbytes(everywhere, cut) + nbytes(dealt, arrangement.data if arrangement.shard else 1)
         passes = torch.full((1, 1), float(own), dtype=torch.float64)
         kernels = KERNELS["update"] * (len(everywhere) + len(dealt))
         self._add("norm", Work(NOTHING, NOTHING, passes, 2 * kernels), self.last)

@@ -10,7 +10,7 @@ import torch
 
 from moeforge.errors import UserError
 from moeforge.parallel.plan.amounts import Message
-from moeforge.parallel.plan.job import Layout
+from moeforge.parallel.plan.job import Arrangement
 from moeforge.parallel.plan.simulate import Played
 
 SHOWN = 16
@@ -48,26 +48,26 @@ class Bar:
     seconds: float
 
 
-def write_timeline(played: list[Played], layout: Layout, path: Path) -> None:
+def write_timeline(played: list[Played], arrangement: Arrangement, path: Path) -> None:
     """``.json`` or ``.svg``; every part once, in order. Raises UserError for another name, or no such folder."""
     writers = {".json": _trace, ".svg": _svg}
     if path.suffix not in writers:
         raise UserError(f"--timeline {path}: its name must end in .json (for chrome://tracing) or .svg")
-    text = writers[path.suffix](list(bars(played, layout)), played)
+    text = writers[path.suffix](list(bars(played, arrangement)), played)
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"--timeline {path}: {error.strerror}") from error
 
 
-def bars(played: list[Played], layout: Layout) -> Iterator[Bar]:
+def bars(played: list[Played], arrangement: Arrangement) -> Iterator[Bar]:
     """Of at most ``SHOWN`` processes."""
-    shown, began = _shown(played, layout), 0.0
+    shown, began = _shown(played, arrangement), 0.0
     for each in played:
         for event in each.events:
             lane, starts, ends = int(isinstance(event.operation.does, Message)), event.start, event.end
             for rank in shown:
-                group, place = divmod(rank, layout.expert)
+                group, place = divmod(rank, arrangement.expert)
                 where = min(group, len(starts) - 1), min(place, starts.shape[1] - 1)
                 start, end = float(starts[where]), float(ends[where])
                 if end > start:
@@ -75,10 +75,10 @@ def bars(played: list[Played], layout: Layout) -> Iterator[Bar]:
         began += each.seconds
 
 
-def _shown(played: list[Played], layout: Layout) -> list[int]:
+def _shown(played: list[Played], arrangement: Arrangement) -> list[int]:
     """Ranks, ascending; of data groups that are all alike, those of the first."""
     shape = torch.broadcast_shapes(*(event.start.shape for each in played for event in each.events))
-    busy = torch.zeros(shape[0], layout.expert, dtype=torch.float64)
+    busy = torch.zeros(shape[0], arrangement.expert, dtype=torch.float64)
     for each in played:
         for event in each.events:
             if not isinstance(event.operation.does, Message):
