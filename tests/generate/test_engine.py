@@ -286,6 +286,21 @@ def test_experts_come_to_who_asked(running: Engine, model: Decoder) -> None:
     assert all(event.experts is not None and [*event.experts] == [*model.moe_layers] for event in shown)
 
 
+@pytest.mark.usefixtures("slow")
+def test_a_token_whose_experts_are_still_to_come_is_not_lost(model: Decoder) -> None:
+    running = engine(model, max_running=1)
+    inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    request = running.submit(PROMPT, sampling(max_tokens=30), inbox.put, show_experts=True)
+    running.runner.go.release(3)  # type: ignore[attr-defined]
+    while running.report().passes < 3:
+        pass
+    running.cancel(request)
+    running.runner.go.release(100)  # type: ignore[attr-defined]
+    got = collect(inbox)
+    assert got.end.stop == "cancelled" and len(got.tokens) == got.end.usage.written_tokens >= 3
+    running.close()
+
+
 def test_the_report_counts(running: Engine, model: Decoder) -> None:
     long = [256, *range(30)]
     first, second = (drive(running, [(long, sampling(max_tokens=3))])[0] for _ in range(2))

@@ -5,7 +5,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Self
 
@@ -65,6 +65,8 @@ class _Writing:
         self.sampler = Sampler(sampling, request.prompt, banned, matcher, vocab_size)
         self.held = Held(tokenizer.stream(request.prompt), sampling.stop)
         self.prompt: list[tuple[Likely, tuple[Likely, ...]] | None] = [None]
+        self.unread: tuple[Token, Stop | None] | None = None
+        """Where experts are asked for: the token that was written and is yet to be read, and whether it is the last."""
 
 
 class Engine:
@@ -244,6 +246,11 @@ class Engine:
             self._note_prompt(piece, writing, logits)
         if not piece.complete:
             return
+        if writing.unread is not None:
+            (written, stop), writing.unread = writing.unread, None
+            text.request.put(replace(written, experts=experts))
+            if stop is not None:
+                return self._end(text, stop)
         if sampling.max_tokens == 0:
             return self._end(text, "max_tokens")
         picked = writing.sampler.pick(logits[-1])
@@ -258,13 +265,21 @@ class Engine:
         self._report.tokens_written += 1
         printable, stopped = writing.held.push(token)
         alternatives = tuple(Likely(*pair) for pair in picked.alternatives)
-        text.request.put(Token(token, printable, picked.logprob, alternatives, experts))
+        written, stop = Token(token, printable, picked.logprob, alternatives), self._last(text, stopped)
+        if text.request.show_experts:  # those of its own position: known when it has been read
+            writing.unread = written, stop
+            return
+        text.request.put(written)
+        if stop is not None:
+            self._end(text, stop)
+
+    def _last(self, text: Text, stopped: bool) -> Stop | None:
+        """Why the token that was just written is the last one, if it is."""
         if stopped:
-            self._end(text, "stop")
-        elif len(text.request.written) == sampling.max_tokens:
-            self._end(text, "max_tokens")
-        elif len(text.tokens) == self.max_len:
-            self._end(text, "context full")
+            return "stop"
+        if len(text.request.written) == text.request.sampling.max_tokens:
+            return "max_tokens"
+        return "context full" if len(text.tokens) == self.max_len else None
 
     def _note_prompt(self, piece: Piece, writing: _Writing, logits: torch.Tensor) -> None:
         """The logits of a token are about the one after it."""
@@ -289,6 +304,9 @@ class Engine:
 
     def _tell_end(self, text: Text, stop: Stop, error: str | None = None) -> None:
         writing, rest = self._writing.pop(text, None), ""
+        if writing is not None and writing.unread is not None:
+            with suppress(Exception):
+                text.request.put(writing.unread[0])
         if writing is not None and stop != "stop":
             rest, stopped = writing.held.finish()
             stop = "stop" if stopped else stop

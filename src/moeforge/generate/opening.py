@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from moeforge.data.tokenizers import Tokenizer
 from moeforge.errors import UserError
 from moeforge.generate.engine import Engine
 from moeforge.generate.runner import BlockRunner, blocks_wanted, bytes_per_block
@@ -31,9 +32,22 @@ def open_engine(
     if device == "cpu":
         _check_memory(model_folder(Path(folder)), itemsize, settings, cache)
     model, tokenizer = load(folder, device)
+    engine = engine_for(model, tokenizer, settings, domain)
+    engine.name = Path(folder).resolve().name
+    return engine
+
+
+def engine_for(
+    model: Decoder, tokenizer: Tokenizer, settings: Settings | None = None, domain: str | None = None
+) -> Engine:
+    """An engine over a model in memory, whose weights it holds as ``settings`` say. Raises UserError as above."""
+    settings = settings or Settings()
     hold(model, settings.weights)
+    itemsize = model.embedding.weight.element_size()
+    blocks = blocks_wanted(model.config, itemsize, settings)
     runner = BlockRunner(model, settings, blocks, domain)
-    engine = Engine(runner, tokenizer, settings, blocks, Path(folder).resolve().name)
+    engine = Engine(runner, tokenizer, settings, blocks)
+    cache = blocks * bytes_per_block(model.config, itemsize, settings.block_size)
     engine.about = _about(model, runner, settings, cache)
     return engine
 
@@ -61,7 +75,7 @@ def available_memory() -> int | None:
 def _about(model: Decoder, runner: BlockRunner, settings: Settings, cache: int) -> str:
     """One line: how large, held as what, how it runs."""
     held = sum(runner.bytes.values())
-    experts = "" if not runner.num_experts else f", {runner.num_experts} experts in {len(model.moe_layers)} layers"
+    experts = "" if not runner.experts else f", {sum(runner.experts.values())} experts in {len(runner.experts)} layers"
     fused = len(model.stack) - len(runner.unfused)
     how = f"our decoder, {fused} of {len(model.stack)} layers in one native call"
     weights = f"{held / GIB:.2f} GiB of weights ({settings.weights})"

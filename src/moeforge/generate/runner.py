@@ -38,6 +38,8 @@ class Runner(Protocol):
     max_len: int
     """Tokens of a text, those to come included."""
     vocab_size: int
+    experts: dict[int, int]
+    """By layer, how many there are."""
 
     def run(self, pieces: Sequence[Piece], show_experts: bool) -> Passed:
         """Reads the pieces."""
@@ -83,7 +85,7 @@ class BlockRunner:
         fused = len(self.cache.fused) == len(model.stack) and isinstance(model.norm, nn.RMSNorm)
         self._all_fused = Whole(model, self.cache) if fused else None
         self.bytes = bytes_by_class(model)
-        self.num_experts = sum(moe.config.num_experts for moe in model.moe_layers.values())
+        self.experts = {number: moe.config.num_experts for number, moe in model.moe_layers.items()}
         self.vocab_size = model.config.vocab_size or 0
         self.max_len = min(model.config.max_seq_len, blocks * settings.block_size)
         known(model, domain, torch.empty(0))
@@ -107,7 +109,7 @@ class BlockRunner:
 
     def weight_bytes(self, counts: dict[int, Tensor]) -> int:
         """All but embeddings and experts once, and each expert that somebody chose."""
-        per_expert = self.bytes["experts"] / max(1, self.num_experts)
+        per_expert = self.bytes["experts"] / max(1, sum(self.experts.values()))
         always = self.bytes["dense"] + self.bytes["router"] + self.bytes["other"]
         return int(always + per_expert * sum(int((count > 0).sum()) for count in counts.values()))
 
