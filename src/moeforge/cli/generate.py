@@ -43,7 +43,7 @@ def generate(
 ) -> None:
     """Continue a text with a trained model."""
     from moeforge.config import build
-    from moeforge.generate import ALONE, Document, Settings, open_engine
+    from moeforge.generate import ALONE, BlockRunner, Document, Settings, open_engine
 
     if layer is not None and not show_experts:
         raise UserError("--layer says whose experts to show: add --show-experts")
@@ -55,6 +55,8 @@ def generate(
     changed = {"weights": weights, "unsafe_batch_dependent": unsafe_batch_dependent}
     text = _prompt(prompt)
     with open_engine(model, build(Settings, ALONE.model_dump() | changed, source="generate"), domain=domain) as engine:
+        if show_experts and not isinstance(engine.runner, BlockRunner):
+            raise UserError("--show-experts: a model that runs through the bridge does not tell its tokens' experts")
         document = Document(engine)
         document.read(text)
         if as_json:

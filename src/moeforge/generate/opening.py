@@ -4,11 +4,13 @@ from pathlib import Path
 
 from moeforge.data.tokenizers import Tokenizer
 from moeforge.errors import UserError
+from moeforge.generate.bridged import open_bridged_engine
 from moeforge.generate.engine import Engine
 from moeforge.generate.runner import BlockRunner, blocks_wanted, bytes_per_block
 from moeforge.generate.settings import Settings
 from moeforge.hub import load
-from moeforge.hub.folder import model_folder, read_config
+from moeforge.hub.families import FAMILIES
+from moeforge.hub.folder import MODEL_TYPE, config_json, model_folder, read_config
 from moeforge.models import Decoder
 from moeforge.models.weights import hold
 
@@ -24,16 +26,19 @@ def open_engine(
 
     Raises UserError as ``hub.load`` and ``BlockRunner`` do, and, before anything is loaded, when memory will not do.
     """
-    settings = settings or Settings()
+    settings, name = settings or Settings(), Path(folder).resolve().name
+    folder = model_folder(Path(folder))
+    if config_json(folder)["model_type"] not in (MODEL_TYPE, *FAMILIES):
+        return open_bridged_engine(folder, settings, domain)
     config, itemsize = read_config(folder)
     held = int({"float32": 4, "bf16": 2}.get(settings.weights, itemsize))
     blocks = blocks_wanted(config, held, settings)
     cache = blocks * bytes_per_block(config, held, settings.block_size)
     if device == "cpu":
-        _check_memory(model_folder(Path(folder)), itemsize, settings, cache)
+        _check_memory(folder, itemsize, settings, cache)
     model, tokenizer = load(folder, device)
     engine = engine_for(model, tokenizer, settings, domain)
-    engine.name = Path(folder).resolve().name
+    engine.name = name
     return engine
 
 

@@ -125,7 +125,7 @@ class BlockRunner:
         ends = counts.cumsum(0).tolist()
         wanted, sizes = [], []
         for piece, end in zip(pieces, ends, strict=True):
-            first = end - (piece.end - piece.start) if _wants_all(piece) else end - 1
+            first = end - (piece.end - piece.start) if wants_all(piece) else end - 1
             wanted += range(first, end)
             sizes.append(end - first)
         rows = Rows(text.to(torch.int32), position, table.to(torch.int32), slot)
@@ -133,7 +133,7 @@ class BlockRunner:
         return on_device, torch.tensor(wanted, device=device), sizes
 
 
-def _wants_all(piece: Piece) -> bool:
+def wants_all(piece: Piece) -> bool:
     """Whether the logits of every token of the prompt are asked for, and this is a part of it."""
     request = piece.text.request
     return request.sampling.prompt_logprobs is not None and piece.start < len(request.prompt)
