@@ -216,10 +216,10 @@ def test_a_sampler_that_raises_ends_its_own_request_alone(running: Engine, monke
     import moeforge.generate.engine as module
 
     class Breaks(module.Sampler):
-        def pick(self, logits_V: torch.Tensor) -> Any:
+        def pick(self, logits_V: torch.Tensor, weak_V: torch.Tensor | None = None) -> Any:
             if self.sampling.seed == 1:
                 raise RuntimeError("no such bit")
-            return super().pick(logits_V)
+            return super().pick(logits_V, weak_V)
 
     monkeypatch.setattr(module, "Sampler", Breaks)
     broken, mine = drive(running, [(PROMPT, sampling(1)), (PROMPT, sampling(2))])

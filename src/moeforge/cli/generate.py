@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from moeforge.generate import Document, End, Sampling, Token
 
 UNSAFE = "Write although this model's routers compare tokens (expert choice, soft slots, capacity)."
+CONTRAST = "Write against the second-best expert of each layer, so strongly (arXiv:2405.14507: 0.5)."
 WEIGHTS = "as stored, float32, bf16, int8 or int4."
 
 
@@ -29,6 +30,7 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="Draw from this much probability.", show_default="1")] = None,
     min_p: Annotated[float | None, typer.Option(help="Least likelihood, to the best's.", show_default="0")] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: fewer.", show_default="1")] = None,
+    contrast: Annotated[float | None, typer.Option(help=CONTRAST, show_default="none")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Stop after so many.", show_default="200")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be repeated.")] = None,
     regex: Annotated[str | None, typer.Option(help="What the written text must match.")] = None,
@@ -51,6 +53,7 @@ def generate(
         raise UserError("--json lists every layer's experts anyway: leave --show-experts out")
     asked = {"temperature": temperature, "sample_k": sample_k, "top_p": top_p, "min_p": min_p, "seed": seed}
     asked |= {"repetition_penalty": repetition_penalty, "max_tokens": max_tokens, "stop": stop or None}
+    asked |= {"contrast": None if contrast is None else {"beta": contrast}}
     sampling = read_sampling({**asked, "grammar": _grammar(regex, json_schema)})
     changed = {"weights": weights, "unsafe_batch_dependent": unsafe_batch_dependent}
     text = _prompt(prompt)

@@ -1,5 +1,6 @@
 """Text out of a model: sampling, streaming with a KV cache, and which experts each token took."""
 
+from moeforge.generate.contrast import Contrast as Contrast
 from moeforge.generate.document import ALONE as ALONE
 from moeforge.generate.document import Document as Document
 from moeforge.generate.document import Written as Written

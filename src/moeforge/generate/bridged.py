@@ -14,6 +14,7 @@ from torch import Tensor
 from moeforge.errors import UserError
 from moeforge.generate.engine import Engine
 from moeforge.generate.runner import Passed, wants_all
+from moeforge.generate.sample import Sampling
 from moeforge.generate.schedule import Piece, Text
 from moeforge.generate.settings import Settings
 from moeforge.hub.bridge import new_cache, open_bridged
@@ -43,9 +44,10 @@ class BridgedRunner:
         logits = output.logits[0] if wants_all(piece) else output.logits[0, -1:]
         return logits.float().cpu()
 
-    def weight_bytes(self, counts: dict[int, Tensor]) -> int:
-        """Not known: which experts were read is not."""
-        return 0
+    def check(self, sampling: Sampling) -> None:
+        """Raises UserError for a contrast: transformers' routers are its own."""
+        if sampling.contrast is not None:
+            raise UserError("contrast: a model that runs through the bridge cannot take another expert")
 
 
 def open_bridged_engine(folder: Path, settings: Settings, domain: str | None = None) -> Engine:

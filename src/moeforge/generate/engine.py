@@ -103,6 +103,8 @@ class Engine:
         """
         self._check(prompt, sampling)
         request = Request(prompt, sampling, put, show_experts)
+        if sampling.contrast is not None:  # the weak pass has keys and values only of texts of its own kind
+            owner = f"{owner}\0{sampling.contrast.rank}"
         text = Text(request, [*prompt], sampling.prompt_logprobs is None, owner)
         writing = _Writing(text, self.tokenizer, self.vocab_size)
         with self._wake:
@@ -181,6 +183,7 @@ class Engine:
                 f"the prompt has {len(prompt)} tokens, and the context takes {self.max_len} with what is to be written"
             )
         sampling.check(self.vocab_size)
+        self.runner.check(sampling)
 
     def _work(self) -> None:
         """The thread."""
@@ -221,8 +224,9 @@ class Engine:
             self._schedule.done(pieces)
         for index, piece in enumerate(pieces):
             experts = passed.experts[index] if passed.experts else None
+            weak = passed.weak.get(index) if passed.weak else None
             try:
-                self._take(piece, passed.logits[index], experts)
+                self._take(piece, passed.logits[index], experts, weak)
             except Exception as error:  # of this text alone: the others go on
                 reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
                 self._end(piece.text, "failed", error=reason)
@@ -234,11 +238,13 @@ class Engine:
         for piece in pieces:
             if piece.start < len(piece.text.request.prompt):
                 report.tokens_read += piece.end - piece.start
-        report.weight_bytes += self.runner.weight_bytes(passed.counts)
+        report.weight_bytes += passed.weight_bytes
         for layer, counts in passed.counts.items():
             self._counts[layer] = counts if layer not in self._counts else self._counts[layer] + counts
 
-    def _take(self, piece: Piece, logits: torch.Tensor, experts: dict[int, list[int]] | None) -> None:
+    def _take(
+        self, piece: Piece, logits: torch.Tensor, experts: dict[int, list[int]] | None, weak_V: torch.Tensor | None
+    ) -> None:
         """What follows for one text from a piece that was read."""
         text, sampling = piece.text, piece.text.request.sampling
         writing = self._writing[text]
@@ -253,7 +259,7 @@ class Engine:
                 return self._end(text, stop)
         if sampling.max_tokens == 0:
             return self._end(text, "max_tokens")
-        picked = writing.sampler.pick(logits[-1])
+        picked = writing.sampler.pick(logits[-1], weak_V)
         token = picked.token_id
         if token in writing.ends:
             return self._end(text, "end of document")

@@ -145,7 +145,7 @@ class Fused:
         layer.gated = int(is_gated(bank.config.activation))
         layer.router = native.matrix(gate.weight.float(), gate.bias, self.held)
         layer.score = native.SCORES[router.config.score.type]
-        layer.groups, layer.top_groups = select.num_groups, select.top_groups
+        layer.skip, layer.groups, layer.top_groups = select.skip, select.num_groups, select.top_groups
         layer.ranking = 1 if select.group_rank == "best" else min(2, layer.experts // select.num_groups)
         layer.softmax_chosen, layer.weight_scale = int(weigh.type == "softmax"), weigh.weight_scale
         layer.normalize = int(getattr(weigh, "normalize_weights", False))

@@ -56,7 +56,7 @@ class DecoderLayer(ctypes.Structure):
         ("mlp_gate", Matrix),
         *_fields(ctypes.c_float, "eps residual_scale weight_scale min_total clip"),
         *_fields(ctypes.c_int32, "d_model rotary_width interleaved whole_norm score normalize softmax_chosen top_k"),
-        *_fields(ctypes.c_int32, "experts d_expert pointwise gated quantised bf16 groups top_groups ranking"),
+        *_fields(ctypes.c_int32, "experts d_expert pointwise gated quantised bf16 skip groups top_groups ranking"),
     )
 
 
