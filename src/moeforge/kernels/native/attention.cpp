@@ -65,7 +65,8 @@ struct Attending {
                 int group = std::min<int64_t>({GROUP, p.block_size - in, last + 1 - at});
                 if (at + group <= start) continue;
                 size_t place = (size_t(table[block]) * p.heads + c.head) * p.block_size + in;
-                product<N>((const Value*)p.keys + place * p.key_stride, p.key_stride, group, asked, lanes, W, scores);
+                product<N>((const Value*)p.keys + place * p.key_stride, p.key_stride, group, asked, lanes, W, scores,
+                             (const Value*)p.keys + (place + GROUP) * p.key_stride);
                 const Value* values = (const Value*)p.values + place * p.value_stride;
                 if (lanes < VECTOR) {
                     for (int lane = 0; lane < c.lanes; lane++)
@@ -158,7 +159,7 @@ struct Attending {
         turn<Float>([&](int s) { return wide + size_t(s) * V; }, group, 0, V, turned_values, GROUP);
         for (int v = 0; v < V; v += GROUP) {
             int rows = std::min(GROUP, V - v);
-            product<Float>(turned_values + size_t(v) * GROUP, GROUP, rows, panel, lanes, group, sum);
+            product<Float>(turned_values + size_t(v) * GROUP, GROUP, rows, panel, lanes, group, sum, turned_values);
             for (int r = 0; r < rows; r++)
                 for (int x = 0; x < vectors; x++) {
                     float* to = sums + size_t(v + r) * LANES + x * VECTOR;
