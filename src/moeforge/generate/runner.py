@@ -132,26 +132,30 @@ class BlockRunner:
         """All but embeddings and experts once, and each expert that somebody chose."""
         per_expert = self.bytes["experts"] / max(1, sum(self.experts.values()))
         always = self.bytes["dense"] + self.bytes["router"] + self.bytes["other"]
-        return int(always + per_expert * sum(int((count > 0).sum()) for count in counts.values()))
+        chosen = int((torch.cat([*counts.values()]) > 0).sum()) if counts else 0
+        return int(always + per_expert * chosen)
 
     def _rows(self, pieces: Sequence[Piece]) -> tuple[Rows, Tensor, list[int]]:
         """The rows, the places whose logits are wanted, and how many of each piece."""
         size, device = self.block_size, self.model.embedding.weight.device
         longest = max(len(piece.text.blocks) for piece in pieces)
-        table = torch.tensor([[*p.text.blocks, *[0] * (longest - len(p.text.blocks))] for p in pieces])
-        counts = torch.tensor([piece.end - piece.start for piece in pieces])
-        text = torch.arange(len(pieces)).repeat_interleave(counts)
-        position = torch.cat([torch.arange(piece.start, piece.end) for piece in pieces])
-        slot = table[text, position // size] * size + position % size
-        ends = counts.cumsum(0).tolist()
-        wanted, sizes = [], []
-        for piece, end in zip(pieces, ends, strict=True):
-            first = end - (piece.end - piece.start) if wants_all(piece) else end - 1
-            wanted += range(first, end)
-            sizes.append(end - first)
-        rows = Rows(text.to(torch.int32), position, table.to(torch.int32), slot)
-        on_device = Rows(*(tensor.to(device) for tensor in (rows.text, rows.position, rows.table, rows.slot)))
-        return on_device, torch.tensor(wanted, device=device), sizes
+        table = [[*piece.text.blocks, *[0] * (longest - len(piece.text.blocks))] for piece in pieces]
+        text, position, slot, wanted, sizes = [], [], [], [], []
+        for index, piece in enumerate(pieces):
+            places = range(piece.start, piece.end)
+            text += [index] * len(places)
+            position += places
+            slot += [piece.text.blocks[at // size] * size + at % size for at in places]
+            first = len(text) - (len(places) if wants_all(piece) else 1)
+            wanted += range(first, len(text))
+            sizes.append(len(text) - first)
+        made = Rows(
+            torch.tensor(text, dtype=torch.int32, device=device),
+            torch.tensor(position, device=device),
+            torch.tensor(table, dtype=torch.int32, device=device),
+            torch.tensor(slot, device=device),
+        )
+        return made, torch.tensor(wanted, device=device), sizes
 
 
 class Paged:
