@@ -16,6 +16,7 @@ from report import interleaved, ratios, write
 from moeforge import recipes
 from moeforge.data.prepare import prepare
 from moeforge.kernels.allocator import keep_freed_memory
+from moeforge.parallel.layout import Layout
 from moeforge.parallel.together import join
 from moeforge.train.loop import Run
 
@@ -39,7 +40,7 @@ def main() -> None:
     keep_freed_memory()
     data = prepare(config.data, config.tokenizer)
     become_the_only_rank()
-    with tempfile.TemporaryDirectory() as folder, join(expert_size=1, shard=False) as ranks:
+    with tempfile.TemporaryDirectory() as folder, join(Layout()) as ranks:
         plain, parallel = Run(config, Path(folder), data), Run(config, Path(folder), data, ranks)
         summary = ratios(interleaved({"plain": plain.step, "parallel": parallel.step}, options.rounds), over="plain")
         pairs = zip(plain.model.parameters(), parallel.model.parameters(), strict=True)

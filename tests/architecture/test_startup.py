@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 HEAVY = "torch numpy transformers tokenizers safetensors matplotlib datasets pyarrow jinja2 tensorboard".split()
-VERBS = "train generate chat evaluate analyze inspect recipes doctor demo".split()
+VERBS = "train generate chat evaluate analyze inspect recipes plan doctor demo".split()
 MAX_SECONDS, TRIES = 0.5, 20
 
 ASK_FOR_HELP = """

@@ -6,19 +6,20 @@ import pytest
 import torch
 from torch import distributed as dist
 
+from moeforge.parallel.layout import Layout
 from moeforge.parallel.mesh import Mesh
 from moeforge.parallel.together import Together
 from moeforge.train.config import AdamW
 from moeforge.train.optimizer import build_optimizer
 from moeforge.train.step import accumulate_gradients, apply_gradients
-from tests.parallel.test_training import batches, decoder
+from tests.parallel.test_training import batches, decoder, written
 
 pytestmark = pytest.mark.dist
 WIDTH, EXPERTS, LOSSES, BYTES = 8, 4, 3, 8
 
 
-def one_step(rows: list[int], expert_size: int, shard: bool, recompute: bool) -> dict[str, int]:
-    ranks = Together(Mesh.build(dist.get_world_size(), expert_size, "cpu"), shard)
+def one_step(rows: list[int], layout: Layout, recompute: bool) -> dict[str, int]:
+    ranks = Together(Mesh.build(dist.get_world_size(), layout.ep, "cpu"), layout)
     model = decoder("plain", torch.float64)
     model.recompute_activations = recompute
     ranks.place(model)
@@ -86,5 +87,14 @@ def expected(rows: list[int], size: int, expert_size: int, shard: bool, recomput
 )
 def test_a_step_sends_what_the_formula_says(processes, size, expert_size, shard, rows, recompute):
     wanted = expected(rows, size, expert_size, shard, recompute)
-    for sent in processes(size).run(one_step, rows, expert_size, shard, recompute):
+    for sent in processes(size).run(one_step, rows, Layout(expert_size, shard), recompute):
         assert sent == wanted
+
+
+@pytest.mark.parametrize("layout", [Layout(4, placement="layer_01: [[0, 1], 1, [2, 0, 3], 3]")])
+def test_replicas_cost_one_all_reduce_of_each_weight(processes, tmp_path, layout):
+    plain, *_ = processes(4).run(one_step, [7], Layout(4), False)
+    stacks = decoder("plain", torch.float64).blocks[1].moe.banks.parameters()
+    wanted = sum(ring(4, (1 + 2 * stack[0].numel()) * BYTES) for stack in stacks)
+    for sent in processes(4).run(one_step, [7], written(layout, tmp_path), False):
+        assert sent["all_reduce"] - plain["all_reduce"] == wanted

@@ -78,7 +78,7 @@ def test_a_killed_process_is_named_the_others_stop_and_the_run_goes_on(tiny, tmp
     assert run.returncode == 2
     assert "process 1 of 2 was killed by SIGKILL" in said and "Traceback" not in said
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers.values())
-    assert f"moeforge train {out}/config.yaml --out {out} --resume --nproc 2 --ep 2" in said
+    assert f"moeforge train {out}/config.yaml --out {out} --resume --nproc 2 --ep=2" in said
 
     saved = int(checkpoints(out / "checkpoints")[-1].name[5:])
     settings = ["--out", out, "--resume", "--nproc", 2, "--ep", 2, "--json", f"--steps={saved + 2}"]
@@ -109,6 +109,68 @@ def test_torchrun_starts_it_too_and_one_process_says_what_is_wrong(tiny, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+ONLY_ONE = """
+import os
+from typing import Literal
+from moeforge.moe import Context
+from moeforge.moe.select import Selection, TopK
+
+class Breaks(TopK):
+    type: Literal["breaks_on_one:Breaks"] = "breaks_on_one:Breaks"
+
+    def __call__(self, scores_TE, context: Context) -> Selection:
+        if os.environ.get("RANK") == "1":
+            raise RuntimeError("the second process has had enough")
+        return super().__call__(scores_TE, context)
+"""
+
+
+def test_the_process_that_failed_first_is_heard_and_the_others_logs_are_kept(tiny, tmp_path, monkeypatch):
+    (tmp_path / "breaks_on_one.py").write_text(ONLY_ONE, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    out, select = tmp_path / "run", "--model.moe.router.select={type: breaks_on_one:Breaks, k: 1}"
+    run = start("moeforge", "train", tiny, "--out", out, "--nproc", 2, "--ep", 2, "--quiet", select)
+    _, said = run.communicate(timeout=90)
+    assert run.returncode == 1
+    first = said.index("RuntimeError: the second process has had enough")
+    assert "[rank0]" not in said[:first], "the lost connection of others comes after its cause, or not at all"
+    assert f"What all but the first said is in {out}/logs." in said
+    assert "had enough" in (out / "logs" / "process-1.log").read_text(encoding="utf-8")
+
+
+REPRODUCED = """
+extends: TINY
+name: mine
+steps: 6
+recipe:
+  title: A paper
+  arxiv: "2401.06066"
+  claim: Two experts are better than one.
+  check: moeforge reproduce mine.yaml
+  against: {settings: ["--model.moe.router.select.k=1"]}
+  expected: not measured yet
+model: {moe: {router: {select: {k: 2}}}}
+"""
+
+
+def test_a_claim_is_reproduced_on_several_processes_as_on_one(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(REPRODUCED.replace("TINY", str(tiny)), encoding="utf-8")
+    found = []
+    for options in ([], ["--nproc=2", "--ep=2"]):
+        name = f"--out=runs{len(found)}"
+        run = start("moeforge", "reproduce", "mine.yaml", "--seeds=1", "--json", name, *options)
+        shown, said = run.communicate(timeout=120)
+        assert run.returncode == 0, said
+        found.append(json.loads(shown)["runs"])
+    alone, together = found
+    assert alone.keys() == together.keys()
+    for label, (measured,) in alone.items():
+        assert together[label][0]["bits_per_byte"] == pytest.approx(measured["bits_per_byte"], rel=1e-5)
+        assert measured["steps"] == 6
+    assert "sent/all_to_all" in next(Path("runs1").glob("mine-0/metrics.jsonl")).read_text(encoding="utf-8")
+
+
 SOFT = [f"--model.moe.router.{part}" for part in ("select=soft", "score=logits", "losses=[]")]
 REFUSED = {
     "no such mesh": (
@@ -120,9 +182,44 @@ REFUSED = {
     "one process": (["--ep=2"], "--ep needs several processes: add --nproc"),
     "nothing to cut": (["--shard"], "--shard needs several processes: add --nproc"),
     "nothing to deal out": (["--nproc=2", "--ep=2", "--model.moe=null"], "an expert size of 2 does nothing"),
+    "no two levels": (
+        ["--nproc=4", "--ep=2", "--two-level", "--node-size=2"],
+        "an expert size of 2 and a node size of 2 do not make them",
+    ),
+    "all on one machine": (["--nproc=4", "--ep=4", "--two-level"], "an expert size of 4 and a node size of 4 do not"),
+    "machines half full": (["--nproc=4", "--node-size=3"], "--node-size: 4 processes do not fill machines of 3"),
+    "one process, two levels": (["--two-level"], "--two-level needs several processes: add --nproc"),
+    "few for uneven": (["--nproc=8", "--ep=8", "--uneven"], "4 experts are too few for 8 processes"),
+    "chunks of nothing": (["--nproc=2", "--chunks=2"], "--chunks is about experts on several processes: add --ep"),
+    "rows or weights": (
+        ["--nproc=2", "--ep=2", "--fetch", "--chunks=2"],
+        "--fetch sends no rows: leave",
+    ),
+    "no such file": (["--nproc=2", "--ep=2", "--placement=nowhere.yaml"], "nowhere.yaml"),
     "mixed tokens": ([*"--nproc=2 --ep=2".split(), *SOFT], "select: soft mixes before experts run: it needs an expert"),
     "a dry run": (["--nproc=2", "--dry-run"], "--nproc does nothing beside --dry-run"),
 }
+
+
+PLACEMENTS = {
+    "too few": ("layer_01: [0, 1]", "layer 1 has 4 experts, not 2"),
+    "no such layer": ("layer_07: [0, 1, 0, 1]", "the model has no experts in layer_07"),
+    "no such process": ("layer_00: [0, 1, 2, 1]", "there is no process 2 in a group of 2: 0 to 1"),
+    "nowhere": ("layer_00: [0, 1, null, 1]", "expert 2 of its bank is null, but must be somewhere"),
+    "twice": ("layer_00: [0, 1, [1, 1], 1]", "a list of different processes, or null per expert"),
+    "words": ("layer_00: left", "layer_00: a list is wanted"),
+    "idle": ("layer_00: [0, 0, 0, 0]", "process 1 of 2 would hold no expert of a bank"),
+}
+
+
+@pytest.mark.parametrize("text, message", PLACEMENTS.values(), ids=PLACEMENTS)
+def test_a_placement_that_cannot_be_is_refused(tiny, tmp_path, capsys, text, message):
+    file = tmp_path / "placement.yaml"
+    file.write_text(text, encoding="utf-8")
+    options = ["--nproc=2", "--ep=2", f"--placement={file}"]
+    assert main(["train", str(tiny), f"--out={tmp_path / 'run'}", *options]) == 2
+    told = capsys.readouterr().err
+    assert message in told and str(file) in told
 
 
 @pytest.mark.parametrize("arguments, message", REFUSED.values(), ids=REFUSED)

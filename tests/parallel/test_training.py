@@ -1,6 +1,7 @@
 """Training steps on two and four processes equal those of one: losses, norms, every updated parameter, every load."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from moeforge.config import Tree, build
 from moeforge.data.packing import Batch
 from moeforge.errors import UserError
 from moeforge.models import Decoder, ModelConfig
+from moeforge.parallel.layout import Layout
 from moeforge.parallel.mesh import Mesh
+from moeforge.parallel.piece import Piece
 from moeforge.parallel.ranks import ALONE
 from moeforge.parallel.together import Together
 from moeforge.train.config import AdamW
@@ -25,7 +28,7 @@ MLP = {"num_experts": 4, "d_expert": 8}
 LOW_RANK = {"type": "low_rank", "num_experts": 4, "d_expert": 8, "rank": 3}
 
 
-def shaped(experts: object = MLP, num_repeats: int = 1, **router: object) -> Tree:
+def shaped(experts: object = MLP, num_repeats: int = 1, shortcut: bool = False, **router: object) -> Tree:
     """A dense layer, then one with experts."""
     parts = {"select": {"k": 2}, "losses": LOSSES, "controller": "expert_bias"} | router
     return {
@@ -37,16 +40,19 @@ def shaped(experts: object = MLP, num_repeats: int = 1, **router: object) -> Tre
         "first_dense_layers": 1,
         "num_repeats": num_repeats,
         "init": {"type": "normal", "std": 0.3},
-        "moe": {"experts": experts, "shared": {"d_expert": 4}, "router": parts},
+        "moe": {"experts": experts, "shared": {"d_expert": 4}, "shortcut": shortcut, "router": parts},
     }
 
 
+SIX = "six experts"
 ONE_OWNER = "all tokens to one expert"
 MODELS: dict[str, Tree] = {
     "plain": shaped(),
     "two banks, any number of experts": shaped([MLP, LOW_RANK, {"type": "copy"}], select={"type": "top_p", "p": 0.6}),
     ONE_OWNER: shaped(gate="hash", select={"k": 1}, losses=[], controller=None),
     "capacity": shaped(capacity=[{"type": "capacity", "capacity_factor": 0.7}]),
+    "shortcut": shaped(shortcut=True),
+    SIX: shaped(MLP | {"num_experts": 6}),
     "per sequence, repeated": shaped(
         num_repeats=2, losses=[{"type": "load_balancing_loss", "over": "sequence"}], controller="overflow"
     ),
@@ -96,11 +102,16 @@ def trained(model: Decoder, ranks, given: list[list[Batch]], recompute: bool = F
 
 
 def gathered(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor | Piece) else tensor).detach().clone()
 
 
-def together(name: str, rows: list[int], mesh: tuple[int, bool], dtype: torch.dtype, recompute: bool):
-    ranks = Together(Mesh.build(dist.get_world_size(), mesh[0], "cpu"), mesh[1])
+PLACED = "layer_01: [3, [0, 2, 3], [2, 1], [3, 0, 1, 2], 0, 2]"
+"""On four processes; on each, experts out of order and some that others have too."""
+
+
+def together(name: str, rows: list[int], layout: Layout, dtype: torch.dtype, recompute: bool):
+    node_size = layout.node_size if layout.two_level else None
+    ranks = Together(Mesh.build(dist.get_world_size(), layout.ep, "cpu", node_size), layout)
     return trained(decoder(name, dtype), ranks, [batches(rows, step, name) for step in range(STEPS)], recompute)
 
 
@@ -131,25 +142,74 @@ def same(actual, expected, dtype: torch.dtype) -> None:
 
 
 CASES = [("plain", rows, *mesh) for rows in BATCHES for mesh in MESHES]
-CASES += [(name, [7, 2], *mesh) for name in MODELS if name != "plain" for mesh in MESHES if mesh in FEW]
+CASES += [
+    (name, [7, 2], *mesh) for name in MODELS if name not in ("plain", "six experts") for mesh in MESHES if mesh in FEW
+]
 
 
 @pytest.mark.parametrize("name, rows, size, expert_size, shard", CASES, ids=str)
 def test_many_processes_are_as_one(processes, name, rows, size, expert_size, shard):
     expected = alone(name, rows, size, torch.float64)
-    for actual in processes(size).run(together, name, rows, (expert_size, shard), torch.float64, False):
+    for actual in processes(size).run(together, name, rows, Layout(expert_size, shard), torch.float64, False):
+        same(actual, expected, torch.float64)
+
+
+OPTIONS = {
+    "two levels": Layout(ep=4, node_size=2, two_level=True),
+    "chunks": Layout(ep=2, chunks=3),
+    "chunks, cut": Layout(ep=2, shard=True, chunks=2),
+    "weights travel": Layout(ep=4, fetch=True),
+    "weights travel, cut": Layout(ep=2, shard=True, fetch=True),
+    "all": Layout(ep=4, shard=True, node_size=2, two_level=True, chunks=2),
+}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", ["plain", "two banks, any number of experts", "shortcut"])
+@pytest.mark.parametrize("layout", OPTIONS.values(), ids=OPTIONS)
+def test_every_option_gives_the_same(processes, layout, name, recompute):
+    expected = alone(name, [7, 2], 4, torch.float64)
+    for actual in processes(4).run(together, name, [7, 2], layout, torch.float64, recompute):
+        same(actual, expected, torch.float64)
+
+
+def written(layout: Layout, folder: Path) -> Layout:
+    """With its placement, which is a text, in a file."""
+    if not layout.placement:
+        return layout
+    file = folder / "placement.yaml"
+    file.write_text(layout.placement, encoding="utf-8")
+    return replace(layout, placement=str(file))
+
+
+UNEVEN = {
+    "uneven": Layout(ep=4, uneven=True),
+    "uneven, two levels, chunks": Layout(ep=4, uneven=True, node_size=2, two_level=True, chunks=2),
+    "placed": Layout(ep=4, placement=PLACED),
+    "placed, two levels, chunks": Layout(ep=4, placement=PLACED, node_size=2, two_level=True, chunks=2),
+    "weights travel": Layout(ep=4, placement=PLACED, fetch=True),
+    "placed, two groups": Layout(ep=2, placement="layer_01: [1, [0, 1], 1, 0, [1, 0], 0]"),
+    "placed, two groups, cut": Layout(ep=2, shard=True, placement="layer_01: [1, [0, 1], 1, 0, [1, 0], 0]"),
+}
+
+
+@pytest.mark.parametrize("layout", UNEVEN.values(), ids=UNEVEN)
+def test_experts_may_be_wherever_one_likes(processes, tmp_path, layout):
+    layout = written(layout, tmp_path)
+    expected = alone(SIX, [7, 2], 4, torch.float64)
+    for actual in processes(4).run(together, SIX, [7, 2], layout, torch.float64, False):
         same(actual, expected, torch.float64)
 
 
 @pytest.mark.parametrize("size, expert_size, shard", [(4, 2, False), (4, 2, True)])
 def test_in_single_precision_and_with_activations_made_again(processes, size, expert_size, shard):
     expected = alone("plain", [5], size, torch.float32)
-    for actual in processes(size).run(together, "plain", [5], (expert_size, shard), torch.float32, True):
+    for actual in processes(size).run(together, "plain", [5], Layout(expert_size, shard), torch.float32, True):
         same(actual, expected, torch.float32)
 
 
 def broken(expert_size: int) -> str:
-    ranks = Together(Mesh.build(dist.get_world_size(), expert_size, "cpu"), False)
+    ranks = Together(Mesh.build(dist.get_world_size(), expert_size, "cpu"), Layout(expert_size))
     model = decoder("plain", torch.float64)
     ranks.place(model)
     if not ranks.first:

@@ -11,6 +11,14 @@ def short(number: float) -> str:
     return _scaled(number, ("", "k", "M", "G", "T"))
 
 
+def in_seconds(number: float) -> str:
+    """``12.3 ms``."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if number >= size:
+            return f"{number / size:,.4g} {unit}"
+    return f"{number * 1e6:,.4g} us"
+
+
 def _scaled(number: float, units: tuple[str, ...]) -> str:
     power = 0
     while number >= 1000 and power < len(units) - 1:

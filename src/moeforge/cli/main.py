@@ -23,12 +23,13 @@ VERBS = (
     "recipes",
     "reproduce",
     "compare",
+    "plan",
     "doctor",
     "demo",
     "bench",
 )
 """Each is a module beside this one that holds a function, or a group of them, of the same name."""
-TAKE_SETTINGS = ("train", "evaluate", "inspect", "reproduce", "compare")
+TAKE_SETTINGS = ("train", "evaluate", "inspect", "reproduce", "compare", "plan")
 """These accept ``--dotted.name=value`` besides their own options."""
 
 

@@ -1,7 +1,9 @@
 """``moeforge reproduce``: a paper's claim beside what comes out here."""
 
 import json
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -9,6 +11,8 @@ import typer
 from moeforge.errors import UserError
 
 if TYPE_CHECKING:
+    from moeforge.data.prepare import TextData
+    from moeforge.parallel.layout import Layout
     from moeforge.train import RunConfig
 
 
@@ -23,22 +27,43 @@ def reproduce(
     out: Annotated[Path | None, typer.Option(help="Folder for the runs.", show_default="runs/reproduce/NAME")] = None,
     results: Annotated[Path, typer.Option(help="Folder for the JSON file.")] = Path("benchmarks/reproduce"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the JSON too, and nothing else.")] = False,
+    nproc: Annotated[int, typer.Option(min=1, help="Processes that train each run.")] = 1,
+    ep: Annotated[int, typer.Option(min=1, help="Processes that share the experts between them.")] = 1,
+    shard: Annotated[bool, typer.Option("--shard", help="Cut all weights over the processes (FSDP).")] = False,
 ) -> None:
     """Train a recipe and what its paper compares it with, and print the claim beside the result.
 
     Settings go to both, as --steps=100. A run that --out already holds is read, not trained again.
     """
     from moeforge.hub.whole import write_text
+    from moeforge.parallel.layout import Layout
+    from moeforge.recipes.reproduce import here
     from moeforge.recipes.reproduce import reproduce as run
 
+    layout = Layout(ep, shard)
+    if nproc == 1 and layout.flags:
+        raise UserError(f"{layout.flags[0].partition('=')[0]} needs several processes: add --nproc")
+    how = here if nproc == 1 else partial(_in_processes, nproc, layout)
     folder, changes = out or Path("runs/reproduce") / Path(name).stem, list(context.obj)
     if minutes is not None:
         changes.append(f"--steps={_steps(name, changes, seeds, 60 * minutes, folder)}")
-    found = run(name, range(seeds), folder, changes, say=(lambda text: None) if as_json else typer.echo)
+    found = run(name, range(seeds), folder, changes, (lambda text: None) if as_json else typer.echo, how)
     target = results / f"{Path(name).stem}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     write_text(target, json.dumps(found, indent=1) + "\n")
     typer.echo(json.dumps(found) if as_json else f"{table(found)}\n{target}")
+
+
+def _in_processes(nproc: int, layout: "Layout", config: "RunConfig", out: Path, resume: bool, data: "TextData") -> None:
+    """``Trainer``: several processes find the text where this one has put it."""
+    from moeforge.cli.train import start
+    from moeforge.config import to_yaml
+    from moeforge.hub.whole import write_text
+
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "config.yaml"
+        write_text(file, to_yaml(config))
+        start(config, out, nproc, layout, [str(file), "--quiet", *(["--resume"] if resume else [])])
 
 
 def _steps(name: str, changes: list[str], seeds: int, seconds: float, folder: Path) -> int:

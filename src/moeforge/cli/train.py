@@ -8,6 +8,7 @@ import typer
 
 from moeforge.errors import UserError
 from moeforge.parallel.launch import is_worker, launch, one_voice
+from moeforge.parallel.layout import Layout
 
 if TYPE_CHECKING:
     from moeforge.parallel.ranks import Ranks
@@ -26,6 +27,14 @@ def train(
     nproc: Annotated[int, typer.Option(min=1, help="Processes to start on this machine.")] = 1,
     ep: Annotated[int, typer.Option(min=1, help="Processes that share the experts between them.")] = 1,
     shard: Annotated[bool, typer.Option("--shard", help="Cut all weights over the processes (FSDP).")] = False,
+    node_size: Annotated[
+        int | None, typer.Option(min=1, help="Processes that count as one machine.", show_default="as they are")
+    ] = None,
+    two_level: Annotated[bool, typer.Option("--two-level", help="Rows go to other machines by a neighbour.")] = False,
+    chunks: Annotated[int, typer.Option(min=0, help="Exchange in so many parts; 0: what proves fastest.")] = 1,
+    uneven: Annotated[bool, typer.Option("--uneven", help="Shares of experts may differ by one.")] = False,
+    fetch: Annotated[bool, typer.Option("--fetch", help="Send weights of needed experts, not rows.")] = False,
+    placement: Annotated[str | None, typer.Option(metavar="FILE", help="YAML: who holds which experts.")] = None,
 ) -> None:
     """Train a model.
 
@@ -36,40 +45,40 @@ def train(
 
     config = recipes.load(recipe, context.obj)
     folder = out or Path("runs") / config.name
+    layout = Layout(ep, shard, node_size, two_level, chunks, uneven, placement, fetch)
     if dry_run:
-        from moeforge.cli.plan import plan, show_plan
+        from moeforge.cli.dry_run import look_ahead, show
 
-        given = {"--resume": resume, "--quiet": quiet, "--nproc": nproc > 1, "--ep": ep > 1, "--shard": shard}
-        for name in (name for name, is_given in given.items() if is_given):
+        given = {"--resume": resume, "--quiet": quiet, "--nproc": nproc > 1}
+        for name in (*(name for name, is_given in given.items() if is_given), *layout.flags):
             raise UserError(f"{name} does nothing beside --dry-run: leave one out")
-        planned = plan(config, recipes.load(recipe), folder)
-        print(json.dumps(planned, indent=2)) if as_json else show_plan(planned)
-        return
-    if is_worker():
+        planned = look_ahead(config, recipes.load(recipe), folder)
+        print(json.dumps(planned, indent=2)) if as_json else show(planned)
+    elif is_worker():
         if nproc > 1:
             raise UserError("torchrun has started the processes: leave --nproc out")
         with one_voice():
             from moeforge.parallel.together import join
 
-            with join(ep, shard) as ranks:
+            with join(layout) as ranks:
                 _train(config, folder, resume, quiet, as_json, ranks)
-        return
-    if nproc == 1:
-        if ep > 1 or shard:
-            raise UserError(f"{'--ep' if ep > 1 else '--shard'} needs several processes: add --nproc")
+    elif nproc > 1:
+        flags = [name for name, given in {"--resume": resume, "--json": as_json, "--quiet": quiet}.items() if given]
+        start(config, folder, nproc, layout, [recipe, *context.obj, *flags])
+    elif layout.flags:
+        raise UserError(f"{layout.flags[0].partition('=')[0]} needs several processes: add --nproc")
+    else:
         _train(config, folder, resume, quiet, as_json, None)
-        return
-    from moeforge.parallel.mesh import check_mesh
-    from moeforge.parallel.sharding import dealt
 
-    check_mesh(nproc, ep)
-    dealt(config.model, ep)
-    flags = {"--resume": resume, "--json": as_json, "--quiet": quiet, "--shard": shard}
-    arguments = [*context.obj, f"--out={folder}", f"--ep={ep}", *(name for name, is_given in flags.items() if is_given)]
+
+def start(config: "RunConfig", folder: Path, nproc: int, layout: Layout, arguments: list[str]) -> None:
+    """Trains in processes of their own; ``arguments`` are those of this verb that make ``config``."""
     from moeforge.train.loop import resume_command
 
-    again = f"{resume_command(folder)} --nproc {nproc} --ep {ep}{' --shard' if shard else ''}"
-    launch(nproc, ["train", recipe, *arguments], again)
+    layout.check(nproc)
+    layout.check_model(config.model)
+    again = " ".join([resume_command(folder), "--nproc", str(nproc), *layout.flags])
+    launch(nproc, ["train", *arguments, f"--out={folder}", *layout.flags], again, folder / "logs")
 
 
 def _train(config: "RunConfig", folder: Path, resume: bool, quiet: bool, as_json: bool, ranks: "Ranks | None") -> None:

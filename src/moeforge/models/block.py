@@ -42,7 +42,7 @@ class Block(nn.Module):
         self, x: Tensor, positions: Positions, context: Context, cache: LayerCache | BlockLayer | None, recompute: bool
     ) -> Passed:
         """With ``recompute``, activations are made again in backward; the route is not, so it cannot change."""
-        run, before, heads = _recomputed if recompute else _called, x, None
+        run, heads, ahead = _recomputed if recompute else _called, None, None
         if self.attention is not None:
             heads = self._route_heads(x, context)
             route: Any = heads.route if heads else None
@@ -50,15 +50,30 @@ class Block(nn.Module):
                 assert isinstance(self.attention, Attention)
                 importance = self.attention.received(self._normed(x), positions, route)
                 context = replace(context, importance=importance.flatten())
+            ahead = self._ahead(x, context, recompute)
             x = x + scaled(run(lambda x: self._attend(x, positions, cache, route), x), self.residual_scale)
         if self.moe is None:
             return Passed(x, run(lambda x: self._dense(self.mlp_norm(x)), x), None, heads)
+        rows_TD = self.moe.split(self.mlp_norm(x).flatten(0, -2))
+        if ahead is not None:
+            routing, finish = ahead
+            return Passed(x, finish(rows_TD).view_as(x), routing, heads)
+        routing = self.moe.decide(rows_TD, context)
+        return Passed(x, run(self.moe.experts, rows_TD, routing.route).view_as(x), routing, heads)
+
+    def _ahead(self, x: Tensor, context: Context, recompute: bool) -> tuple[Routing, Callable[[Tensor], Tensor]] | None:
+        """Of a layer with a shortcut, the experts of what comes before attention, begun, so that rows travel meanwhile.
+
+        What is to be made again in backward is one call, so it begins only when the shared branch has its input too.
+        """
         moe = self.moe
-        after_TD = moe.split(self.mlp_norm(x).flatten(0, -2))
-        rows_TD = moe.split(self.mlp_norm(before).flatten(0, -2)) if moe.config.shortcut else after_TD
+        if moe is None or not moe.config.shortcut:
+            return None
+        rows_TD = moe.split(self.mlp_norm(x).flatten(0, -2))
         routing = moe.decide(rows_TD, context)
-        beside = (after_TD,) if moe.config.shortcut else ()
-        return Passed(x, run(moe.experts, rows_TD, routing.route, *beside).view_as(x), routing, heads)
+        if recompute:
+            return routing, lambda after_TD: _recomputed(moe.experts, rows_TD, routing.route, after_TD)
+        return routing, moe.begin(rows_TD, routing.route)
 
     def _route_heads(self, x: Tensor, context: Context) -> Routing | None:
         assert self.attention is not None

@@ -5,7 +5,8 @@ output matrix. All three are given, in total and active per token, so that any p
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -52,20 +53,57 @@ def measure(config: ModelConfig, bytes_per_weight: int = 4, seq_len: int | None 
     total, table = sum(p.numel() for p in model.parameters()), model.embedding.weight.numel()
     routed = {id(part): part for part in (*model.moe_layers.values(), *model.attentions.values())}.values()
     idle, context = sum(map(_idle, routed)), seq_len or config.max_seq_len
+    kept = sum(_kept(layer, config, context) for layer in config.applied_layers if layer.attends)
     # The input embedding is a look-up; a tied one is still multiplied with, once, at the output.
-    layers = _matrices(model.blocks) + sum(_work(module) - _matrices(module) for module in routed)
-    attending = [layer for layer in config.applied_layers if layer.attends]
-    attended = sum(_attended(layer, config, context) for layer in attending)
-    kept = sum(_kept(layer, config, context) for layer in attending)
-    multiplied = table + config.num_repeats * layers
+    layers = sum(sum(astuple(work)) for work in layer_work(model, context))
     return Size(
         total=_count(total, table, config),
         active=_count(total - round(idle) - _looked_up(model, but_rows=1), table, config),
-        flops_per_token=round(2 * multiplied + 2 * attended + _looks_again(model, context)),
+        flops_per_token=round(2 * table + layers),
         weight_bytes=bytes_per_weight * total,
         optimizer_bytes=16 * total,
         kv_bytes_per_token=round(bytes_per_weight * kept),
     )
+
+
+@dataclass(frozen=True)
+class LayerWork:
+    """Forward FLOPs per token of one layer's parts."""
+
+    projections: float
+    """Of attention, with those of its heads' router."""
+    scores: float
+    """Queries with keys, and those with values."""
+    routing: float
+    """What a token's way to its experts is found with."""
+    beside: float
+    """The MLP, or the branch that every token takes beside experts."""
+    experts: float
+    """Of a token's experts, were all equally likely."""
+
+
+def layer_work(model: Decoder, seq_len: int) -> list[LayerWork]:
+    """Of every layer that a token passes, in order; ``model`` may be on the meta device."""
+    return [
+        _layer_work(block, layer, model.config, seq_len)
+        for block, layer in zip(model.stack, model.config.applied_layers, strict=True)
+    ]
+
+
+def _layer_work(block: Any, layer: LayerConfig, config: ModelConfig, seq_len: int) -> LayerWork:
+    attention, moe = block.attention, block.moe
+    projections = 0.0 if attention is None else 2 * _work(attention)
+    scores = 0.0 if attention is None else 2 * _attended(layer, config, seq_len)
+    if moe is None:
+        return LayerWork(projections, scores, 0.0, 2 * (_matrices(block) - _known(attention)), 0.0)
+    routed, shared = _used(moe), moe.d_model / moe.row_width * _known(moe.shared)
+    beside = _matrices(block) - _known(attention) - _matrices(moe) + shared
+    scores += _looks_again(moe, config, seq_len)
+    return LayerWork(projections, scores, 2 * (_work(moe) - routed - shared), 2 * beside, 2 * routed)
+
+
+def _known(module: nn.Module | None) -> int:
+    return 0 if module is None else _matrices(module)
 
 
 def _attended(layer: LayerConfig, config: ModelConfig, seq_len: int) -> float:
@@ -82,12 +120,12 @@ def _kept(layer: LayerConfig, config: ModelConfig, seq_len: int) -> float:
     return share * sum(heads * width for heads, width in layer.attention.cached(config))
 
 
-def _looks_again(model: Decoder, seq_len: int) -> int:
+def _looks_again(moe: MoE, config: ModelConfig, seq_len: int) -> int:
     """FLOPs per token of queries, keys and their products where a router asks which tokens attention goes to."""
-    again = [moe for moe in model.moe_layers.values() if moe.config.router.select.reads_importance]
-    config, size = model.config, model.config.size_of_head
-    projections = 2 * config.d_model * (config.num_heads + config.num_key_heads) * size
-    return len(again) * (projections + config.num_heads * size * seq_len)
+    if not moe.config.router.select.reads_importance:
+        return 0
+    projections = 2 * config.d_model * (config.num_heads + config.num_key_heads) * config.size_of_head
+    return projections + config.num_heads * config.size_of_head * seq_len
 
 
 def _count(parameters: int, table: int, config: ModelConfig) -> Count:

@@ -1,6 +1,6 @@
 """The layer: y = mix(sum over edges of w * expert(x), shared(x)). It reads in one screen and names no paper."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Self
 
@@ -174,15 +174,24 @@ class MoE(nn.Module):
 
         ``shared_TD`` is what the shared branch reads, where that is not x.
         """
+        return self.begin(x_TD, route)(x_TD if shared_TD is None else shared_TD)
+
+    def begin(self, x_TD: Tensor, route: Route | SoftRoute | MergedRoute) -> Callable[[Tensor], Tensor]:
+        """``experts`` in two calls: between them, rows may be on their way to experts elsewhere."""
         parts = route.split([bank.num_experts for bank in self.config.experts])
         banks: list[Bank] = list(self.banks)  # type: ignore[arg-type]
-        y_TD = banks[0](x_TD, parts[0])
-        for bank, part in zip(banks[1:], parts[1:], strict=True):
-            y_TD = y_TD + bank(x_TD, part)
+        begun = [bank.begin(x_TD, part) for bank, part in zip(banks, parts, strict=True)]
+        return lambda shared_TD: self._finish(begun, route, shared_TD)
+
+    def _finish(self, begun: list[Callable[[], Tensor]], route: object, shared_TD: Tensor) -> Tensor:
+        join = self.shared.begin(shared_TD) if self.shared is not None else None
+        y_TD = begun[0]()
+        for finish in begun[1:]:
+            y_TD = y_TD + finish()
         if isinstance(route, Route) and route.probe is not None:
             y_TD = y_TD + route.probe.to(y_TD.dtype)
-        if self.shared is not None:
-            y_TD = self.shared(x_TD if shared_TD is None else shared_TD, y_TD)
+        if join is not None:
+            y_TD = join(y_TD)
         if self.merge_proj is not None:
             y_TD = nn.functional.linear(y_TD.reshape(-1, len(self.merge_proj)), self.merge_proj)
         if self.config.token_block:

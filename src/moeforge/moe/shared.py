@@ -1,5 +1,6 @@
 """The branch beside the routed experts that every token takes: shared experts, or PR-MoE's fixed MLP."""
 
+from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import torch
@@ -123,8 +124,13 @@ class Shared(nn.Module):
 
     def forward(self, x_TD: Tensor, routed_TD: Tensor) -> Tensor:
         """[T, D] input and routed output -> [T, D] layer output."""
+        return self.begin(x_TD)(routed_TD)
+
+    def begin(self, x_TD: Tensor) -> Callable[[Tensor], Tensor]:
+        """All that can be computed before the routed output is there."""
         logits = self.gate(x_TD) if self.gate is not None else None
-        return self.config.mix(logits, routed_TD, self.mlp(x_TD))
+        shared_TD = self.mlp(x_TD)
+        return lambda routed_TD: self.config.mix(logits, routed_TD, shared_TD)
 
     def routed_share(self, x_TD: Tensor) -> Tensor:
         """[T, D] -> [T, 1] float32: how much of each token's output comes from its experts, where the mix says so."""

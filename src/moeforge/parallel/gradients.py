@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
+from moeforge.parallel.piece import Piece
 from moeforge.parallel.sharding import Sharding
 from moeforge.parallel.wire import Wire
 
@@ -23,11 +24,37 @@ def sum_gradients(sharding: Sharding, wire: Wire) -> None:
         if group is not None and group.size() > 1:
             together[group].append(parameter)
     for group, parameters in together.items():
-        for bucket in _buckets(parameters):
+        for bucket in buckets(parameters):
             _sum_bucket(bucket, group, wire)
+    _sum_replicas(sharding, wire)
 
 
-def _buckets(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+def _sum_replicas(sharding: Sharding, wire: Wire) -> None:
+    """Experts that several processes of an expert group hold: one buffer per parameter, zero where they are not.
+
+    One number goes along: how many processes have a gradient.
+    """
+    for name, (shape, placement) in sharding.dealt.items():
+        replicated, parameter = placement.replicated, sharding.parameters[name]
+        if not replicated:
+            continue
+        # FSDP leaves each row on one process of its data group, else all of them have the same.
+        group = sharding.mesh.world_group if isinstance(parameter, DTensor) else sharding.mesh.expert_group
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        piece = sharding.whole(name, gradient)
+        assert isinstance(piece, Piece)
+        here = {expert: row for row, expert in enumerate(piece.experts) if expert in replicated}
+        rows, at = list(here.values()), [replicated.index(expert) for expert in here]
+        flat = piece.rows.new_zeros(1 + len(replicated) * shape[1:].numel())
+        buffer = flat[1:].view(-1, *shape[1:])
+        flat[0], buffer[at] = float(parameter.grad is not None), piece.rows[rows]
+        wire.all_reduce(flat, group)
+        if flat[0]:
+            piece.rows[rows] = buffer[at]
+            parameter.grad = gradient
+
+
+def buckets(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
     """In order, each of one type and at most ``BUCKET_BYTES``, but for a parameter that is larger by itself."""
     buckets: list[list[nn.Parameter]] = []
     room, dtype = 0, None
@@ -63,9 +90,12 @@ def clip_gradients(sharding: Sharding, wire: Wire, max_norm: float) -> Tensor:
     square = torch.zeros((), dtype=torch.float64, device=next(iter(sharding.parameters.values())).device)
     for name, parameter in sharding.parameters.items():
         if parameter.grad is not None:
-            group = sharding.group(name)
             gradients.append(parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad)
-            square += torch.linalg.vector_norm(gradients[-1]).double().square() / (group.size() if group else 1)
+            copies = sharding.copies(name)
+            if isinstance(copies, int):
+                square += torch.linalg.vector_norm(gradients[-1]).double().square() / copies
+            else:
+                square += (torch.linalg.vector_norm(gradients[-1].flatten(1), dim=1).double().square() / copies).sum()
     wire.all_reduce(square, sharding.mesh.world_group)
     norm = square.sqrt()
     factor = (max_norm / (norm + 1e-6)).clamp_max(1.0)

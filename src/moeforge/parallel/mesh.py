@@ -25,14 +25,24 @@ class Mesh:
     """[expert, data]"""
     world: DeviceMesh
     """[all]"""
+    links: DeviceMesh | None = None
+    """[data, across machines, inside]: the expert axis in two; None where all links count as one."""
 
     @classmethod
-    def build(cls, size: int, expert_size: int, device: str) -> "Mesh":
-        """Collective: every process calls it alike. Raises UserError where ``check_mesh`` does."""
+    def build(cls, size: int, expert_size: int, device: str, node_size: int | None = None) -> "Mesh":
+        """With a ``node_size``, machines of so many processes. Collective: every process calls it alike.
+
+        Raises UserError where ``check_mesh`` and ``check_levels`` do.
+        """
         check_mesh(size, expert_size)
         ranks = torch.arange(size)
         grid = DeviceMesh(device, ranks.view(-1, expert_size).T, mesh_dim_names=("expert", "data"))
-        return cls(grid, DeviceMesh(device, ranks, mesh_dim_names=("world",)))
+        links = None
+        if node_size is not None:
+            check_levels(expert_size, node_size)
+            names = ("data", "across", "inside")
+            links = DeviceMesh(device, ranks.view(-1, expert_size // node_size, node_size), mesh_dim_names=names)
+        return cls(grid, DeviceMesh(device, ranks, mesh_dim_names=("world",)), links)
 
     @property
     def size(self) -> int:
@@ -55,6 +65,13 @@ class Mesh:
         return self.grid.get_group("expert")
 
     @property
+    def levels(self) -> tuple[ProcessGroup, ...]:
+        """The expert group, or in its place those of it inside this machine, then one of each machine."""
+        if self.links is None:
+            return (self.expert_group,)
+        return self.links.get_group("inside"), self.links.get_group("across")
+
+    @property
     def data_group(self) -> ProcessGroup:
         """Those that hold the same experts as this process."""
         return self.grid.get_group("data")
@@ -74,13 +91,23 @@ def check_mesh(size: int, expert_size: int) -> None:
         )
 
 
-def check_experts(num_experts: int, expert_size: int, where: str) -> None:
-    """Raises UserError when the experts of a bank cannot be dealt out evenly."""
-    if num_experts % expert_size:
-        fitting = divisors(num_experts)
+def check_levels(expert_size: int, node_size: int) -> None:
+    """Raises UserError when an expert group has no two levels of links: it must fill several machines."""
+    if not 1 < node_size < expert_size or expert_size % node_size:
+        raise UserError(
+            f"two levels need expert groups that fill several machines of several processes each: "
+            f"an expert size of {expert_size} and a node size of {node_size} do not make them"
+        )
+
+
+def check_experts(num_experts: int, expert_size: int, where: str, uneven: bool) -> None:
+    """Raises UserError when the experts of a bank cannot be dealt out, evenly unless ``uneven``."""
+    if uneven and num_experts < expert_size:
+        raise UserError(f"{where}: {num_experts} experts are too few for {expert_size} processes: take fewer")
+    if num_experts % expert_size and not uneven:
         raise UserError(
             f"{where}: {num_experts} experts cannot be spread evenly over {expert_size} processes: take an expert size "
-            f"of {_listed(fitting)}, or a multiple of {expert_size} experts"
+            f"of {_listed(divisors(num_experts))}, or a multiple of {expert_size} experts, or add --uneven"
         )
 
 

@@ -8,11 +8,14 @@ from moeforge.data.packing import Batch
 from moeforge.models import Decoder
 
 if TYPE_CHECKING:
+    from moeforge.parallel.piece import Piece
     from moeforge.parallel.together import Together
 
 T = TypeVar("T")
 Ranks: TypeAlias = "Alone | Together"
 """A string, so that a run of one process need not import torch's distributed parts."""
+State: TypeAlias = "dict[str, Tensor | Piece]"
+"""By name: a DTensor or a Piece is what this process holds, any other tensor is the same everywhere."""
 
 
 class Alone:
@@ -54,7 +57,7 @@ class Alone:
         """By name."""
         return dict(model.named_parameters())
 
-    def whole(self, name: str, tensor: Tensor) -> Tensor:
+    def whole(self, name: str, tensor: Tensor) -> "Tensor | Piece":
         """The tensor: there are no pieces."""
         return tensor
 

@@ -1,6 +1,7 @@
 """Where each parameter lives: experts dealt out over the expert axis, the rest on every process or cut by FSDP."""
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,14 +9,18 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor
 
 from moeforge.errors import UserError
 from moeforge.models import Decoder, ModelConfig
 from moeforge.moe import MoEConfig
 from moeforge.moe.bank import Bank, LowRankExperts, MLPExperts, NeuronExperts
-from moeforge.parallel.exchange import install
+from moeforge.parallel.exchange import Exchange
+from moeforge.parallel.fetch import Fetch
+from moeforge.parallel.layout import Layout
 from moeforge.parallel.mesh import Mesh, check_experts
+from moeforge.parallel.piece import Piece
+from moeforge.parallel.placement import Placement, placed, read_placements
 from moeforge.parallel.wire import Wire
 
 DEALT = (MLPExperts, LowRankExperts, NeuronExperts)
@@ -25,33 +30,30 @@ DEALT = (MLPExperts, LowRankExperts, NeuronExperts)
 class Sharding:
     """A decoder's parameters on a mesh. The model is changed in place; each process must hold the same one before."""
 
-    def __init__(self, model: Decoder, mesh: Mesh, wire: Wire, shard: bool) -> None:
-        """``shard``: FSDP cuts what would else be on several processes. Raises UserError where ``dealt`` does."""
+    def __init__(self, model: Decoder, mesh: Mesh, exchange: Exchange | Fetch, layout: Layout) -> None:
+        """Raises UserError where ``dealt`` does."""
         self.mesh = mesh
-        banks: dict[str, Bank] = {name: model.get_submodule(name) for name in dealt(model.config, mesh.expert_size)}  # type: ignore[misc]
-        self.dealt: dict[str, torch.Size] = {}
-        """Whole shape of each parameter that is dealt out by experts."""
+        placements, position = dealt(model.config, layout), mesh.grid.get_local_rank("expert")
+        banks: dict[str, Bank] = {name: model.get_submodule(name) for name in placements}  # type: ignore[misc]
+        self.dealt: dict[str, tuple[torch.Size, Placement]] = {}
+        """Whole shape of each parameter that is dealt out by experts, and who has which of them."""
         for name, bank in banks.items():
             for key, parameter in list(bank.named_parameters(recurse=False)):
-                self.dealt[f"{name}.{key}"] = parameter.shape
-                own = parameter.detach().chunk(mesh.expert_size)[mesh.grid.get_local_rank("expert")]
+                self.dealt[f"{name}.{key}"] = parameter.shape, placements[name]
+                own = parameter.detach()[list(placements[name].held[position])]
                 setattr(bank, key, nn.Parameter(own.clone()))
-            install(bank, mesh.expert_group, wire)
-        if shard:
-            _fully_shard(model, list(banks.values()), mesh, wire)
+            exchange.install(bank, placements[name])
+        if layout.shard:
+            _fully_shard(model, list(banks.values()), mesh, exchange.wire)
         # Kept, as FSDP puts others in their place while a module works.
         self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
 
-    def whole(self, name: str, tensor: Tensor) -> Tensor:
+    def whole(self, name: str, tensor: Tensor) -> Tensor | Piece:
         """A parameter, or a tensor like it, as a piece of the one of the whole model; shares its memory."""
         if name not in self.dealt:
             return tensor
-        shape, local = self.dealt[name], tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        placements = Shard(0), Shard(0) if isinstance(tensor, DTensor) else Replicate()
-        stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(
-            local.detach(), self.mesh.grid, placements, run_check=False, shape=shape, stride=stride
-        )
+        shape, placement = self.dealt[name]
+        return Piece(shape, tensor, placement, self.mesh.expert_group)
 
     def group(self, name: str) -> ProcessGroup | None:
         """Who else has the same piece of a parameter, and a part of its gradient; None: FSDP has summed it already."""
@@ -59,23 +61,51 @@ class Sharding:
             return None
         return self.mesh.data_group if name in self.dealt else self.mesh.world_group
 
+    def copies(self, name: str) -> int | Tensor:
+        """How many processes hold the same of a parameter; of experts with replicas, [rows here]."""
+        group = self.group(name)
+        same = group.size() if group else 1
+        piece = self.whole(name, self.parameters[name])
+        if not isinstance(piece, Piece) or not self.dealt[name][1].replicated:
+            return same
+        return same * self.dealt[name][1].copies[list(piece.experts)].to(piece.rows.device)
 
-def dealt(config: ModelConfig, expert_size: int) -> list[str]:
-    """Names of the banks whose experts are dealt out. Raises UserError when they cannot be, or there is none."""
-    if expert_size == 1:
-        return []
-    names: list[str] = []
+
+def dealt(config: ModelConfig, layout: Layout) -> dict[str, Placement]:
+    """The banks whose experts are dealt out, by name. Raises UserError when they cannot be, or there is none."""
+    if layout.ep == 1:
+        return {}
+    given = dict(read_placements(Path(layout.placement))) if layout.placement else {}
+    found: dict[str, Placement] = {}
     for depth, layer in enumerate(config.all_layers):
         if layer.moe:
             _check_layer(layer.moe, f"layer {depth}")
-            for number, bank in enumerate(layer.moe.experts):
-                if isinstance(bank, DEALT):
-                    check_experts(bank.num_experts, expert_size, f"layer {depth}")
-                    names.append(f"blocks.{depth}.moe.banks.{number}")
-    if not names:
+            entries = given.pop(f"layer_{depth:02d}", None)
+            found |= _dealt_layer(layer.moe, depth, layout, entries)
+    if not found:
         kinds = ", ".join(kind.model_fields["type"].default for kind in DEALT)
-        raise UserError(f"an expert size of {expert_size} does nothing: no layer has experts of type {kinds}")
-    return names
+        raise UserError(f"an expert size of {layout.ep} does nothing: no layer has experts of type {kinds}")
+    if given:
+        raise UserError(f"{layout.placement}: the model has no experts in {', '.join(given)}")
+    return found
+
+
+def _dealt_layer(layer: MoEConfig, depth: int, layout: Layout, entries: list[Any] | None) -> dict[str, Placement]:
+    where, found, low = f"layer {depth}", {}, 0
+    if entries is not None and len(entries) != layer.num_experts:
+        raise UserError(f"{layout.placement}: {where} has {layer.num_experts} experts, not {len(entries)}")
+    for number, bank in enumerate(layer.experts):
+        name, high = f"blocks.{depth}.moe.banks.{number}", low + bank.num_experts
+        if not isinstance(bank, DEALT):
+            if entries is not None and any(entry is not None for entry in entries[low:high]):
+                raise UserError(f"{layout.placement}: {where}: experts of type {bank.type} are everywhere: say null")
+        elif entries is not None:
+            found[name] = placed(entries[low:high], layout.ep, f"{layout.placement}: {where}")
+        else:
+            check_experts(bank.num_experts, layout.ep, where, layout.uneven)
+            found[name] = Placement.in_order(bank.num_experts, layout.ep)
+        low = high
+    return found
 
 
 def _check_layer(layer: MoEConfig, name: str) -> None:

@@ -2,25 +2,28 @@
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from moeforge.errors import UserError
+from moeforge.parallel.piece import Piece
+from moeforge.parallel.ranks import State
 
-State = dict[str, Tensor]
-"""By name: a DTensor is this process' piece, any other tensor is the same everywhere."""
 METADATA = ".metadata"
 
 
 def write(folder: Path, state: State) -> None:
     """Collective. Every piece is written once, by one of those that hold it."""
-    dcp.save(dict(state), storage_writer=dcp.FileSystemWriter(folder))
+    dcp.save(dict(state), storage_writer=dcp.FileSystemWriter(folder), planner=_SavePlanner())
 
 
 def names(folder: Path) -> set[str]:
@@ -39,9 +42,32 @@ def read(folder: Path, state: State) -> None:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: as meant
-            dcp.load(dict(state), storage_reader=dcp.FileSystemReader(folder), no_dist=not dist.is_initialized())
+            reader, alone = dcp.FileSystemReader(folder), not dist.is_initialized()
+            dcp.load(dict(state), storage_reader=reader, planner=_LoadPlanner(), no_dist=alone)
     except (CheckpointException, RuntimeError, ValueError, OSError) as error:
         raise UserError(f"{folder} does not fit or is damaged: {_first(error)}") from error
+
+
+class _SavePlanner(DefaultSavePlanner):
+    """Torch's, which finds the rows of a Piece too."""
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        found = self.state_dict[index.fqn]
+        return found.chunk(index) if isinstance(found, Piece) else super().lookup_object(index)
+
+
+class _LoadPlanner(DefaultLoadPlanner):
+    """Torch's, which finds the rows of a Piece too."""
+
+    def set_up_planner(self, state_dict: dict[str, Any], metadata: Any = None, is_coordinator: bool = False) -> None:
+        """Torch leaves None where it does not know what a thing is."""
+        pieces = {name: piece for name, piece in state_dict.items() if isinstance(piece, Piece)}
+        super().set_up_planner(state_dict, metadata, is_coordinator)
+        self.state_dict.update(pieces)
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        found = self.state_dict[index.fqn]
+        return found.chunk(index) if isinstance(found, Piece) else super().lookup_tensor(index)
 
 
 def _first(error: BaseException) -> str:
@@ -51,8 +77,11 @@ def _first(error: BaseException) -> str:
 
 
 @torch.no_grad()
-def copy_piece(target: Tensor, whole: Tensor) -> None:
+def copy_piece(target: Tensor | Piece, whole: Tensor) -> None:
     """Copies what ``target`` holds of the whole tensor into it."""
+    if isinstance(target, Piece):
+        target.copy_from(whole)
+        return
     if not isinstance(target, DTensor):
         target.copy_(whole)
         return
@@ -62,11 +91,11 @@ def copy_piece(target: Tensor, whole: Tensor) -> None:
     target.to_local().copy_(whole)
 
 
-def gathered(state: State, keep: bool) -> State:
+def gathered(state: State, keep: bool) -> dict[str, Tensor]:
     """The whole tensors, on the CPU; empty where not to be kept. Collective, one tensor at a time."""
-    found: State = {}
+    found: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor | Piece) else tensor
         if keep:
             found[name] = whole.detach().cpu()
     return found

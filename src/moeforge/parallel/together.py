@@ -11,10 +11,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moeforge.data.packing import Batch
-from moeforge.errors import UserError
 from moeforge.models import Decoder
+from moeforge.parallel.chunks import Chunks
+from moeforge.parallel.exchange import Exchange
+from moeforge.parallel.fetch import Fetch
 from moeforge.parallel.gradients import clip_gradients, sum_gradients
-from moeforge.parallel.mesh import Mesh, check_mesh
+from moeforge.parallel.layout import Layout
+from moeforge.parallel.mesh import Mesh
+from moeforge.parallel.piece import Piece
 from moeforge.parallel.sharding import Sharding
 from moeforge.parallel.wire import KINDS, Wire
 
@@ -24,24 +28,36 @@ T = TypeVar("T")
 class Together:
     """Many processes, each with rows of its own and a part of the parameters. All methods are collective."""
 
-    def __init__(self, mesh: Mesh, shard: bool) -> None:
-        self.mesh, self.shard, self.wire = mesh, shard, Wire()
+    def __init__(self, mesh: Mesh, layout: Layout) -> None:
+        self.mesh, self.layout = mesh, layout
+        self.wire, self.chunks = Wire(layout.processes_per_node(mesh.size)), Chunks(layout.chunks)
         self.size, self.first = mesh.size, mesh.rank == 0
 
     def place(self, model: Decoder) -> None:
         """Spreads the parameters, in place. Raises UserError for what cannot be."""
-        self.sharding = Sharding(model, self.mesh, self.wire, self.shard)
+        mesh, wire = self.mesh, self.wire
+        position = mesh.grid.get_local_rank("expert")
+        fetch, exchange = Fetch(mesh.expert_group, wire), Exchange(mesh.levels, wire, self.chunks, position)
+        self.sharding = Sharding(model, mesh, fetch if self.layout.fetch else exchange, self.layout)
 
     def begin(self, seed: int, step: int) -> None:
         """A step: counts from zero, random numbers that are each process' own, and of which no checkpoint need know."""
-        self.wire.sent.clear()
+        self.wire.clear()
+        self.chunks.begin()
         digest = hashlib.sha256(f"{seed}/{step}/{self.mesh.rank}".encode()).digest()
         torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
     def sent(self) -> dict[str, int]:
-        """Bytes that all processes have sent since the step began, by kind; but for those that this sum takes."""
-        counts = torch.tensor([self.wire.sent[kind] for kind in KINDS], device=self.mesh.world.device_type)
-        return dict(zip(KINDS, self.total(counts).tolist(), strict=True))
+        """Ends a step: bytes that all processes have sent since it began, by kind; but for those that this sum takes.
+
+        With several machines, ``far/KIND`` are those to another one, ``far/messages`` counts those of all-to-alls.
+        """
+        counts = {kind: self.wire.sent[kind] for kind in KINDS}
+        if self.wire.node_size != self.size:
+            counts |= {f"far/{kind}": self.wire.far[kind] for kind in (*KINDS, "messages")}
+        self.chunks.end(self.mesh.world_group, self.mesh.world.device_type)
+        summed = torch.tensor(list(counts.values()), device=self.mesh.world.device_type)
+        return dict(zip(counts, self.total(summed).tolist(), strict=True))
 
     def own(self, batch: Batch) -> Batch:
         """This process' rows, of as even shares as there are, maybe none; ``num_bytes`` stays that of all."""
@@ -71,22 +87,21 @@ class Together:
         """By name, as the optimizer has them."""
         return self.sharding.parameters
 
-    def whole(self, name: str, tensor: Tensor) -> Tensor:
+    def whole(self, name: str, tensor: Tensor) -> Tensor | Piece:
         """A parameter, or its like, as a piece of the whole model's: shares its memory."""
         return self.sharding.whole(name, tensor)
 
 
 @contextmanager
-def join(expert_size: int, shard: bool) -> Iterator[Together]:
+def join(layout: Layout) -> Iterator[Together]:
     """The processes that torchrun started, this one among them. Raises UserError when they form no such mesh."""
     size, device = int(os.environ["WORLD_SIZE"]), "cuda" if torch.cuda.is_available() else "cpu"
-    check_mesh(size, expert_size)
-    if shard and size == 1:
-        raise UserError("--shard does nothing with one process: leave it out, or start more")
+    layout.check(size)
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     try:
-        yield Together(Mesh.build(size, expert_size, device), shard)
+        node_size = layout.processes_per_node(size) if layout.two_level else None
+        yield Together(Mesh.build(size, layout.ep, device, node_size), layout)
     finally:
         dist.destroy_process_group()

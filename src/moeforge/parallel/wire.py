@@ -1,4 +1,4 @@
-"""Collectives that count what they send: every byte that leaves a process for another one, by kind."""
+"""Collectives that count what they send: every byte that leaves a process for another one, by kind and by link."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -18,47 +18,123 @@ class Wire:
 
     Of n processes, each sends in an all-to-all what is for others, in an all-gather its shard n - 1 times, in a
     reduce-scatter n - 1 shards, in an all-reduce 2 (n - 1) times an n-th of the tensor, rounded up to whole bytes.
+    In a ring, all of that goes to the next process of the group.
     """
 
+    node_size: int | None = None
+    """Processes of one machine, neighbours by rank; None: all are on one."""
     sent: Counter[str] = field(default_factory=Counter)
+    """By kind, to whomever."""
+    far: Counter[str] = field(default_factory=Counter)
+    """By kind, to other machines; ``messages`` are those of all-to-alls, one to each process there."""
+
+    def clear(self) -> None:
+        """Counts from zero."""
+        self.sent.clear()
+        self.far.clear()
 
     def all_to_all(self, rows: Tensor, to: list[int], come: list[int], group: ProcessGroup) -> Tensor:
         """[sum(to), ...] -> [sum(come), ...]: the first ``to[0]`` rows go to the group's first process, and so on."""
-        away = len(rows) - to[group.rank()]
-        self.sent["all_to_all"] += away * rows.shape[1:].numel() * rows.element_size()
-        received = rows.new_empty(sum(come), *rows.shape[1:])
-        dist.all_to_all_single(received, rows.contiguous(), come, to, group=group)
+        received, work = self.begin_all_to_all(rows, to, come, group)
+        work.wait()
         return received
+
+    def begin_all_to_all(
+        self, rows: Tensor, to: list[int], come: list[int], group: ProcessGroup
+    ) -> tuple[Tensor, dist.Work]:
+        """The same under way: what has been received can be read after ``wait``."""
+        row_bytes = rows.shape[1:].numel() * rows.element_size()
+        for peer, count in enumerate(to):
+            if peer != group.rank():
+                self._count("all_to_all", count * row_bytes, peer, group)
+                self.far["messages"] += self._is_far(peer, group)
+        received = rows.new_empty(sum(come), *rows.shape[1:])
+        work = dist.all_to_all_single(received, rows.contiguous(), come, to, group=group, async_op=True)
+        assert work is not None  # this process is one of the group
+        return received, work
 
     def all_reduce(self, tensor: Tensor, group: ProcessGroup) -> None:
         """Sum over the group, in place."""
         if group.size() > 1:
             part = -(-tensor.numel() * tensor.element_size() // group.size())
-            self.sent["all_reduce"] += 2 * (group.size() - 1) * part
+            self._around("all_reduce", 2 * part, group)
             dist.all_reduce(tensor, group=group)
 
     def gathers(self, shard: Tensor, group: ProcessGroup) -> None:
         """Counts an all-gather of this shard that somebody else does."""
-        self.sent["all_gather"] += (group.size() - 1) * shard.numel() * shard.element_size()
+        self._around("all_gather", shard.numel() * shard.element_size(), group)
 
     def scatters(self, shard: Tensor, group: ProcessGroup) -> None:
         """Counts a reduce-scatter into this shard that somebody else does."""
-        self.sent["reduce_scatter"] += (group.size() - 1) * shard.numel() * shard.element_size()
+        self._around("reduce_scatter", shard.numel() * shard.element_size(), group)
+
+    def _around(self, kind: str, part: int, group: ProcessGroup) -> None:
+        """A ring: to the next process, as many parts as there are others."""
+        self._count(kind, (group.size() - 1) * part, (group.rank() + 1) % group.size(), group)
+
+    def _count(self, kind: str, size: int, peer: int, group: ProcessGroup) -> None:
+        self.sent[kind] += size
+        if self._is_far(peer, group):
+            self.far[kind] += size
+
+    def _is_far(self, peer: int, group: ProcessGroup) -> bool:
+        if self.node_size is None:
+            return False
+        ranks = dist.get_process_group_ranks(group)
+        return ranks[peer] // self.node_size != ranks[group.rank()] // self.node_size
 
 
-class _Transfer(torch.autograd.Function):
+class Flight:
+    """Rows under way to other processes, whose gradients will be under way back while other gradients are computed.
+
+    Autograd runs what was last made first: what was computed between departure and arrival comes between the two in
+    the backward pass also, in the same order on all processes.
+    """
+
+    def __init__(self, rows: Tensor, to: list[int], come: list[int], group: ProcessGroup, wire: Wire) -> None:
+        """Departs: as ``Wire.all_to_all``."""
+        self.there, self.back, self.wire = (to, come, group), (come, to, group), wire
+        self.departed: Tensor = _Depart.apply(rows, self)
+
+    def begin(self, rows: Tensor, direction: tuple[list[int], list[int], ProcessGroup]) -> Tensor:
+        """Where rows, or gradients, will have come to after ``landed``."""
+        self.received, self.work = self.wire.begin_all_to_all(rows, *direction)
+        return self.received
+
+    def landed(self) -> Tensor:
+        """What has come, once it has. Keeps nothing of it."""
+        self.work.wait()
+        received = self.received
+        del self.received, self.work
+        return received
+
+    def arrive(self) -> Tensor:
+        """``landed``, to be computed with."""
+        departed = self.departed
+        del self.departed  # whose graph knows of this flight
+        return _Arrive.apply(departed, self)
+
+
+class _Depart(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, to: list[int], come: list[int], group: ProcessGroup, wire: Wire) -> Tensor:
-        ctx.way_back = come, to, group, wire
-        return wire.all_to_all(rows, to, come, group)
+    def forward(ctx: Any, rows: Tensor, flight: Flight) -> Tensor:
+        ctx.flight = flight
+        return flight.begin(rows, flight.there)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
-        to, come, group, wire = ctx.way_back
-        return wire.all_to_all(grad_outputs[0], to, come, group), None, None, None, None
+        return ctx.flight.landed(), None
 
 
-def transfer(rows: Tensor, to: list[int], come: list[int], group: ProcessGroup, wire: Wire) -> Tensor:
-    """``Wire.all_to_all``; gradients take the way back."""
-    return _Transfer.apply(rows, to, come, group, wire)
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, departed: Tensor, flight: Flight) -> Tensor:
+        ctx.flight = flight
+        return flight.landed().view_as(departed)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
+        ctx.flight.begin(grad_outputs[0], ctx.flight.back)
+        return grad_outputs[0], None  # of the right shape; what is under way has the one of what departed

@@ -26,6 +26,8 @@ from moeforge.train.config import RecipeNote
 from moeforge.train.loop import Run
 from moeforge.train.metrics import Line, read_metrics
 
+Trainer = Callable[[RunConfig, Path, bool, TextData], None]
+"""Trains a config into a folder, going on from what is there or not."""
 Verdict = Literal["shows", "does not show here", "needs scale"]
 OF_SEEDS = 0.003
 """Standard deviation of a gain in bits per byte that comes of seeds alone: runs of one model deviate by 0.002
@@ -82,13 +84,18 @@ def arms(name: str, changes: Sequence[str] = ()) -> dict[str, RunConfig]:
     return {ours.name: ours, label: other}
 
 
-def trained(config: RunConfig, out: Path, data: TextData | None = None) -> None:
+def here(config: RunConfig, out: Path, resume: bool, data: TextData) -> None:
+    """Trains in this process."""
+    train(config, out, resume=resume, data=data)
+
+
+def trained(config: RunConfig, out: Path, data: TextData, how: Trainer = here) -> None:
     """Trains ``config`` into ``out``, goes on where an earlier attempt stopped, or leaves what is done.
 
     Raises UserError when ``out`` holds a finished run of other settings.
     """
     if not (out / "model" / "config.json").exists():
-        train(config, out, resume=(out / "checkpoints").exists(), data=data)
+        how(config, out, (out / "checkpoints").exists(), data)
         return
     there = build(RunConfig, read_yaml(out / "config.yaml"), source=str(out / "config.yaml"))
     changed = difference(*(_what_counts(run, config) for run in (there, config)))
@@ -102,12 +109,12 @@ def _what_counts(run: RunConfig, like: RunConfig) -> Tree:
     return json.loads(run.replace(model=model, recipe=None, name=like.name).model_dump_json())
 
 
-def measured(config: RunConfig, out: Path, data: TextData, by: str = "bits_per_byte") -> Measured:
+def measured(config: RunConfig, out: Path, data: TextData, by: str = "bits_per_byte", how: Trainer = here) -> Measured:
     """Trains ``config`` into ``out``, measures what is on disk, and keeps that as ``measured.json``.
 
     What only some claims are about is measured when one asks ``by`` it, also of a run that was measured before.
     """
-    trained(config, out, data)
+    trained(config, out, data, how)
     kept = out / "measured.json"
     found = Measured(**json.loads(kept.read_text(encoding="utf-8"))) if kept.exists() else _measure(config, out, data)
     if by in QUANTITIES and getattr(found, by) is None:
@@ -210,9 +217,14 @@ def folder_of(label: str, seed: int, out: Path) -> Path:
 
 
 def reproduce(
-    name: str, seeds: Sequence[int], out: Path, changes: Sequence[str] = (), say: Callable[[str], None] = print
+    name: str,
+    seeds: Sequence[int],
+    out: Path,
+    changes: Sequence[str] = (),
+    say: Callable[[str], None] = print,
+    how: Trainer = here,
 ) -> dict[str, Any]:
-    """Trains both arms for every seed into ``out`` and returns claim, numbers and verdict."""
+    """Trains both arms for every seed into ``out``, in whatever way, and returns claim, numbers and verdict."""
     pair = arms(name, changes)
     note = next(iter(pair.values())).recipe
     assert note is not None
@@ -221,7 +233,8 @@ def reproduce(
     for seed in seeds:
         for label, config in pair.items():
             say(f"seed {seed}: {label}, {config.steps} steps")
-            run = measured(config.replace(seed=seed), folder_of(label, seed, out), texts[label], note.against.by)
+            place, by = folder_of(label, seed, out), note.against.by
+            run = measured(config.replace(seed=seed), place, texts[label], by, how)
             runs[label].append(run)
             say(f"seed {seed}: {label}: {run.bits_per_byte:.4f} bits per byte")
     ours, other = runs.values()

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -20,7 +20,7 @@ from moeforge.errors import UserError
 from moeforge.hub.folder import fit, read_tensors
 from moeforge.hub.whole import write_whole
 from moeforge.models import Decoder
-from moeforge.parallel.ranks import ALONE, Ranks
+from moeforge.parallel.ranks import ALONE, Ranks, State
 from moeforge.train.config import RunConfig
 
 MAY_CHANGE = {"name", "recipe", "steps", "eval_every", "eval_tokens", "save_every", "keep_checkpoints", "tensorboard"}
@@ -114,13 +114,13 @@ def _same_config(path: Path, saved: Tree, config: RunConfig) -> None:
         raise UserError(f"{path} was written under another config; now different: {json.dumps(detail)}")
 
 
-def weights(model: Decoder, ranks: Ranks) -> dict[str, torch.Tensor]:
+def weights(model: Decoder, ranks: Ranks) -> State:
     """What ``state_dict`` has; of several processes, each one's pieces of it."""
     parameters = ranks.parameters(model)
     return {name: ranks.whole(name, parameters.get(name, tensor)) for name, tensor in model.state_dict().items()}
 
 
-def _moments(model: Decoder, optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict[str, torch.Tensor]:
+def _moments(model: Decoder, optimizer: torch.optim.Optimizer, ranks: Ranks) -> State:
     """The optimizer's tensors by parameter name: ``<kind>/<parameter>``."""
     states = [(name, optimizer.state[parameter]) for name, parameter in ranks.parameters(model).items()]
     return {
@@ -137,9 +137,13 @@ def _write_tensors(folder: Path, model: Decoder, optimizer: torch.optim.Optimize
 
         store.write(folder, {f"{MODEL}/{name}": tensor for name, tensor in tensors.items()} | moments)
         return
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
-    moments = {name: tensor.contiguous() for name, tensor in moments.items()}
-    save_file({"rng": torch.get_rng_state(), **moments}, folder / "optimizer.safetensors")
+    save_file(_contiguous(tensors), folder / "model.safetensors")
+    save_file({"rng": torch.get_rng_state(), **_contiguous(moments)}, folder / "optimizer.safetensors")
+
+
+def _contiguous(state: State) -> dict[str, torch.Tensor]:
+    """Of a single process, which has no pieces."""
+    return {name: tensor.contiguous() for name, tensor in cast("dict[str, torch.Tensor]", state).items()}
 
 
 def _read_tensors(path: Path, model: Decoder, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:

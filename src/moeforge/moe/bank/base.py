@@ -1,5 +1,6 @@
 """What every bank is: a stack of experts over routed rows. A new kind of expert writes one method, ``rows``."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,6 +34,11 @@ class Bank(nn.Module):
         if isinstance(route, MergedRoute):
             raise TypeError(f"{type(self).__name__} has no parameters that could be merged")
         return route.combine(self.rows(route.gather(x_TD), route.ends), x_TD)
+
+    def begin(self, x_TD: Tensor, route: Route | SoftRoute | MergedRoute) -> Callable[[], Tensor]:
+        """``forward``, whose output is asked for later: experts elsewhere can be on their way meanwhile."""
+        y_TD = self(x_TD, route)
+        return lambda: y_TD
 
 
 def matrix(*shape: int) -> nn.Parameter:

@@ -1,0 +1,69 @@
+"""What a user says about how processes share the work: no settings of a run, for its results are the same."""
+
+import os
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+from moeforge.errors import UserError
+
+if TYPE_CHECKING:
+    from moeforge.models import ModelConfig
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Options of ``moeforge train``, by their names there."""
+
+    ep: int = 1
+    """Processes that share the experts between them."""
+    shard: bool = False
+    """FSDP cuts what would else be on several processes."""
+    node_size: int | None = None
+    """Processes of one machine; None: as the launcher says."""
+    two_level: bool = False
+    """Rows go to other machines by a neighbour."""
+    chunks: int = 1
+    """Parts in which tokens are exchanged, so that one travels while another is computed; 0: what proves fastest."""
+    uneven: bool = False
+    """Experts may be dealt out in shares that differ by one."""
+    placement: str | None = None
+    """File that says which process of an expert group holds which experts."""
+    fetch: bool = False
+    """Weights of the experts that are needed travel, not rows."""
+
+    def check(self, size: int) -> None:
+        """Raises UserError when ``size`` processes cannot be laid out so, or an option would do nothing."""
+        from moeforge.parallel.mesh import check_levels, check_mesh
+
+        check_mesh(size, self.ep)
+        if self.shard and size == 1:
+            raise UserError("--shard does nothing with one process: leave it out, or start more")
+        if self.node_size is not None and (self.node_size < 1 or size % self.node_size):
+            raise UserError(f"--node-size: {size} processes do not fill machines of {self.node_size}")
+        for flag in self.flags if self.ep == 1 else ():
+            if flag.startswith(("--chunks", "--uneven", "--placement", "--fetch")):
+                raise UserError(f"{flag.partition('=')[0]} is about experts on several processes: add --ep")
+        if self.fetch and (self.two_level or self.chunks != 1):
+            raise UserError("--fetch sends no rows: leave --two-level and --chunks out")
+        if self.two_level:
+            check_levels(self.ep, self.processes_per_node(size))
+
+    def check_model(self, config: "ModelConfig") -> None:
+        """Raises UserError when the model cannot be laid out so."""
+        from moeforge.parallel.sharding import dealt
+
+        dealt(config, self)
+
+    def processes_per_node(self, size: int) -> int:
+        """Processes on each machine, as given or as torchrun says."""
+        return self.node_size or int(os.environ.get("LOCAL_WORLD_SIZE", size))
+
+    @property
+    def flags(self) -> list[str]:
+        """As on the command line."""
+        told = []
+        for option in fields(self):
+            value, name = getattr(self, option.name), "--" + option.name.replace("_", "-")
+            if value != option.default:
+                told.append(name if value is True else f"{name}={value}")
+        return told

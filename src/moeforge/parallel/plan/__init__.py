@@ -1,0 +1,1 @@
+"""What a training step costs on a cluster that need not be at hand: memory, bytes, time, and the best mesh."""

@@ -1,0 +1,61 @@
+"""The planned step sends, byte for byte, what real processes count, and holds what they hold."""
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch.distributed.tensor import DTensor
+
+from moeforge.parallel.layout import Layout
+from moeforge.parallel.mesh import Mesh
+from moeforge.parallel.plan.job import Arrangement, Job, Weights, nbytes
+from moeforge.parallel.plan.step import bytes_sent, step_of
+from moeforge.parallel.together import Together
+from moeforge.train.config import AdamW
+from moeforge.train.optimizer import build_optimizer
+from moeforge.train.step import accumulate_gradients, apply_gradients
+from tests.parallel.test_training import LENGTH, batches, decoder
+
+MESHES = [(2, 2, False, 1), (4, 2, False, 3), (4, 4, False, 1), (4, 1, True, 1), (4, 2, True, 1)]
+STEPS = [
+    ("plain", [4, 4], False),
+    ("two banks, any number of experts", [7], True),
+    ("per sequence, repeated", [4, 4], True),
+]
+
+
+def real_step(name: str, rows: list[int], layout: Layout, recompute: bool) -> tuple[dict[str, int], int]:
+    """Bytes by kind of one step, and bytes of weights on this process."""
+    ranks = Together(Mesh.build(dist.get_world_size(), layout.ep, "cpu"), layout)
+    model = decoder(name, torch.float64)
+    model.recompute_activations = recompute
+    ranks.place(model)
+    ranks.begin(0, 0)
+    result = accumulate_gradients(model, batches(rows, 0, name), torch.float32, 0, ranks)
+    apply_gradients(model, build_optimizer(model, AdamW()), result, 1.0, 0, ranks)
+    held = [p.to_local() if isinstance(p, DTensor) else p for p in ranks.parameters(model).values()]
+    return ranks.sent(), sum(p.nbytes for p in held)
+
+
+def job(name: str, rows: list[int], size: int) -> Job:
+    """With the loads that the model really has, each process' own; the mean over micro-batches."""
+    model, loads = decoder(name, torch.float64), {}
+    for batch in batches(rows, 0, name):
+        for rank, ids in enumerate(batch.input_ids.tensor_split(size)):
+            for depth, routing in model(ids).routings.items():
+                into = loads.setdefault(depth, torch.zeros(size, routing.route.num_experts, dtype=torch.float64))
+                into[rank] += routing.route.counts / len(rows)
+    return Job(model.config, rows[0], LENGTH, len(rows), half=False, dtype=torch.float64, loads=loads)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("size, expert, shard, chunks", MESHES)
+@pytest.mark.parametrize("name, rows, recompute", STEPS, ids=str)
+def test_bytes_are_those_that_real_processes_count(processes, name, rows, recompute, size, expert, shard, chunks):
+    arrangement = Arrangement(size, expert, shard, recompute, chunks)
+    planned = job(name, rows, size)
+    wanted = bytes_sent(step_of(planned, arrangement), arrangement)
+    found = processes(size).run(real_step, name, rows, arrangement.layout, recompute)
+    assert [sent for sent, _ in found] == [wanted] * size
+    weights, cut = Weights.of(planned, arrangement), size if shard else 1
+    held = nbytes(weights.everywhere, cut) + nbytes(weights.shared_out, arrangement.data if shard else 1)
+    assert max(held for _, held in found) == held
