@@ -13,6 +13,8 @@ from moeforge.config import build
 from moeforge.data.prepare import prepare
 from moeforge.errors import UserError
 from moeforge.hub import load
+from moeforge.hub.folder import read_tensors
+from moeforge.parallel import store
 from moeforge.parallel.layout import Layout
 from moeforge.parallel.mesh import Mesh
 from moeforge.parallel.ranks import ALONE
@@ -202,3 +204,28 @@ def refused(config: RunConfig, out: Path, layout: Layout) -> str:
     except UserError as error:
         return str(error)
     return "nothing"
+
+
+@double()
+def saved_each_step(config: RunConfig, out: Path, layout: Layout) -> None:
+    train(config.replace(save_every=1, keep_checkpoints=9), out, quiet=True, ranks=ranks_of(layout))
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    if (folder / store.METADATA).exists():
+        state = {name: torch.empty(md.size, dtype=md.properties.dtype) for name, md in store.contents(folder).items()}
+        store.read(folder, state)
+        return state
+    return read_tensors(folder / "model.safetensors") | read_tensors(folder / "optimizer.safetensors")
+
+
+@pytest.mark.parametrize("mesh", [ONE, (4, Layout(2, True)), (4, Layout(4, placement=ON_FOUR))], ids=str)
+def test_what_is_written_in_the_background_is_what_there_was(processes, config, tmp_path, mesh):
+    size, layout = mesh[0], written(mesh[1], tmp_path)
+    for background in (False, True):
+        asked, out = config.replace(save_in_background=background), tmp_path / str(background)
+        on(processes, (size, layout), saved_each_step, asked, out)
+    for step in range(1, config.steps + 1):
+        there, here = (stored(tmp_path / str(kind) / "checkpoints" / f"step-{step}") for kind in (True, False))
+        assert there.keys() == here.keys() and len(there) > 20
+        assert all(torch.equal(there[name], here[name]) for name in here)
