@@ -20,6 +20,7 @@ from moeforge.parallel.mesh import Mesh
 from moeforge.parallel.ranks import ALONE
 from moeforge.parallel.together import Together
 from moeforge.train import Run, RunConfig, train
+from moeforge.train.background import Background
 from moeforge.train.checkpoint import checkpoints
 from moeforge.train.metrics import read_metrics
 from tests.parallel.test_training import written
@@ -229,3 +230,31 @@ def test_what_is_written_in_the_background_is_what_there_was(processes, config, 
         there, here = (stored(tmp_path / str(kind) / "checkpoints" / f"step-{step}") for kind in (True, False))
         assert there.keys() == here.keys() and len(there) > 20
         assert all(torch.equal(there[name], here[name]) for name in here)
+
+
+class Later(Background):
+    """Does the work when told to."""
+
+    def begin(self, work) -> None:
+        self.work = work
+
+
+@double()
+def saved_late(config: RunConfig, out: Path, layout: Layout) -> None:
+    config = config.replace(save_in_background=True)
+    run = Run(config, out / "late", prepare(config.data, config.tokenizer), ranks_of(layout))
+    run.step()
+    run.saving = later = Later()
+    run.checkpoint()
+    run.out, run.saving = out / "at once", None
+    run.checkpoint()
+    run.step()
+    later.work()
+
+
+@pytest.mark.parametrize("mesh", [ONE, (4, Layout(2, True)), (4, Layout(4, placement=ON_FOUR))], ids=str)
+def test_a_step_in_the_meantime_is_not_in_what_is_written(processes, config, tmp_path, mesh):
+    on(processes, (mesh[0], written(mesh[1], tmp_path)), saved_late, config, tmp_path)
+    late, at_once = (stored(tmp_path / kind / "checkpoints" / "step-1") for kind in ("late", "at once"))
+    assert late.keys() == at_once.keys()
+    assert all(torch.equal(late[name], at_once[name]) for name in late)
