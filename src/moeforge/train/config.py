@@ -135,6 +135,8 @@ class RunConfig(Config):
     """Validation tokens of each, spread over the whole text."""
     save_every: Count = Field(500, ge=1)
     """Steps between checkpoints; one more comes at the end."""
+    save_in_background: bool = False
+    """Write checkpoints while training goes on; they take the memory of one more copy of weights and optimizer."""
     keep_checkpoints: int = Field(2, ge=1)
     """Older ones are deleted."""
     tensorboard: bool = False

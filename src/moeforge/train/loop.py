@@ -19,7 +19,15 @@ from moeforge.hub.whole import write_text
 from moeforge.kernels.allocator import keep_freed_memory
 from moeforge.models import Decoder, ModelConfig
 from moeforge.parallel.ranks import ALONE, Ranks
-from moeforge.train.checkpoint import Progress, checkpoints, load_checkpoint, save_checkpoint, weights
+from moeforge.train.background import Background
+from moeforge.train.checkpoint import (
+    Progress,
+    checkpoints,
+    clear_unfinished,
+    load_checkpoint,
+    save_checkpoint,
+    weights,
+)
 from moeforge.train.config import RunConfig
 from moeforge.train.metrics import Line, Metrics, step_line
 from moeforge.train.optimizer import build_optimizer, learning_rate
@@ -48,6 +56,8 @@ class Run:
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.loader = Loader(data.train, config.batch_size, config.seq_len, config.seed)
         self.progress = Progress()
+        self.saving = Background() if config.save_in_background else None
+        self.writers = ranks.for_a_thread() if self.saving else ranks
 
     def resume(self) -> None:
         """Takes up the newest checkpoint. Raises UserError when there is none, or it is damaged or does not fit."""
@@ -92,10 +102,11 @@ class Run:
         return text.fingerprint + (text.domain_fingerprint if self.config.model.looks_up_domains else "")
 
     def checkpoint(self) -> Path:
-        """Saves where the run stands."""
+        """Saves where the run stands; with ``save_in_background``, begins to."""
         position = {**self.loader.state(), "fingerprint": self._fingerprint}
         folder = self.out / "checkpoints"
-        return save_checkpoint(folder, self.model, self.optimizer, self.progress, position, self.config, self.ranks)
+        what = self.model, self.optimizer, self.progress, position, self.config
+        return save_checkpoint(folder, *what, self.writers, saving=self.saving)
 
 
 def train(
@@ -120,6 +131,8 @@ def train(
         display.say(f"reading {config.data.type} ...")
         run = Run(config, out, data or _prepared(config, ranks), ranks, fresh=not resume)
         if resume:
+            if ranks.first:
+                clear_unfinished(out / "checkpoints")
             run.resume()
             display.say(f"resumed at step {run.progress.step}")
         elif config.start_from:
@@ -127,7 +140,10 @@ def train(
         _announce(run, display)
         if ranks.first:
             write_text(out / "config.yaml", to_yaml(run.config))
-        with Metrics(out, run.progress.step, config.tensorboard) if ranks.first else nullcontext() as metrics:
+        with (
+            Metrics(out, run.progress.step, config.tensorboard) if ranks.first else nullcontext() as metrics,
+            run.saving or nullcontext(),
+        ):
             _steps(run, metrics, display, on_step)
     model = _in_one_place(run)
     if model is not None:
@@ -177,6 +193,8 @@ def _steps(run: Run, metrics: Metrics | None, display: Display, on_step: Callabl
             stop = run.ranks.any(bool(interrupted))
             saved = run.checkpoint() if done % config.save_every == 0 or done == steps or stop else None
             if stop and done < steps:
+                if run.saving:
+                    run.saving.wait()
                 display.say(f"\nstopped; {saved} is saved. Go on with:\n  {resume_command(run.out)}")
                 raise KeyboardInterrupt
 
