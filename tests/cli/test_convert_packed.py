@@ -22,7 +22,7 @@ families = pytest.importorskip("tests.hub.families")
 SIZES = {"hidden_size": 128, "intermediate_size": 128}
 FAMILIES = {
     "olmoe": {"hidden_size": 128, "intermediate_size": 64},
-    "mixtral": SIZES,
+    "mixtral": {**SIZES, "tie_word_embeddings": True},
     "qwen3_moe": {"hidden_size": 128, "moe_intermediate_size": 128},
     "deepseek_v3": {"hidden_size": 128, "moe_intermediate_size": 128},
 }

@@ -160,7 +160,9 @@ def pack_experts(model: nn.Module, names: Names, bits: int) -> PackedExperts:
         tensors |= {f"{piece.name}_packed": values, f"{piece.name}_scale": scales}
         tensors[f"{piece.name}_shape"] = torch.tensor(rounded.shape)
         piece.of_ours(own[piece.parameter]).copy_(piece.as_ours(rounded))
-    whole = {piece.name.removesuffix(".weight") for piece in pieces if own[piece.parameter].dim() == 2}
+    linear = [piece.name for piece in pieces if own[piece.parameter].dim() == 2]
+    linear += names["output.weight"][0].parts  # a module of its own in transformers where it is tied as well
+    whole = {name.removesuffix(".weight") for name in linear}
     weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group" if group else "channel"}
     weights |= {"group_size": group, "dynamic": False}
     scheme = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
