@@ -45,6 +45,27 @@ def test_experts_are_shown_for_prompt_and_text_with_a_legend(call, run_folder):
     assert legend == f"strongest of 4 experts in layer 1: {' '.join(map(str, sorted(set(marks))))}"
 
 
+def test_the_text_has_the_form_that_was_asked_for(call, run_folder, tmp_path):
+    pytest.importorskip("llguidance", reason="structured output: pip install 'moeforge[serve]'")
+    assert re.fullmatch(r"a[0-9]{3}\n", call("generate", run_folder, "a", "--regex=[0-9]{3}", "--seed=1").out)
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "boolean"}')
+    assert call("generate", run_folder, "a", "--json-schema", schema, "--seed=1").out in ("atrue\n", "afalse\n")
+    whole = json.loads(call("generate", run_folder, "a", "--seed=1", "--max-tokens=20", "--json").out)["text"]
+    stop = whole[5]
+    found = json.loads(call("generate", run_folder, "a", "--seed=1", "--max-tokens=20", "--json", "--stop", stop).out)
+    assert (found["text"], found["stop"]) == (whole[: whole.index(stop)], "stop")
+
+
+def test_weights_are_held_as_asked(call, run_folder):
+    texts = {
+        weights: call("generate", run_folder, "para", "--temperature=0", "--max-tokens=9", "--weights", weights)
+        for weights in ("as stored", "int4", "int3")
+    }
+    assert texts["as stored"].code == texts["int4"].code == 0 and texts["int3"].code == 2
+    assert "'int3' is not a choice" in texts["int3"].err
+
+
 def test_a_full_context_is_said(call, run_folder):
     for seed in range(20):
         code, _, err = call("generate", run_folder, "a" * 60, "--seed", seed)
@@ -54,9 +75,11 @@ def test_a_full_context_is_said(call, run_folder):
 
 
 BAD = {
-    "a long prompt": (["a" * 70], "the text has 70 tokens, but the context has room for 62"),
+    "a long prompt": (["a" * 70], "the text has 70 tokens, but the context of 64 has room for 62"),
     "a cold draw": (["a", "--temperature=-1"], "temperature = -1.0: input should be greater than or equal to 0"),
     "an idle option": (["a", "--temperature=0", "--top-p=0.5"], "would do nothing"),
+    "two forms": (["a", "--regex=a", "--json-schema=x"], "give one"),
+    "no schema": (["a", "--json-schema=nowhere.json"], "nowhere.json cannot be read as a JSON schema"),
     "a layer for nothing": (["a", "--layer=1"], "add --show-experts"),
     "a dense layer": (["a", "--layer=0", "--show-experts"], "layer 0 has no experts. Valid: 1"),
 }

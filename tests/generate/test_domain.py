@@ -5,7 +5,7 @@ import torch
 
 from moeforge.data.tokenizers import Tokenizer
 from moeforge.errors import UserError
-from moeforge.generate import Sampling, Writer, generate, trace
+from moeforge.generate import Sampling, generate, trace
 from moeforge.models import Decoder, ModelConfig
 from tests.generate.conftest import SHAPE
 
@@ -32,8 +32,8 @@ def by_domain() -> Decoder:
 def test_the_named_domain_decides(
     by_domain: Decoder, tokenizer: Tokenizer, domain: str, number: int, experts: list[int]
 ) -> None:
-    steps = list(generate(by_domain, tokenizer, "ab", GREEDY, domain=domain))
-    assert all(chosen == experts for step in steps for chosen in step.experts.values())
+    steps = generate(by_domain, tokenizer, "ab", GREEDY, domain=domain).tokens
+    assert all(chosen == experts for step in steps for chosen in (step.experts or {}).values())
     assert all(
         choice.experts == experts for t in trace(by_domain, tokenizer, "ab", domain) for choice in t.choices.values()
     )
@@ -47,7 +47,7 @@ def test_the_named_domain_decides(
 
 def test_a_model_by_domain_wants_one_of_its_names(by_domain: Decoder, tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError, match=r"routes by domain: name one with --domain\. Valid: code, topics"):
-        Writer(by_domain, tokenizer)
+        generate(by_domain, tokenizer, "a", GREEDY)
     with pytest.raises(UserError, match=r"no domain 'topic'\. Did you mean 'topics'\? Valid: code, topics"):
         trace(by_domain, tokenizer, "a", "topic")
 
@@ -60,5 +60,5 @@ def test_a_model_without_domains_takes_no_name(model: Decoder, tokenizer: Tokeni
 def test_a_model_of_one_domain_needs_no_name(by_domain: Decoder, tokenizer: Tokenizer) -> None:
     one = Decoder(by_domain.config.replace(domains=("code",))).eval()
     one.load_state_dict(by_domain.state_dict())
-    named, silent = (list(generate(one, tokenizer, "ab", GREEDY, domain=name)) for name in ("code", None))
-    assert named == silent == list(generate(by_domain, tokenizer, "ab", GREEDY, domain="code"))
+    named, silent = (generate(one, tokenizer, "ab", GREEDY, domain=name).tokens for name in ("code", None))
+    assert named == silent == generate(by_domain, tokenizer, "ab", GREEDY, domain="code").tokens

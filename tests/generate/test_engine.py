@@ -216,10 +216,10 @@ def test_a_sampler_that_raises_ends_its_own_request_alone(running: Engine, monke
     import moeforge.generate.engine as module
 
     class Breaks(module.Sampler):
-        def pick(self, logits_V: torch.Tensor) -> Any:
+        def pick(self, logits_V: torch.Tensor, weak_V: torch.Tensor | None = None) -> Any:
             if self.sampling.seed == 1:
                 raise RuntimeError("no such bit")
-            return super().pick(logits_V)
+            return super().pick(logits_V, weak_V)
 
     monkeypatch.setattr(module, "Sampler", Breaks)
     broken, mine = drive(running, [(PROMPT, sampling(1)), (PROMPT, sampling(2))])
@@ -284,6 +284,21 @@ def test_experts_come_to_who_asked(running: Engine, model: Decoder) -> None:
     plain = [e for e in running.write(PROMPT, sampling(max_tokens=3)) if isinstance(e, Token)]
     assert [e.token_id for e in shown] == [e.token_id for e in plain]
     assert all(event.experts is not None and [*event.experts] == [*model.moe_layers] for event in shown)
+
+
+@pytest.mark.usefixtures("slow")
+def test_a_token_whose_experts_are_still_to_come_is_not_lost(model: Decoder) -> None:
+    running = engine(model, max_running=1)
+    inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    request = running.submit(PROMPT, sampling(max_tokens=30), inbox.put, show_experts=True)
+    running.runner.go.release(3)  # type: ignore[attr-defined]
+    while running.report().passes < 3:
+        pass
+    running.cancel(request)
+    running.runner.go.release(100)  # type: ignore[attr-defined]
+    got = collect(inbox)
+    assert got.end.stop == "cancelled" and len(got.tokens) == got.end.usage.written_tokens >= 3
+    running.close()
 
 
 def test_the_report_counts(running: Engine, model: Decoder) -> None:

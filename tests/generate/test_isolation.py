@@ -79,6 +79,19 @@ def test_latent_attention_with_weights_held(weights: str) -> None:
     same_alone_and_beside(model, PROMPT)
 
 
+def test_contrasted_texts_and_those_beside_them() -> None:
+    model, against = small(), {"contrast": {"beta": 0.5, "rank": 3}}
+    mine, plain = (PROMPT, sampling(7, **against)), (PROMPT, sampling(7))
+    with engine(model, prefix_reuse=False) as quiet:
+        alone = [drive(quiet, [job])[0] for job in (mine, plain)]
+    other = (PROMPT, sampling(9, contrast={"rank": 1}))
+    with engine(model, token_budget=7) as busy:
+        for _ in range(2):  # the second time with what the first one left behind
+            beside = drive(busy, [*others(1), plain, mine, other, *others(11)])
+            assert [got[:2] for got in (beside[5], beside[4])] == [got[:2] for got in alone]
+    assert alone[0].tokens != alone[1].tokens
+
+
 @pytest.mark.parametrize("fused", [True, False], ids=["in one call", "module by module"])
 def test_both_ways_a_layer_runs(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not fused:

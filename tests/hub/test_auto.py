@@ -76,7 +76,7 @@ def test_greedy_text_is_that_of_moeforge_generate(folder):
     prompt = "def f(x):"
     assert read(prompt).input_ids == tokenizer.encode(prompt)
     ids = torch.tensor([[tokenizer.eos_id, *tokenizer.encode(prompt)]])
-    want = [step.token_id for step in generate(ours, tokenizer, prompt, Sampling(temperature=0, max_tokens=12))]
+    want = [t.token_id for t in generate(ours, tokenizer, prompt, Sampling(temperature=0, max_tokens=12)).tokens]
     assert [token for token in greedy(model, ids)[0].tolist() if token != 256] == want and len(want) > 3
 
 

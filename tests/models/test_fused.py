@@ -58,6 +58,8 @@ ROUTERS: dict[str, dict[str, Any]] = {
     },
     "two of three groups": {"select": {"k": 3, "num_groups": 3, "top_groups": 2}},
     "the group of the best": {"select": {"k": 2, "num_groups": 3, "top_groups": 1, "group_rank": "best"}},
+    "the third best alone": {"select": {"k": 1, "skip": 2}},
+    "two after the best, of two groups": {"select": {"k": 2, "skip": 1, "num_groups": 3, "top_groups": 2}},
     "groups of one": {"select": {"k": 2, "num_groups": 9, "top_groups": 4}},
     "groups, selection bias": {
         **{"score": {"type": "sigmoid"}, "select": {"k": 3, "num_groups": 3, "top_groups": 2}},

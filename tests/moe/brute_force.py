@@ -69,7 +69,7 @@ def _top_k(select: Any, scores: list[float]) -> list[int]:
     counted = 1 if select.group_rank == "best" else 2
     rank = [sum(sorted((scores[e] for e in group), reverse=True)[:counted]) for group in groups]
     allowed = {e for g in ranked(rank)[: select.top_groups] for e in groups[g]}
-    return [e for e in ranked(scores) if e in allowed][: select.k]
+    return [e for e in ranked(scores) if e in allowed][select.skip :][: select.k]
 
 
 def _top_per_group(select: Any, scores: list[float]) -> list[int]:

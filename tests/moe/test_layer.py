@@ -54,6 +54,8 @@ EXAMPLES: dict[type, list[Any]] = {
     TopK: [
         *(TopK(k=k) for k in (1, 2, 3)),
         TopK(k=1, num_groups=6),
+        TopK(k=1, skip=1),
+        TopK(k=2, skip=1),
         *(TopK(k=2, num_groups=3, top_groups=2, group_rank=rank) for rank in ("two_best", "best")),
     ],
     TopPerGroup: [TopPerGroup(num_groups=3), TopPerGroup(num_groups=2, k=2)],

@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 from moeforge.data.tokenizers import Tokenizer
 from moeforge.errors import UserError
-from moeforge.generate import Writer, trace
+from moeforge.generate import engine_for, trace
 from moeforge.models import measure
 from moeforge.moe import Context, MoE, MoEConfig
 from moeforge.train import RunConfig
@@ -78,7 +78,7 @@ def test_a_model_of_it_trains_without_attention_is_counted_and_does_not_write() 
     layers, table = 3 * row * config.d_model // BLOCK, 19 * config.d_model
     assert measure(config).flops_per_token == 2 * (layers + table)
     tokenizer = Tokenizer.open  # not reached: the model is refused first
-    for use in (lambda: Writer(model, tokenizer, True), lambda: trace(model, tokenizer, "a")):  # type: ignore[arg-type]
+    for use in (lambda: engine_for(model, tokenizer), lambda: trace(model, tokenizer, "a")):  # type: ignore[arg-type]
         with pytest.raises(UserError, match="mixes whole blocks of tokens"):
             use()
 

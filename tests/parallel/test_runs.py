@@ -13,11 +13,14 @@ from moeforge.config import build
 from moeforge.data.prepare import prepare
 from moeforge.errors import UserError
 from moeforge.hub import load
+from moeforge.hub.folder import read_tensors
+from moeforge.parallel import store
 from moeforge.parallel.layout import Layout
 from moeforge.parallel.mesh import Mesh
 from moeforge.parallel.ranks import ALONE
 from moeforge.parallel.together import Together
 from moeforge.train import Run, RunConfig, train
+from moeforge.train.background import Background
 from moeforge.train.checkpoint import checkpoints
 from moeforge.train.metrics import read_metrics
 from tests.parallel.test_training import written
@@ -202,3 +205,56 @@ def refused(config: RunConfig, out: Path, layout: Layout) -> str:
     except UserError as error:
         return str(error)
     return "nothing"
+
+
+@double()
+def saved_each_step(config: RunConfig, out: Path, layout: Layout) -> None:
+    train(config.replace(save_every=1, keep_checkpoints=9), out, quiet=True, ranks=ranks_of(layout))
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    if (folder / store.METADATA).exists():
+        state = {name: torch.empty(md.size, dtype=md.properties.dtype) for name, md in store.contents(folder).items()}
+        store.read(folder, state)
+        return state
+    return read_tensors(folder / "model.safetensors") | read_tensors(folder / "optimizer.safetensors")
+
+
+@pytest.mark.parametrize("mesh", [ONE, (4, Layout(2, True)), (4, Layout(4, placement=ON_FOUR))], ids=str)
+def test_what_is_written_in_the_background_is_what_there_was(processes, config, tmp_path, mesh):
+    size, layout = mesh[0], written(mesh[1], tmp_path)
+    for background in (False, True):
+        asked, out = config.replace(save_in_background=background), tmp_path / str(background)
+        on(processes, (size, layout), saved_each_step, asked, out)
+    for step in range(1, config.steps + 1):
+        there, here = (stored(tmp_path / str(kind) / "checkpoints" / f"step-{step}") for kind in (True, False))
+        assert there.keys() == here.keys() and len(there) > 20
+        assert all(torch.equal(there[name], here[name]) for name in here)
+
+
+class Later(Background):
+    """Does the work when told to."""
+
+    def begin(self, work) -> None:
+        self.work = work
+
+
+@double()
+def saved_late(config: RunConfig, out: Path, layout: Layout) -> None:
+    config = config.replace(save_in_background=True)
+    run = Run(config, out / "late", prepare(config.data, config.tokenizer), ranks_of(layout))
+    run.step()
+    run.saving = later = Later()
+    run.checkpoint()
+    run.out, run.saving = out / "at once", None
+    run.checkpoint()
+    run.step()
+    later.work()
+
+
+@pytest.mark.parametrize("mesh", [ONE, (4, Layout(2, True)), (4, Layout(4, placement=ON_FOUR))], ids=str)
+def test_a_step_in_the_meantime_is_not_in_what_is_written(processes, config, tmp_path, mesh):
+    on(processes, (mesh[0], written(mesh[1], tmp_path)), saved_late, config, tmp_path)
+    late, at_once = (stored(tmp_path / kind / "checkpoints" / "step-1") for kind in ("late", "at once"))
+    assert late.keys() == at_once.keys()
+    assert all(torch.equal(late[name], at_once[name]) for name in late)

@@ -169,10 +169,26 @@ def test_metrics_count(server: Served, post: Any) -> None:
     post("/v1/completions", prompt="a", max_tokens=7, ignore_eos=True)
     assert server.metric("moeforge_tokens_written_total") == before + 7
     assert server.metric("moeforge_kv_blocks_used") == server.metric("moeforge_running_requests") == 0
+    assert (
+        server.metric("moeforge_machine_gigabytes_per_second")
+        > server.metric("moeforge_weight_gigabytes_per_second")
+        > 0
+    )
     text = httpx.get(f"{server.url}/metrics").text
     for name in ("time_to_first_token", "time_per_token", "queue"):
         assert f"moeforge_{name}_seconds_bucket" in text
     assert 'moeforge_expert_tokens_total{expert="3",layer="1"}' in text and "moeforge_load_entropy" in text
+
+
+def test_a_contrast_writes_another_text_and_is_refused_where_there_is_none(post: Any) -> None:
+    def text(**fields: Any) -> str:
+        return post("/v1/completions", prompt="a", max_tokens=20, temperature=0, ignore_eos=True, **fields).json()[
+            "choices"
+        ][0]["text"]
+
+    assert text(contrast={"beta": 0.0}) == text() != text(contrast={"beta": 2.0, "rank": 4})
+    refused = post("/v1/completions", prompt="a", contrast={"rank": 5})
+    assert refused.status_code == 400 and "no expert of rank 5" in refused.json()["error"]["message"]
 
 
 REFUSED = {

@@ -91,7 +91,7 @@ def test_tokens_have_the_colour_of_their_expert_and_the_slider_changes_it(page: 
 def test_stopping_keeps_what_came(browser: Any, tmp_path: Path) -> None:
     with serving(model_folder(tmp_path / "long", max_seq_len=30_000)) as served:
         for page in watched(browser, served.url):
-            page.fill("#temperature", "1.5")
+            page.fill("#temperature", "0")  # it then repeats itself, and does not end
             send(page, "hello", most=29_000)
             holds(page, "document.querySelectorAll('li.assistant span').length > 3")
             page.click("#stop")

@@ -88,8 +88,8 @@ def write(model: "Decoder", tokenizer: "Tokenizer", prompt: str, seed: int) -> "
 
     domain = next(iter(model.config.domains), None)  # the prompts are of no domain more than another
     sampling = Sampling(temperature=0.7, seed=seed, max_tokens=WRITTEN_TOKENS)
-    steps = list(generate(model, tokenizer, prompt, sampling, domain=domain))
+    tokens = generate(model, tokenizer, prompt, sampling, domain=domain).tokens
     given = trace(model, tokenizer, prompt, domain)
-    pieces = [token.piece for token in given] + tokenizer.pieces([step.token_id for step in steps])
+    pieces = [token.piece for token in given] + tokenizer.pieces([token.token_id for token in tokens])
     experts = [{layer: choice.experts for layer, choice in token.choices.items()} for token in given]
-    return Sample(prompt, pieces, experts + [step.experts for step in steps])
+    return Sample(prompt, pieces, experts + [token.experts or {} for token in tokens])

@@ -3,28 +3,25 @@
 import colorsys
 import os
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 import typer
 
 from moeforge.errors import UserError
 
-if TYPE_CHECKING:
-    from moeforge.models import Decoder
-
 
 class Painter:
     """Marks tokens by their strongest expert of one layer, and remembers which experts it has shown."""
 
-    def __init__(self, model: "Decoder", layer: int | None = None) -> None:
-        """``layer`` None: the last with experts. Raises UserError when it has none."""
-        known = sorted(model.moe_layers)
+    def __init__(self, experts: Mapping[int, int], layer: int | None = None) -> None:
+        """``experts``: how many each layer has. ``layer`` None: the last. Raises UserError when it has none."""
+        known = sorted(experts)
         if not known:
             raise UserError("this model has no experts to show: every layer is dense")
         self.layer = known[-1] if layer is None else layer
         if self.layer not in known:
             raise UserError(f"layer {layer} has no experts. Valid: {', '.join(map(str, known))}")
-        self.num_experts = model.moe_layers[self.layer].config.num_experts
+        self.num_experts = experts[self.layer]
         self.in_colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
         self.seen: set[int] = set()
 

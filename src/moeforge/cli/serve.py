@@ -30,6 +30,7 @@ def serve(
     unsafe_batch_dependent: Annotated[bool, typer.Option("--unsafe-batch-dependent", help=UNSAFE)] = False,
 ) -> None:
     """Serve a model: the OpenAI API, a page to try it at /, metrics at /metrics."""
+    from moeforge.cli.speed import read_bandwidth
     from moeforge.config import build
     from moeforge.generate import Settings, open_engine
     from moeforge.hub.folder import model_folder
@@ -46,6 +47,7 @@ def serve(
     keys = Keys.read(api_key_file, os.environ.get("MOEFORGE_API_KEYS"))
     bound = listen(host, port, keys)
     keep_freed_memory()
+    machine = read_bandwidth() / 1e9
     with bound, open_engine(model, settings, domain=domain) as engine:
         engine.name = name or engine.name
         where = bound.getsockname()
@@ -56,4 +58,4 @@ def serve(
             f"listening at http://{shown}:{where[1]} ({who}); OpenAI API under /v1, a page at /"
         )
         asked_by = engine, bound, keys, limits, model_folder(model)
-        run(*asked_by, grace_s=grace, show_routing=show_routing, greeting=greeting)
+        run(*asked_by, grace_s=grace, show_routing=show_routing, greeting=greeting, machine_gb_s=machine)

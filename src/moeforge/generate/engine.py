@@ -5,7 +5,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Self
 
@@ -65,6 +65,8 @@ class _Writing:
         self.sampler = Sampler(sampling, request.prompt, banned, matcher, vocab_size)
         self.held = Held(tokenizer.stream(request.prompt), sampling.stop)
         self.prompt: list[tuple[Likely, tuple[Likely, ...]] | None] = [None]
+        self.unread: tuple[Token, Stop | None] | None = None
+        """Where experts are asked for: the token that was written and is yet to be read, and whether it is the last."""
 
 
 class Engine:
@@ -101,6 +103,8 @@ class Engine:
         """
         self._check(prompt, sampling)
         request = Request(prompt, sampling, put, show_experts)
+        if sampling.contrast is not None:  # the weak pass has keys and values only of texts of its own kind
+            owner = f"{owner}\0{sampling.contrast.rank}"
         text = Text(request, [*prompt], sampling.prompt_logprobs is None, owner)
         writing = _Writing(text, self.tokenizer, self.vocab_size)
         with self._wake:
@@ -179,6 +183,7 @@ class Engine:
                 f"the prompt has {len(prompt)} tokens, and the context takes {self.max_len} with what is to be written"
             )
         sampling.check(self.vocab_size)
+        self.runner.check(sampling)
 
     def _work(self) -> None:
         """The thread."""
@@ -219,8 +224,9 @@ class Engine:
             self._schedule.done(pieces)
         for index, piece in enumerate(pieces):
             experts = passed.experts[index] if passed.experts else None
+            weak = passed.weak.get(index) if passed.weak else None
             try:
-                self._take(piece, passed.logits[index], experts)
+                self._take(piece, passed.logits[index], experts, weak)
             except Exception as error:  # of this text alone: the others go on
                 reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
                 self._end(piece.text, "failed", error=reason)
@@ -232,11 +238,13 @@ class Engine:
         for piece in pieces:
             if piece.start < len(piece.text.request.prompt):
                 report.tokens_read += piece.end - piece.start
-        report.weight_bytes += self.runner.weight_bytes(passed.counts)
+        report.weight_bytes += passed.weight_bytes
         for layer, counts in passed.counts.items():
             self._counts[layer] = counts if layer not in self._counts else self._counts[layer] + counts
 
-    def _take(self, piece: Piece, logits: torch.Tensor, experts: dict[int, list[int]] | None) -> None:
+    def _take(
+        self, piece: Piece, logits: torch.Tensor, experts: dict[int, list[int]] | None, weak_V: torch.Tensor | None
+    ) -> None:
         """What follows for one text from a piece that was read."""
         text, sampling = piece.text, piece.text.request.sampling
         writing = self._writing[text]
@@ -244,9 +252,14 @@ class Engine:
             self._note_prompt(piece, writing, logits)
         if not piece.complete:
             return
+        if writing.unread is not None:
+            (written, stop), writing.unread = writing.unread, None
+            text.request.put(replace(written, experts=experts))
+            if stop is not None:
+                return self._end(text, stop)
         if sampling.max_tokens == 0:
             return self._end(text, "max_tokens")
-        picked = writing.sampler.pick(logits[-1])
+        picked = writing.sampler.pick(logits[-1], weak_V)
         token = picked.token_id
         if token in writing.ends:
             return self._end(text, "end of document")
@@ -258,13 +271,21 @@ class Engine:
         self._report.tokens_written += 1
         printable, stopped = writing.held.push(token)
         alternatives = tuple(Likely(*pair) for pair in picked.alternatives)
-        text.request.put(Token(token, printable, picked.logprob, alternatives, experts))
+        written, stop = Token(token, printable, picked.logprob, alternatives), self._last(text, stopped)
+        if text.request.show_experts:  # those of its own position: known when it has been read
+            writing.unread = written, stop
+            return
+        text.request.put(written)
+        if stop is not None:
+            self._end(text, stop)
+
+    def _last(self, text: Text, stopped: bool) -> Stop | None:
+        """Why the token that was just written is the last one, if it is."""
         if stopped:
-            self._end(text, "stop")
-        elif len(text.request.written) == sampling.max_tokens:
-            self._end(text, "max_tokens")
-        elif len(text.tokens) == self.max_len:
-            self._end(text, "context full")
+            return "stop"
+        if len(text.request.written) == text.request.sampling.max_tokens:
+            return "max_tokens"
+        return "context full" if len(text.tokens) == self.max_len else None
 
     def _note_prompt(self, piece: Piece, writing: _Writing, logits: torch.Tensor) -> None:
         """The logits of a token are about the one after it."""
@@ -289,6 +310,9 @@ class Engine:
 
     def _tell_end(self, text: Text, stop: Stop, error: str | None = None) -> None:
         writing, rest = self._writing.pop(text, None), ""
+        if writing is not None and writing.unread is not None:
+            with suppress(Exception):
+                text.request.put(writing.unread[0])
         if writing is not None and stop != "stop":
             rest, stopped = writing.held.finish()
             stop = "stop" if stopped else stop

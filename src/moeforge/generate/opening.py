@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
+from moeforge.data.tokenizers import Tokenizer
 from moeforge.errors import UserError
+from moeforge.generate.bridged import open_bridged_engine
 from moeforge.generate.engine import Engine
 from moeforge.generate.runner import BlockRunner, blocks_wanted, bytes_per_block
 from moeforge.generate.settings import Settings
 from moeforge.hub import load
-from moeforge.hub.folder import model_folder, read_config
+from moeforge.hub.families import FAMILIES
+from moeforge.hub.folder import MODEL_TYPE, config_json, model_folder, read_config
 from moeforge.models import Decoder
 from moeforge.models.weights import hold
 
@@ -23,17 +26,33 @@ def open_engine(
 
     Raises UserError as ``hub.load`` and ``BlockRunner`` do, and, before anything is loaded, when memory will not do.
     """
-    settings = settings or Settings()
+    settings, name = settings or Settings(), Path(folder).resolve().name
+    folder = model_folder(Path(folder))
+    if config_json(folder)["model_type"] not in (MODEL_TYPE, *FAMILIES):
+        return open_bridged_engine(folder, settings, domain)
     config, itemsize = read_config(folder)
     held = int({"float32": 4, "bf16": 2}.get(settings.weights, itemsize))
     blocks = blocks_wanted(config, held, settings)
     cache = blocks * bytes_per_block(config, held, settings.block_size)
     if device == "cpu":
-        _check_memory(model_folder(Path(folder)), itemsize, settings, cache)
+        _check_memory(folder, itemsize, settings, cache)
     model, tokenizer = load(folder, device)
+    engine = engine_for(model, tokenizer, settings, domain)
+    engine.name = name
+    return engine
+
+
+def engine_for(
+    model: Decoder, tokenizer: Tokenizer, settings: Settings | None = None, domain: str | None = None
+) -> Engine:
+    """An engine over a model in memory, whose weights it holds as ``settings`` say. Raises UserError as above."""
+    settings = settings or Settings()
     hold(model, settings.weights)
+    itemsize = model.embedding.weight.element_size()
+    blocks = blocks_wanted(model.config, itemsize, settings)
     runner = BlockRunner(model, settings, blocks, domain)
-    engine = Engine(runner, tokenizer, settings, blocks, Path(folder).resolve().name)
+    engine = Engine(runner, tokenizer, settings, blocks)
+    cache = blocks * bytes_per_block(model.config, itemsize, settings.block_size)
     engine.about = _about(model, runner, settings, cache)
     return engine
 
@@ -61,7 +80,7 @@ def available_memory() -> int | None:
 def _about(model: Decoder, runner: BlockRunner, settings: Settings, cache: int) -> str:
     """One line: how large, held as what, how it runs."""
     held = sum(runner.bytes.values())
-    experts = "" if not runner.num_experts else f", {runner.num_experts} experts in {len(model.moe_layers)} layers"
+    experts = "" if not runner.experts else f", {sum(runner.experts.values())} experts in {len(runner.experts)} layers"
     fused = len(model.stack) - len(runner.unfused)
     how = f"our decoder, {fused} of {len(model.stack)} layers in one native call"
     weights = f"{held / GIB:.2f} GiB of weights ({settings.weights})"

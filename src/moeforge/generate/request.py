@@ -39,7 +39,8 @@ class Token:
     alternatives: tuple[Likely, ...] = ()
     """The likeliest ``Sampling.logprobs`` tokens at its place, best first."""
     experts: dict[int, list[int]] | None = None
-    """Where the request asked for it: by layer, the experts of the pass that read the token before it."""
+    """Where the request asked for it: by layer, heaviest first, those of this token's own position, where it is read.
+    Such a token comes one pass later, and the last one is read for it alone; without, if that is cancelled."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from moeforge.errors import UserError
+from moeforge.generate.contrast import check_contrast, weaker
+from moeforge.generate.sample import Sampling
 from moeforge.generate.schedule import Piece
 from moeforge.generate.settings import Settings
 from moeforge.generate.trace import choices, refuse_blocks
@@ -30,6 +32,10 @@ class Passed(NamedTuple):
     """Of each piece's last token, by layer, heaviest first; None unless asked for."""
     counts: dict[int, Tensor]
     """[E] int64 by layer: choices of all tokens together."""
+    weight_bytes: int = 0
+    """Of weights, those that were read."""
+    weak: dict[int, Tensor] | None = None
+    """[V] by piece: what ``contrast`` compares the last token's logits with, where a request asked for it."""
 
 
 class Runner(Protocol):
@@ -38,12 +44,14 @@ class Runner(Protocol):
     max_len: int
     """Tokens of a text, those to come included."""
     vocab_size: int
+    experts: dict[int, int]
+    """By layer, how many there are."""
+
+    def check(self, sampling: Sampling) -> None:
+        """Raises UserError for what cannot be done here."""
 
     def run(self, pieces: Sequence[Piece], show_experts: bool) -> Passed:
         """Reads the pieces."""
-
-    def weight_bytes(self, counts: dict[int, Tensor]) -> int:
-        """Bytes of weights that a pass with these choices by layer has read."""
 
 
 def bytes_per_block(config: ModelConfig, itemsize: int, block_size: int) -> int:
@@ -78,60 +86,106 @@ class BlockRunner:
         if any(layer.moe and layer.moe.router.select.reads_importance for layer in model.config.all_layers):
             raise UserError("this model's routers go by the attention that a token gets from later ones")
         self.model, self.domain, self.block_size = model, domain, settings.block_size
-        self.cache = Blocks(model, blocks, settings.block_size)
-        self.unfused = fuse(model, self.cache)
-        fused = len(self.cache.fused) == len(model.stack) and isinstance(model.norm, nn.RMSNorm)
-        self._all_fused = Whole(model, self.cache) if fused else None
+        self._strong = Paged(model, blocks, self.block_size, domain)
+        self._weak: dict[int, Paged] = {}
+        self.unfused = self._strong.unfused
         self.bytes = bytes_by_class(model)
-        self.num_experts = sum(moe.config.num_experts for moe in model.moe_layers.values())
+        self.experts = {number: moe.config.num_experts for number, moe in model.moe_layers.items()}
         self.vocab_size = model.config.vocab_size or 0
         self.max_len = min(model.config.max_seq_len, blocks * settings.block_size)
         known(model, domain, torch.empty(0))
 
+    def check(self, sampling: Sampling) -> None:
+        """Raises UserError for a contrast that the model's routers do not have."""
+        if sampling.contrast is not None:
+            check_contrast(self.model, sampling.contrast)
+
     @torch.no_grad()
     def run(self, pieces: Sequence[Piece], show_experts: bool = False) -> Passed:
-        """Reads the pieces in one forward pass."""
-        device = self.model.embedding.weight.device
-        ids = torch.tensor([[token for p in pieces for token in p.text.tokens[p.start : p.end]]], device=device)
-        rows, wanted, sizes = self._rows(pieces)
-        output = self._all_fused(ids[0], rows, wanted) if self._all_fused else self._by_modules(ids, rows, wanted)
+        """Reads the pieces in one forward pass, and those that are contrasted in a weak one as well."""
+        output, sizes = self._read(self._strong, pieces)
         logits = output.logits[0].float().cpu().split(sizes)
         experts = _experts(output, pieces) if show_experts else None
-        return Passed(list(logits), experts, _counts(output))
+        counts, weak = _counts(output), dict[int, Tensor]()
+        read = self._weight_bytes(counts)
+        for rank in sorted({_rank(piece) for piece in pieces} - {0}):
+            chosen = [index for index, piece in enumerate(pieces) if _rank(piece) == rank]
+            output, sizes = self._read(self._weak_of(rank), [pieces[index] for index in chosen])
+            parts = output.logits[0].float().cpu().split(sizes)
+            weak |= {index: part[-1] for index, part in zip(chosen, parts, strict=True)}
+            read += self._weight_bytes(_counts(output))
+        return Passed(list(logits), experts, counts, read, weak)
 
-    def _by_modules(self, ids: Tensor, rows: Rows, wanted: Tensor) -> Output:
-        self.cache.take(rows)
-        facts = known(self.model, self.domain, ids)
-        with apart():
-            return self.model(ids, position=rows.position[None], cache=self.cache, known=facts, logits_of=wanted)
+    def _read(self, paged: "Paged", pieces: Sequence[Piece]) -> tuple[Output, list[int]]:
+        ids = torch.tensor([token for p in pieces for token in p.text.tokens[p.start : p.end]])
+        rows, wanted, sizes = self._rows(pieces)
+        return paged.read(ids.to(wanted.device), rows, wanted), sizes
 
-    def weight_bytes(self, counts: dict[int, Tensor]) -> int:
+    def _weak_of(self, rank: int) -> "Paged":
+        """Made when first asked for: its keys and values take as much memory again, where they are used."""
+        if rank not in self._weak:
+            blocks = next(iter(self._strong.cache.layers.values())).pools[0].shape[0]
+            self._weak[rank] = Paged(weaker(self.model, rank), blocks, self.block_size, self.domain)
+        return self._weak[rank]
+
+    def _weight_bytes(self, counts: dict[int, Tensor]) -> int:
         """All but embeddings and experts once, and each expert that somebody chose."""
-        per_expert = self.bytes["experts"] / max(1, self.num_experts)
+        per_expert = self.bytes["experts"] / max(1, sum(self.experts.values()))
         always = self.bytes["dense"] + self.bytes["router"] + self.bytes["other"]
-        return int(always + per_expert * sum(int((count > 0).sum()) for count in counts.values()))
+        chosen = int((torch.cat([*counts.values()]) > 0).sum()) if counts else 0
+        return int(always + per_expert * chosen)
 
     def _rows(self, pieces: Sequence[Piece]) -> tuple[Rows, Tensor, list[int]]:
         """The rows, the places whose logits are wanted, and how many of each piece."""
         size, device = self.block_size, self.model.embedding.weight.device
         longest = max(len(piece.text.blocks) for piece in pieces)
-        table = torch.tensor([[*p.text.blocks, *[0] * (longest - len(p.text.blocks))] for p in pieces])
-        counts = torch.tensor([piece.end - piece.start for piece in pieces])
-        text = torch.arange(len(pieces)).repeat_interleave(counts)
-        position = torch.cat([torch.arange(piece.start, piece.end) for piece in pieces])
-        slot = table[text, position // size] * size + position % size
-        ends = counts.cumsum(0).tolist()
-        wanted, sizes = [], []
-        for piece, end in zip(pieces, ends, strict=True):
-            first = end - (piece.end - piece.start) if _wants_all(piece) else end - 1
-            wanted += range(first, end)
-            sizes.append(end - first)
-        rows = Rows(text.to(torch.int32), position, table.to(torch.int32), slot)
-        on_device = Rows(*(tensor.to(device) for tensor in (rows.text, rows.position, rows.table, rows.slot)))
-        return on_device, torch.tensor(wanted, device=device), sizes
+        table = [[*piece.text.blocks, *[0] * (longest - len(piece.text.blocks))] for piece in pieces]
+        text, position, slot, wanted, sizes = [], [], [], [], []
+        for index, piece in enumerate(pieces):
+            places = range(piece.start, piece.end)
+            text += [index] * len(places)
+            position += places
+            slot += [piece.text.blocks[at // size] * size + at % size for at in places]
+            first = len(text) - (len(places) if wants_all(piece) else 1)
+            wanted += range(first, len(text))
+            sizes.append(len(text) - first)
+        made = Rows(
+            torch.tensor(text, dtype=torch.int32, device=device),
+            torch.tensor(position, device=device),
+            torch.tensor(table, dtype=torch.int32, device=device),
+            torch.tensor(slot, device=device),
+        )
+        return made, torch.tensor(wanted, device=device), sizes
 
 
-def _wants_all(piece: Piece) -> bool:
+class Paged:
+    """A decoder over blocks of its own, its layers in native calls where they can."""
+
+    def __init__(self, model: Decoder, blocks: int, block_size: int, domain: str | None) -> None:
+        self.model, self.domain = model, domain
+        self.cache = Blocks(model, blocks, block_size)
+        self.unfused = fuse(model, self.cache)
+        fused = len(self.cache.fused) == len(model.stack) and isinstance(model.norm, nn.RMSNorm)
+        self._whole = Whole(model, self.cache) if fused else None
+
+    def read(self, ids_T: Tensor, rows: Rows, logits_of: Tensor) -> Output:
+        """Tokens of any texts, whose keys and values lie where ``rows`` say."""
+        if self._whole is not None:
+            return self._whole(ids_T, rows, logits_of)
+        self.cache.take(rows)
+        facts = known(self.model, self.domain, ids_T[None])
+        with apart():
+            position = rows.position[None]
+            return self.model(ids_T[None], position=position, cache=self.cache, known=facts, logits_of=logits_of)
+
+
+def _rank(piece: Piece) -> int:
+    """Of the experts that its weak pass takes; 0: it has none."""
+    contrast = piece.text.request.sampling.contrast
+    return 0 if contrast is None else contrast.rank
+
+
+def wants_all(piece: Piece) -> bool:
     """Whether the logits of every token of the prompt are asked for, and this is a part of it."""
     request = piece.text.request
     return request.sampling.prompt_logprobs is not None and piece.start < len(request.prompt)

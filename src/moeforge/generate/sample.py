@@ -10,14 +10,15 @@ from torch import Tensor
 
 from moeforge.config import Config, Count
 from moeforge.errors import UserError
+from moeforge.generate.contrast import Contrast, contrasted
 from moeforge.generate.grammar import Grammar, Matcher
 
 
 class Sampling(Config):
     """How tokens are drawn, and when to stop.
 
-    In this order: ``logit_bias``, ``repetition_penalty``, the other two penalties, ``temperature``, then the cuts
-    ``sample_k``, ``top_p``, ``min_p``, each applied to what is left.
+    In this order: ``contrast``, ``logit_bias``, ``repetition_penalty``, the other two penalties, ``temperature``, then
+    the cuts ``sample_k``, ``top_p``, ``min_p``, each applied to what is left.
     """
 
     temperature: float = Field(0.8, ge=0)
@@ -53,6 +54,8 @@ class Sampling(Config):
     """The same of the tokens of the prompt."""
     grammar: Grammar | None = None
     """What form the text has."""
+    contrast: Contrast | None = None
+    """Write against a second, weaker pass, which takes as long again."""
 
     @model_validator(mode="after")
     def _acts(self) -> Self:
@@ -110,11 +113,18 @@ class Sampler:
         self._seen = {*prompt} if sampling.repetition_penalty != 1 else set[int]()
         self._written: Counter[int] = Counter()
 
-    def pick(self, logits_V: Tensor) -> Picked:
-        """The next token after the ones before. Raises UserError when a logit is not finite: the weights are broken."""
+    def pick(self, logits_V: Tensor, weak_V: Tensor | None = None) -> Picked:
+        """The next token after the ones before; ``weak_V`` is what ``contrast`` compares with.
+
+        Raises UserError when a logit is not finite: the weights are broken.
+        """
         logits_V = logits_V.detach().cpu().float()
         check_finite(logits_V)
-        token = draw(self._changed(logits_V), self.sampling, self._generator)
+        told_V, against = logits_V, self.sampling.contrast
+        if against is not None and weak_V is not None:
+            check_finite(weak_V)
+            told_V = contrasted(logits_V, weak_V, against)
+        token = draw(self._changed(told_V), self.sampling, self._generator)
         if self._matcher is not None:
             self._matcher.take(token)
         if self.sampling.repetition_penalty != 1:
@@ -148,7 +158,7 @@ class Sampler:
 
 def check_finite(logits: Tensor) -> None:
     """Raises UserError when a logit is no number."""
-    if not bool(torch.isfinite(logits).all()):
+    if not bool(torch.isfinite(logits.sum())):  # of one that is no number, or infinite, neither is the sum
         raise UserError("the model's logits are not finite: its weights are damaged, or its training diverged")
 
 

@@ -7,7 +7,7 @@ from pydantic import Field
 from moeforge.config import Config, Count
 
 Weights = Literal["as stored", "float32", "bf16", "int8", "int4"]
-"""What matrices are held as; router, norms and embeddings stay as they are stored."""
+"""What matrices are held as: float32 and bf16 all of them, int8 and int4 none of router, norms and embeddings."""
 
 
 class Settings(Config):

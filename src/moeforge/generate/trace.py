@@ -49,18 +49,25 @@ def trace(model: Decoder, tokenizer: Tokenizer, text: str, domain: str | None = 
             f"the text has {len(ids)} tokens, the model's context takes {room} (max_seq_len - {len(start)})"
         )
     input_ids = torch.tensor([[*start, *ids]], device=model.embedding.weight.device)
-    by_token = choices(model(input_ids, known=known(model, domain, input_ids)))[len(start) :]
+    output = model(input_ids, known=known(model, domain, input_ids))
+    mixing = [layer for layer, routing in output.routings.items() if isinstance(routing.route, SoftRoute)]
+    if mixing:
+        raise UserError(f"layer {mixing[0]} mixes all tokens into every expert: no token has experts of its own")
+    by_token = choices(output)[len(start) :]
     return [Traced(piece, chosen) for piece, chosen in zip(tokenizer.pieces(ids), by_token, strict=True)]
 
 
 def choices(output: Output, count: int | None = None) -> list[dict[int, Choice]]:
-    """Of each row of a forward pass, what every layer's router decided. ``count`` rows, where not all have logits."""
+    """Of each row of a forward pass, what every layer's router decided: ``count`` rows, where not all have logits.
+
+    A layer that mixes all tokens into every expert says nothing.
+    """
     count = output.logits.shape[0] * output.logits.shape[1] if count is None else count
     rows: list[dict[int, Choice]] = [{} for _ in range(count)]
     for layer, routing in output.routings.items():
         route = routing.route.edges if isinstance(routing.route, MergedRoute) else routing.route
         if isinstance(route, SoftRoute):
-            raise UserError(f"layer {layer} mixes all tokens into every expert: no token has experts of its own")
+            continue
         found: list[list[tuple[float, int]]] = [[] for _ in range(count)]
         token_N = route.token // (route.num_tokens // count)  # a token may be cut into several rows
         edges = zip(token_N.tolist(), route.weight.tolist(), route.expert.tolist(), strict=True)

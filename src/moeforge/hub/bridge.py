@@ -107,3 +107,35 @@ def open_theirs(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     if amiss:
         raise UserError(f"{type(model).__name__} does not take {folder} as it is: {amiss}")
     return model.eval()
+
+
+def open_bridged(folder: Path, dtype: torch.dtype | None = None) -> tuple[Any, str]:
+    """Any causal language model of transformers, in evaluation mode, on our engines where the bridge can; and how it
+    runs, in words.
+
+    Raises UserError where transformers is missing, or cannot open the folder.
+    """
+    if find_spec("transformers") is None:
+        raise UserError(f"{folder} needs transformers, which is not installed: pip install 'moeforge[hf]'")
+    from transformers import AutoModelForCausalLM
+
+    try:
+        wanted: Any = dtype or "auto"
+        model, loading = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted, output_loading_info=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"{folder}: transformers cannot open it: {str(error).strip().splitlines()[0]}") from error
+    amiss = {what: sorted(map(str, names)) for what, names in loading.items() if names}
+    if amiss:
+        raise UserError(f"{type(model).__name__} does not take {folder} as it is: {amiss}")
+    try:
+        bridge(model)
+    except UserError as error:
+        return model.eval(), f"transformers' {type(model).__name__} as it is ({error})"
+    return model.eval(), f"transformers' {type(model).__name__} with our expert kernels"
+
+
+def new_cache(model: Any) -> Any:
+    """An empty cache of transformers for one text."""
+    from transformers import DynamicCache
+
+    return DynamicCache(config=model.config)

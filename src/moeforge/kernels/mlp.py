@@ -19,15 +19,15 @@ from moeforge.config import Activation
 from moeforge.errors import UserError
 from moeforge.kernels.choose import ENGINES, Engine, choose
 from moeforge.kernels.edges import Edges, EdgeTensors, pad_segments
-from moeforge.kernels.native.quantised import QuantisedWeight, expert_mlp_quantised
+from moeforge.kernels.native.quantised import PackedWeight, expert_mlp_quantised
 from moeforge.kernels.reference import reference
 
 
 def expert_mlp(
     x_TD: Tensor,
     edges: Edges,
-    up_EHD: Tensor | QuantisedWeight,
-    down_EDH: Tensor | QuantisedWeight,
+    up_EHD: Tensor | PackedWeight,
+    down_EDH: Tensor | PackedWeight,
     activation: Activation,
     engine: str = "auto",
 ) -> Tensor:
@@ -35,11 +35,11 @@ def expert_mlp(
 
     x [T, D]; up [E, 2H, D] (gate rows first, then up) for a gated activation, else [E, H, D]; down [E, D, H].
     Returns [T, D] in x's type. Differentiable in x, both weights and ``edges.weight``. Under autocast the rows and the
-    matrices are taken in the autocast type, the combine weights stay float32. Quantised weights, both or none, have a
+    matrices are taken in the autocast type, the combine weights stay float32. Weights in few bits, both or none, have a
     kernel of their own, without gradients.
     """
-    if isinstance(up_EHD, QuantisedWeight) or isinstance(down_EDH, QuantisedWeight):
-        assert isinstance(up_EHD, QuantisedWeight) and isinstance(down_EDH, QuantisedWeight)
+    if not isinstance(up_EHD, Tensor) or not isinstance(down_EDH, Tensor):
+        assert not isinstance(up_EHD, Tensor) and not isinstance(down_EDH, Tensor)
         return expert_mlp_quantised(x_TD, edges, up_EHD, down_EDH, activation).to(x_TD.dtype)
     device = x_TD.device.type
     if torch.is_autocast_enabled(device):

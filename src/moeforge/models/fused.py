@@ -16,7 +16,6 @@ from moeforge.kernels.activation import is_gated
 from moeforge.kernels.apart import apart
 from moeforge.kernels.native import decoder as native
 from moeforge.kernels.native import engine
-from moeforge.kernels.native.quantised import QuantisedWeight
 from moeforge.kernels.paged import Rows
 from moeforge.models.attention import Attention, BlockLayer, Positions, locate
 from moeforge.models.block import Block, scaled
@@ -145,7 +144,7 @@ class Fused:
         layer.gated = int(is_gated(bank.config.activation))
         layer.router = native.matrix(gate.weight.float(), gate.bias, self.held)
         layer.score = native.SCORES[router.config.score.type]
-        layer.groups, layer.top_groups = select.num_groups, select.top_groups
+        layer.skip, layer.groups, layer.top_groups = select.skip, select.num_groups, select.top_groups
         layer.ranking = 1 if select.group_rank == "best" else min(2, layer.experts // select.num_groups)
         layer.softmax_chosen, layer.weight_scale = int(weigh.type == "softmax"), weigh.weight_scale
         layer.normalize = int(getattr(weigh, "normalize_weights", False))
@@ -153,9 +152,9 @@ class Fused:
         if router.expert_bias is not None:
             layer.selection_bias = self._pointer(router.expert_bias.float())
         up, down = bank.gate_up_proj, bank.down_proj
-        if isinstance(up, QuantisedWeight):
+        if not isinstance(up, Tensor):
             self.held += [up, down]
-            layer.quantised, layer.up, layer.down = 1, ctypes.addressof(up.matrix), ctypes.addressof(down.matrix)
+            layer.quantised, layer.up, layer.down = 1, ctypes.addressof(up.matrices), ctypes.addressof(down.matrices)
         else:
             layer.up, layer.down = self._pointer(up), self._pointer(down)
 
@@ -185,7 +184,7 @@ def _reasons(block: Block, config: ModelConfig, dtype: torch.dtype) -> Iterator[
         yield "its norms are no RMS norms of the model's type"
     if config.momentum:
         yield "it adds with momentum"
-    quantised = [m for m in block.modules() if isinstance(m, HeldLinear) and isinstance(m.weight, QuantisedWeight)]
+    quantised = [m for m in block.modules() if isinstance(m, HeldLinear)]
     if any(m.weight.shape[1] % 128 for m in quantised) or (quantised and dtype != torch.bfloat16):
         yield "quantised products in one call want bf16 rows of a multiple of 128"
     if moe is not None:
@@ -224,5 +223,5 @@ def _of_experts(moe: Any, dtype: torch.dtype) -> Iterator[str]:
     if moe.shared is not None and not isinstance(moe.shared.mlp, MLP):
         yield "its shared branch is no MLP"
     up: Any = banks[0].gate_up_proj
-    if isinstance(up, QuantisedWeight) and (dtype != torch.bfloat16 or any(size % 128 for size in up.shape[1:])):
+    if not isinstance(up, Tensor) and (dtype != torch.bfloat16 or any(size % 128 for size in up.shape[1:])):
         yield "quantised experts in one call want bf16 and multiples of 128"

@@ -36,6 +36,10 @@ class Piece:
         """Of the whole stack."""
         return self.shape.numel()
 
+    def clone(self) -> "Piece":
+        """As it is now."""
+        return Piece(self.shape, self.cut.detach().clone(), self.placement, self.group)
+
     @torch.no_grad()
     def copy_from(self, whole: Tensor) -> None:
         """Takes its rows of the whole stack."""

@@ -8,6 +8,8 @@ from moeforge.data.packing import Batch
 from moeforge.models import Decoder
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from moeforge.parallel.piece import Piece
     from moeforge.parallel.together import Together
 
@@ -22,6 +24,12 @@ class Alone:
     """One process: it has all rows, all parameters, and nobody to ask."""
 
     size, first = 1, True
+    speakers: "ProcessGroup | None" = None
+    """By whom ``gather`` gathers."""
+
+    def for_a_thread(self) -> "Alone":
+        """Itself."""
+        return self
 
     def place(self, model: Decoder) -> None:
         """The model stays as it is."""

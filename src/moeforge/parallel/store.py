@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex
@@ -21,15 +22,16 @@ from moeforge.parallel.ranks import State
 METADATA = ".metadata"
 
 
-def write(folder: Path, state: State) -> None:
-    """Collective. Every piece is written once, by one of those that hold it."""
-    dcp.save(dict(state), storage_writer=dcp.FileSystemWriter(folder), planner=_SavePlanner())
+def write(folder: Path, state: State, group: ProcessGroup | None) -> None:
+    """Collective over the group of all. Every piece is written once, by one of those that hold it."""
+    writer = dcp.FileSystemWriter(folder)
+    dcp.save(dict(state), storage_writer=writer, planner=_SavePlanner(), process_group=group)
 
 
-def names(folder: Path) -> set[str]:
-    """Of the tensors in a checkpoint. Raises UserError when it cannot be read."""
+def contents(folder: Path) -> dict[str, Any]:
+    """Sizes and types of the tensors in a checkpoint, by name. Raises UserError when it cannot be read."""
     try:
-        return set(dcp.FileSystemReader(folder).read_metadata().state_dict_metadata)
+        return dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     except Exception as error:
         raise UserError(f"{folder} is damaged ({error}). Delete it to go on from the one before") from error
 

@@ -1,5 +1,6 @@
 """Many processes that train one model: what ``ranks.Alone`` answers for one."""
 
+import copy
 import hashlib
 import os
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from moeforge.data.packing import Batch
 from moeforge.models import Decoder
@@ -32,6 +34,16 @@ class Together:
         self.mesh, self.layout = mesh, layout
         self.wire, self.chunks = Wire(layout.processes_per_node(mesh.size)), Chunks(layout.chunks)
         self.size, self.first = mesh.size, mesh.rank == 0
+        self.speakers: ProcessGroup = mesh.world_group
+        """By whom ``gather`` gathers, and checkpoints are written."""
+
+    def for_a_thread(self) -> "Together":
+        """The same processes with connections of their own: what a thread says is not mixed up with what others do."""
+        apart = copy.copy(self)
+        group = dist.new_group(backend="gloo")
+        assert isinstance(group, ProcessGroup)  # of which this process is one
+        apart.speakers = group
+        return apart
 
     def place(self, model: Decoder) -> None:
         """Spreads the parameters, in place. Raises UserError for what cannot be."""
@@ -75,7 +87,7 @@ class Together:
     def gather(self, value: T) -> list[T]:
         """Every process' value, by rank. Not counted: for what happens seldom."""
         values: list[T | None] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.mesh.world_group)
+        dist.all_gather_object(values, value, group=self.speakers)
         return values  # type: ignore[return-value]
 
     def clip(self, model: Decoder, max_norm: float) -> Tensor:

@@ -4,6 +4,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from moeforge.generate import Contrast
+
 IGNORED = "user metadata store service_tier safety_identifier prompt_cache_key parallel_tool_calls".split()
 """Fields that OpenAI's clients send and that change nothing here; any other unknown field is an error."""
 
@@ -58,6 +60,8 @@ class Writing(Drawing):
     stream_options: StreamOptions | None = None
     stop_token_ids: list[int] = []
     """Not OpenAI's."""
+    contrast: Contrast | None = None
+    """Not OpenAI's: write against a weaker pass of the same model (arXiv:2405.14507)."""
 
 
 class CompletionRequest(Writing):

@@ -55,6 +55,7 @@ def serve(
     grace_s: float,
     show_routing: bool = False,
     greeting: str = "",
+    machine_gb_s: float | None = None,
 ) -> None:
     """Says ``greeting`` and runs until SIGTERM or SIGINT: then takes nothing new, and ends what still runs after
     ``grace_s`` seconds."""
@@ -63,7 +64,7 @@ def serve(
     logging.getLogger("moeforge.serve").handlers[:] = [handler]
     logging.getLogger("moeforge.serve").setLevel(logging.INFO)
     template = ChatTemplate.open(folder, engine.tokenizer)
-    state = State(engine, limits, keys, template, Metrics(engine), show_routing, {"about": engine.about})
+    state = State(engine, limits, keys, template, Metrics(engine, machine_gb_s), show_routing, {"about": engine.about})
     config = uvicorn.Config(build(state), log_level="error", access_log=False, lifespan="off", timeout_keep_alive=30)
     asyncio.run(_until_told(uvicorn.Server(config), state, bound, grace_s, greeting))
 

@@ -94,6 +94,7 @@ def _writing(asked: Writing) -> dict[str, Any]:
         "presence_penalty": asked.presence_penalty,
         "frequency_penalty": asked.frequency_penalty,
         "logit_bias": {int(token): value for token, value in bias.items()},
+        "contrast": asked.contrast,
         "seed": None if asked.seed is None else asked.seed % 2**63,
     }
 

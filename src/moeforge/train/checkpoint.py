@@ -21,11 +21,16 @@ from moeforge.hub.folder import fit, read_tensors
 from moeforge.hub.whole import write_whole
 from moeforge.models import Decoder
 from moeforge.parallel.ranks import ALONE, Ranks, State
+from moeforge.train.background import Background
 from moeforge.train.config import RunConfig
 
-MAY_CHANGE = {"name", "recipe", "steps", "eval_every", "eval_tokens", "save_every", "keep_checkpoints", "tensorboard"}
+MAY_CHANGE = {
+    *("name", "recipe", "steps", "eval_every", "eval_tokens"),
+    *("save_every", "save_in_background", "keep_checkpoints", "tensorboard"),
+}
 """Settings that a resumed run may have otherwise; all others decide what the next step computes."""
 
+RANDOM = "rng"
 MODEL = "model"
 """Before the names of weights, where those of the optimizer's tensors begin with their kind."""
 
@@ -50,23 +55,44 @@ def save_checkpoint(
     loader: Tree,
     config: RunConfig,
     ranks: Ranks = ALONE,
+    *,
+    saving: Background | None = None,
 ) -> Path:
-    """Writes ``folder/step-N``, then deletes the oldest beyond ``keep_checkpoints``. Raises UserError if it cannot."""
+    """Writes ``folder/step-N``, then deletes the oldest beyond ``keep_checkpoints``. Raises UserError if it cannot.
+
+    With ``saving``, what there is now is copied and then written by it; ``ranks`` must be those for a thread.
+    """
     target = folder / f"step-{progress.step}"
+    state = _everything(model, optimizer, ranks)
+    details = {**vars(progress), "loader": loader, "config": json.loads(config.model_dump_json())}
+    if saving is None:
+        _write(target, state, details, config.keep_checkpoints, ranks)
+    else:
+        saving.wait()  # before there is a second copy
+        state = {name: tensor.clone() for name, tensor in state.items()}
+        saving.begin(lambda: _write(target, state, details, config.keep_checkpoints, ranks))
+    return target
+
+
+def _write(target: Path, state: State, details: Tree, keep: int, ranks: Ranks) -> None:
     if not ranks.first:
-        _write_tensors(ranks.gather(target)[0], model, optimizer, ranks)
-        return target
+        _write_tensors(ranks.gather(target)[0], state, ranks)
+        return
 
     def fill(fresh: Path) -> None:
-        _write_tensors(ranks.gather(fresh)[0], model, optimizer, ranks)
+        _write_tensors(ranks.gather(fresh)[0], state, ranks)
         sizes = {path.name: path.stat().st_size for path in fresh.iterdir()}
-        state = {**vars(progress), "loader": loader, "files": sizes, "config": json.loads(config.model_dump_json())}
-        (fresh / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+        (fresh / "state.json").write_text(json.dumps({**details, "files": sizes}, indent=1) + "\n", encoding="utf-8")
 
     write_whole(target, fill)
-    for old in checkpoints(folder)[: -config.keep_checkpoints]:
+    for old in checkpoints(target.parent)[:-keep]:
         shutil.rmtree(old)
-    return target
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Deletes what a run that was killed while it wrote has left."""
+    for part in folder.glob(".step-*.part-*"):
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -130,32 +156,36 @@ def _moments(model: Decoder, optimizer: torch.optim.Optimizer, ranks: Ranks) -> 
     }
 
 
-def _write_tensors(folder: Path, model: Decoder, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
-    tensors, moments = weights(model, ranks), _moments(model, optimizer, ranks)
+def _everything(model: Decoder, optimizer: torch.optim.Optimizer, ranks: Ranks) -> State:
+    """All tensors of a checkpoint, in one name space; of one process, its random state too."""
+    named: State = {f"{MODEL}/{name}": tensor for name, tensor in weights(model, ranks).items()}
+    random: State = {RANDOM: torch.get_rng_state()} if ranks.size == 1 else {}
+    return named | _moments(model, optimizer, ranks) | random
+
+
+def _write_tensors(folder: Path, state: State, ranks: Ranks) -> None:
     if ranks.size > 1:
         from moeforge.parallel import store
 
-        store.write(folder, {f"{MODEL}/{name}": tensor for name, tensor in tensors.items()} | moments)
+        store.write(folder, state, ranks.speakers)
         return
-    save_file(_contiguous(tensors), folder / "model.safetensors")
-    save_file({"rng": torch.get_rng_state(), **_contiguous(moments)}, folder / "optimizer.safetensors")
-
-
-def _contiguous(state: State) -> dict[str, torch.Tensor]:
-    """Of a single process, which has no pieces."""
-    return {name: tensor.contiguous() for name, tensor in cast("dict[str, torch.Tensor]", state).items()}
+    whole = {name: tensor.contiguous() for name, tensor in cast("dict[str, torch.Tensor]", state).items()}
+    of_model = {name: tensor for name, tensor in whole.items() if name.startswith(f"{MODEL}/")}
+    save_file({name.removeprefix(f"{MODEL}/"): t for name, t in of_model.items()}, folder / "model.safetensors")
+    save_file({name: t for name, t in whole.items() if name not in of_model}, folder / "optimizer.safetensors")
 
 
 def _read_tensors(path: Path, model: Decoder, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
     from moeforge.parallel import store
 
     if (path / store.METADATA).exists():
-        _make_moments(model, optimizer, store.names(path), ranks)
-        named = {f"{MODEL}/{name}": tensor for name, tensor in weights(model, ranks).items()}
-        store.read(path, named | _moments(model, optimizer, ranks))
+        _make_moments(model, optimizer, store.contents(path), ranks)
+        state = _everything(model, optimizer, ranks)
+        state.pop(RANDOM, None)  # of several processes: theirs
+        store.read(path, state)
         return
     tensors, moments = read_tensors(path / "model.safetensors"), read_tensors(path / "optimizer.safetensors")
-    random = moments.pop("rng")
+    random = moments.pop(RANDOM)
     if ranks.size == 1:
         fit(model, tensors, path)
         torch.set_rng_state(random)

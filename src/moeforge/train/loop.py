@@ -19,8 +19,17 @@ from moeforge.hub.whole import write_text
 from moeforge.kernels.allocator import keep_freed_memory
 from moeforge.models import Decoder, ModelConfig
 from moeforge.parallel.ranks import ALONE, Ranks
-from moeforge.train.checkpoint import Progress, checkpoints, load_checkpoint, save_checkpoint, weights
+from moeforge.train.background import Background
+from moeforge.train.checkpoint import (
+    Progress,
+    checkpoints,
+    clear_unfinished,
+    load_checkpoint,
+    save_checkpoint,
+    weights,
+)
 from moeforge.train.config import RunConfig
+from moeforge.train.distill import Teacher
 from moeforge.train.metrics import Line, Metrics, step_line
 from moeforge.train.optimizer import build_optimizer, learning_rate
 from moeforge.train.phases import check_phases, hold, phase_at
@@ -44,10 +53,14 @@ class Run:
         self.model.recompute_activations = config.recompute_activations
         if fresh and config.start_from:
             start_from(Path(config.start_from), self.model, data.tokenizer)
+        taught = config.distill
+        self.teacher = Teacher(taught, data.tokenizer, config.seq_len, self.device) if taught else None
         ranks.place(self.model)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.loader = Loader(data.train, config.batch_size, config.seq_len, config.seed)
         self.progress = Progress()
+        self.saving = Background() if config.save_in_background else None
+        self.writers = ranks.for_a_thread() if self.saving else ranks
 
     def resume(self) -> None:
         """Takes up the newest checkpoint. Raises UserError when there is none, or it is damaged or does not fit."""
@@ -67,7 +80,8 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         batches = [next(self.loader).to(self.device) for _ in range(config.accumulate)]
-        result = accumulate_gradients(self.model, batches, self.dtype, done, ranks)
+        teacher = self.teacher if config.distill and config.distill.acts(done, config.steps) else None
+        result = accumulate_gradients(self.model, batches, self.dtype, done, ranks, teacher)
         hold(self.model, phase_at(config.phases, done))
         apply_gradients(self.model, self.optimizer, result, config.optimizer.clip, done, ranks)
         seconds = time.perf_counter() - start
@@ -92,10 +106,11 @@ class Run:
         return text.fingerprint + (text.domain_fingerprint if self.config.model.looks_up_domains else "")
 
     def checkpoint(self) -> Path:
-        """Saves where the run stands."""
+        """Saves where the run stands; with ``save_in_background``, begins to."""
         position = {**self.loader.state(), "fingerprint": self._fingerprint}
         folder = self.out / "checkpoints"
-        return save_checkpoint(folder, self.model, self.optimizer, self.progress, position, self.config, self.ranks)
+        what = self.model, self.optimizer, self.progress, position, self.config
+        return save_checkpoint(folder, *what, self.writers, saving=self.saving)
 
 
 def train(
@@ -120,6 +135,8 @@ def train(
         display.say(f"reading {config.data.type} ...")
         run = Run(config, out, data or _prepared(config, ranks), ranks, fresh=not resume)
         if resume:
+            if ranks.first:
+                clear_unfinished(out / "checkpoints")
             run.resume()
             display.say(f"resumed at step {run.progress.step}")
         elif config.start_from:
@@ -127,7 +144,10 @@ def train(
         _announce(run, display)
         if ranks.first:
             write_text(out / "config.yaml", to_yaml(run.config))
-        with Metrics(out, run.progress.step, config.tensorboard) if ranks.first else nullcontext() as metrics:
+        with (
+            Metrics(out, run.progress.step, config.tensorboard) if ranks.first else nullcontext() as metrics,
+            run.saving or nullcontext(),
+        ):
             _steps(run, metrics, display, on_step)
     model = _in_one_place(run)
     if model is not None:
@@ -177,6 +197,8 @@ def _steps(run: Run, metrics: Metrics | None, display: Display, on_step: Callabl
             stop = run.ranks.any(bool(interrupted))
             saved = run.checkpoint() if done % config.save_every == 0 or done == steps or stop else None
             if stop and done < steps:
+                if run.saving:
+                    run.saving.wait()
                 display.say(f"\nstopped; {saved} is saved. Go on with:\n  {resume_command(run.out)}")
                 raise KeyboardInterrupt
 
@@ -214,6 +236,9 @@ def _announce(run: Run, display: Display) -> None:
         f"{len(run.data.validation.ids):,} for validation, {run.config.tokens_per_step:,} per step, on {run.device}"
         + (f", {run.ranks.size} processes" if run.ranks.size > 1 else "")
     )
+    if (distill := run.config.distill) is not None:
+        last = round(distill.until * run.config.steps)
+        display.say(f"learning from {distill.teacher} too, up to step {last:,}, with weight {distill.weight:g}")
     routers = [router.config for router in run.model.routers.values()]
     losses = {f"{loss.type} x {loss.weight:g}" for router in routers for loss in router.losses}
     biases = {router.controller.type for router in routers if router.controller}

@@ -38,7 +38,10 @@ struct Attending {
 
     void run(Value* out) const {
         auto all = chunks();
-        on_threads(all.size(), p.threads, [&](int i) { attend(all[i], out); });
+        int64_t keys = 0;
+        for (int t = 0; t < p.rows; t++) keys += p.position[t] + 1;
+        bool few = keys * p.queries * (W + V) < 1 << 16;  // not worth a second thread
+        on_threads(all.size(), few ? 1 : p.threads, [&](int i) { attend(all[i], out); });
     }
 
     void attend(const Chunk& c, Value* out) const {
@@ -55,7 +58,7 @@ struct Attending {
         alignas(64) float most[LANES], total[LANES] = {}, scores[GROUP * LANES], products[GROUP * LANES];
         std::fill_n(most, LANES, NOTHING);
         float* sums = scratch<1>(size_t(V) * LANES);  // [V][LANES]
-        memset(sums, 0, size_t(V) * LANES * 4);
+        memset(sums, 0, size_t(V) * (lanes < VECTOR ? c.lanes : LANES) * 4);
         float* turned_values = scratch<3>(size_t(V) * LANES);
         int64_t start = p.window ? std::max<int64_t>(0, earliest + 1 - p.window) : 0;
         const int32_t* table = p.table + size_t(p.text[c.first]) * p.table_width;
@@ -65,7 +68,8 @@ struct Attending {
                 int group = std::min<int64_t>({GROUP, p.block_size - in, last + 1 - at});
                 if (at + group <= start) continue;
                 size_t place = (size_t(table[block]) * p.heads + c.head) * p.block_size + in;
-                product<N>((const Value*)p.keys + place * p.key_stride, p.key_stride, group, asked, lanes, W, scores);
+                product<N>((const Value*)p.keys + place * p.key_stride, p.key_stride, group, asked, lanes, W, scores,
+                             (const Value*)p.keys + (place + GROUP) * p.key_stride);
                 const Value* values = (const Value*)p.values + place * p.value_stride;
                 if (lanes < VECTOR) {
                     for (int lane = 0; lane < c.lanes; lane++)
@@ -76,8 +80,8 @@ struct Attending {
                     add_values(values, group, lanes, scores, products, sums, turned_values);
                 }
             }
-        if (lanes < VECTOR) turn_sums(c.lanes, sums, turned_values);
-        finish(c, vectors, most, total, lanes < VECTOR ? turned_values : sums, out);
+        add_sinks(c, most, total);
+        lanes < VECTOR ? finish_lanes(c, total, sums, out) : finish(c, vectors, total, sums, out);
     }
 
     // What soften and add_values do, bit for bit, of one lane: positions are the lanes of its vectors, then values are.
@@ -106,13 +110,6 @@ struct Attending {
             __m512 before = _mm512_maskz_loadu_ps(mask, sums + v);
             _mm512_mask_storeu_ps(sums + v, mask, _mm512_fmadd_ps(before, splat(worth[0]), more));
         }
-    }
-
-    // [lanes][V] -> [V][LANES].
-    void turn_sums(int lanes, const float* sums, float* turned) const {
-        for (int v = 0; v < V; v++)
-            for (int lane = 0; lane < LANES; lane++)
-                turned[size_t(v) * LANES + lane] = lane < lanes ? sums[size_t(lane) * V + v] : 0;
     }
 
     // Scores to shares of the softmax so far; `factor` [LANES] (in `products`) is what sums before are worth now.
@@ -158,7 +155,7 @@ struct Attending {
         turn<Float>([&](int s) { return wide + size_t(s) * V; }, group, 0, V, turned_values, GROUP);
         for (int v = 0; v < V; v += GROUP) {
             int rows = std::min(GROUP, V - v);
-            product<Float>(turned_values + size_t(v) * GROUP, GROUP, rows, panel, lanes, group, sum);
+            product<Float>(turned_values + size_t(v) * GROUP, GROUP, rows, panel, lanes, group, sum, turned_values);
             for (int r = 0; r < rows; r++)
                 for (int x = 0; x < vectors; x++) {
                     float* to = sums + size_t(v + r) * LANES + x * VECTOR;
@@ -168,11 +165,28 @@ struct Attending {
         }
     }
 
-    void finish(const Chunk& c, int vectors, const float* most, float* total, const float* sums, Value* out) const {
+    void add_sinks(const Chunk& c, const float* most, float* total) const {
         for (int lane = 0; p.sinks && lane < c.lanes; lane++) {
             float sink = ((const float*)p.sinks)[query(c, lane)] - most[lane];
             total[lane] += sink > 88 ? INFINITY : expf(sink);
         }
+    }
+
+    Value* place(const Chunk& c, int lane, Value* out) const {
+        return out + (size_t(row(c, lane)) * p.queries + query(c, lane)) * V;
+    }
+
+    void finish_lanes(const Chunk& c, const float* total, const float* sums, Value* out) const {  // sums [lanes][V]
+        for (int lane = 0; lane < c.lanes; lane++, sums += V) {
+            __m512 share = _mm512_div_ps(splat(1), splat(total[lane]));
+            for (int v = 0; v < V; v += VECTOR) {
+                __mmask16 mask = first(V - v);
+                N::store(place(c, lane, out) + v, mask, _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, sums + v), share));
+            }
+        }
+    }
+
+    void finish(const Chunk& c, int vectors, const float* total, const float* sums, Value* out) const {  // [V][LANES]
         for (int x = 0; x < vectors; x++) {
             __m512 share = _mm512_div_ps(splat(1), _mm512_load_ps(total + x * VECTOR));
             for (int v = 0; v < V; v += 16) {
@@ -183,8 +197,7 @@ struct Attending {
                 }
                 transpose(block);
                 for (int i = 0; i < std::min(VECTOR, c.lanes - x * VECTOR); i++) {
-                    int lane = x * VECTOR + i;
-                    Value* to = out + (size_t(row(c, lane)) * p.queries + query(c, lane)) * V + v;
+                    Value* to = place(c, x * VECTOR + i, out) + v;
                     N::store(to, first(V - v), _mm512_castsi512_ps(block[i]));
                 }
             }

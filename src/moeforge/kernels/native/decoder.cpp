@@ -40,6 +40,7 @@ struct DecoderLayer {
     float eps, residual_scale, weight_scale, min_total, clip;  // clip of queries, keys, values; 0: none
     int32_t d_model, rotary_width, interleaved, whole_norm, score, normalize, softmax_chosen, top_k, experts, d_expert,
         pointwise, gated, quantised, bf16;
+    int32_t skip;  // better experts that are passed over
     int32_t groups, top_groups, ranking;  // experts are chosen from the best groups, by the sum of their `ranking` best
 };
 
@@ -259,13 +260,13 @@ struct Run {
         std::vector<float> left(row, row + E);
         for (int e = 0; l.selection_bias && e < E; e++) left[e] += l.selection_bias[e];
         if (l.top_groups < l.groups) keep_groups(left);
-        for (int k = 0; k < K; k++) {
+        std::vector<bool> gone(E);
+        for (int k = -l.skip; k < K; k++) {
             int best = -1;
-            for (int e = 0; e < E; e++) {
-                bool free = std::find(ids, ids + k, e) == ids + k;
-                if (free && (best < 0 || left[e] > left[best])) best = e;  // NaN is never larger: ids stay different
-            }
-            ids[k] = best, weights[k] = row[best];
+            for (int e = 0; e < E; e++)  // NaN is never larger: ids stay different
+                if (!gone[e] && (best < 0 || left[e] > left[best])) best = e;
+            gone[best] = true;
+            if (k >= 0) ids[k] = best, weights[k] = row[best];
         }
         if (l.softmax_chosen) {
             float most = *std::max_element(weights, weights + K);

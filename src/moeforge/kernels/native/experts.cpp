@@ -118,8 +118,9 @@ struct Pass {
                 for (int i = t.block; i < t.end; i++) {
                     const Block& b = plan.blocks[i];
                     const float* in = panels + (b.before - plan.blocks[t.block].before) * words_of(D, N::pair);
-                    product<N>(rows + size_t(u) * D, D, many, in, b.lanes, D, gate);
-                    if (l.gated) product<N>(rows + size_t(H + u) * D, D, many, in, b.lanes, D, linear);
+                    const Value *own = rows + size_t(u) * D, *other = own + size_t(H) * D, *next = own + size_t(many) * D;
+                    product<N>(own, D, many, in, b.lanes, D, gate, l.gated ? other : next);
+                    if (l.gated) product<N>(other, D, many, in, b.lanes, D, linear, next);
                     if (z) keep(z, b, u, many, gate, linear);
                     activate_block(b, u, many, gate, linear, hidden);
                 }
@@ -161,7 +162,7 @@ struct Pass {
     // `turned` the matrix is [D][k] (down); with it [width][D] (up), of which columns are turned over first.
     template <bool turned>
     void combine(const Value* matrices, int k, float* panels, const float* weight, Value* y) const {
-        int columns = std::max(TURNED, (D / (4 * l.threads) + TURNED - 1) / TURNED * TURNED);
+        int columns = std::max(TURNED, (D / ((l.tokens > 4 ? 4 : 1) * l.threads) + TURNED - 1) / TURNED * TURNED);
         on_threads((D + columns - 1) / columns, l.threads, [&](int range) {
             int from = range * columns, many = std::min(columns, D - from);
             float* sums = scratch<0>(l.tokens * columns);
@@ -181,9 +182,11 @@ struct Pass {
                     };
                     if (turned && d % TURNED == 0)
                         turn<N>(row, k, from + d, std::min(TURNED, many - d), turned_rows, stride);
+                    const Value* ahead = a + size_t(rows) * stride;
+                    if (!turned && d + GROUP >= many) ahead = after(matrices, e) + size_t(from) * k;
                     for (int i = plan.start[e]; i < plan.start[e + 1]; i++) {
                         const Block& b = plan.blocks[i];
-                        product<N>(a, stride, rows, panel(panels, b, k), b.lanes, k, c);
+                        product<N>(a, stride, rows, panel(panels, b, k), b.lanes, k, c, ahead);
                         scatter(b, rows, c, weight, sums + d, columns);
                     }
                 }
@@ -192,6 +195,12 @@ struct Pass {
                 for (int d = 0; d < many; d += VECTOR)
                     N::store(y + t * D + from + d, first(many - d), _mm512_loadu_ps(sums + t * columns + d));
         });
+    }
+
+    // The matrix of the next expert that has tokens.
+    const Value* after(const Value* all, int e) const {
+        while (++e < l.experts && plan.start[e] == plan.start[e + 1]) continue;
+        return matrix(all, e);
     }
 
     void scatter(const Block& b, int rows, const float* c, const float* weight, float* sums, int stride) const {
@@ -230,7 +239,7 @@ struct Pass {
                     const Block& b = plan.blocks[i];
                     size_t lanes = b.before - plan.blocks[t.block].before;
                     const float* panel = in + lanes * words_of(D, N::pair);
-                    product<N>(rows + u % TURNED * stride, stride, many, panel, b.lanes, D, da);
+                    product<N>(rows + u % TURNED * stride, stride, many, panel, b.lanes, D, da, rows);
                     activate_back(b, u, many, da, z, dweight, dz, wa, panels);
                 }
             }
@@ -314,7 +323,7 @@ struct Pass {
             int group = std::min(GROUP, height - u);
             for (int c = 0; c < many; c += LANES) {
                 product<N>(rows + size_t(u) * tokens, tokens, group, panels + c / LANES * panel_words,
-                           vectors(c) * VECTOR, tokens, sums);
+                           vectors(c) * VECTOR, tokens, sums, rows);
                 for (int v = 0; v < vectors(c); v++)
                     store<turned>(sums + v * VECTOR, group, std::min(VECTOR, wide(c) - v * VECTOR), u,
                                   from + c + v * VECTOR, height, out);

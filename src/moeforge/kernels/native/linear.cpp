@@ -19,17 +19,19 @@ void linear(const typename N::Value* x, const typename N::Value* w, const float*
         pack_rows<N>([&](int lane) { return rows + size_t(lane) * k; }, count(b), lanes(b), k,
                      panels + size_t(b) * LANES * words);
     });
-    // Enough ranges for all threads, each of so many rows that they stay in a core's cache while all tokens pass.
+    // For few tokens a range per thread: rows pass once, and what is fetched ahead is the thread's own. For more, enough
+    // ranges for all threads, each of so many rows that they stay in a core's cache while all tokens pass.
     int fit = std::max<int>(GROUP, (256 << 10) / (k * sizeof(*w)) / GROUP * GROUP);
-    int share = (out / (4 * threads) + GROUP - 1) / GROUP * GROUP;
-    int range = std::max(GROUP, std::min(fit, share));
+    int share = (out / ((tokens > 4 ? 4 : 1) * threads) + GROUP - 1) / GROUP * GROUP;
+    int range = std::max(GROUP, tokens > 4 ? std::min(fit, share) : share);
     on_threads((out + range - 1) / range, threads, [&](int r) {
         alignas(64) float c[GROUP * LANES];
         int end = std::min(out, (r + 1) * range);
         for (int b = 0; b < blocks; b++)
             for (int o = r * range; o < end; o += GROUP) {
                 int rows = std::min(GROUP, end - o);
-                product<N>(w + size_t(o) * k, k, rows, panels + size_t(b) * LANES * words, lanes(b), k, c);
+                const auto* own = w + size_t(o) * k;
+                product<N>(own, k, rows, panels + size_t(b) * LANES * words, lanes(b), k, c, own + size_t(rows) * k);
                 __m512 add = bias ? _mm512_maskz_loadu_ps(first(rows), bias + o) : _mm512_setzero_ps();
                 for (int v = 0; v * VECTOR < count(b); v++) {
                     __m512i block[16];

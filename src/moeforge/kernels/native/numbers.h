@@ -162,17 +162,18 @@ inline void transpose(__m512i r[16]) {
 }
 
 // The same values, bit for bit, where lanes are few and reading A is what takes time: up to GROUP rows are turned over
-// in registers, so that a row is a lane and each token's words are broadcast; the next rows are fetched ahead.
+// in registers, so that a row is a lane and each token's words are broadcast; as many bytes from `ahead` on are fetched.
 template <class N, int LANES_USED>
-inline void stream(const typename N::Value* a, size_t lda, int rows, const float* panel, int k, float* c) {
+inline void stream(const typename N::Value* a, size_t lda, int rows, const float* panel, int k, float* c,
+                   const void* ahead) {
+    const char* next = (const char*)ahead;
     __m512 sum[LANES_USED];
     for (auto& v : sum) v = _mm512_setzero_ps();
-    for (int from = 0; from < k; from += 16 * N::pair) {
+    for (int from = 0; from < k; from += 16 * N::pair, next += 16 * 64) {
         __m512i block[16];
         for (int r = 0; r < 16; r++) {
-            const auto* row = a + std::min(r, rows - 1) * lda;
-            block[r] = N::words(row, from, k);
-            _mm_prefetch((const char*)(row + 16 * lda + from), _MM_HINT_T1);
+            block[r] = N::words(a + std::min(r, rows - 1) * lda, from, k);
+            _mm_prefetch(next + 64 * r, _MM_HINT_T0);
         }
         transpose(block);
         for (int w = 0; w < std::min(16, words_of(k - from, N::pair)); w++, panel += LANES_USED)
@@ -194,23 +195,25 @@ inline int lanes_for(int count, bool tiles) {
 
 // C[rows][lanes] = A[rows][K] * panel[K / pair][lanes], for up to GROUP rows.
 template <class N>
-void vector_product(const typename N::Value* a, size_t lda, int rows, const float* panel, int lanes, int k, float* c) {
+void vector_product(const typename N::Value* a, size_t lda, int rows, const float* panel, int lanes, int k, float* c,
+                    const void* ahead) {
     switch (lanes) {
-        case 1: return stream<N, 1>(a, lda, rows, panel, k, c);
-        case 2: return stream<N, 2>(a, lda, rows, panel, k, c);
-        case 4: return stream<N, 4>(a, lda, rows, panel, k, c);
-        case 8: return stream<N, 8>(a, lda, rows, panel, k, c);
-        case 12: return stream<N, 12>(a, lda, rows, panel, k, c);
+        case 1: return stream<N, 1>(a, lda, rows, panel, k, c, ahead);
+        case 2: return stream<N, 2>(a, lda, rows, panel, k, c, ahead);
+        case 4: return stream<N, 4>(a, lda, rows, panel, k, c, ahead);
+        case 8: return stream<N, 8>(a, lda, rows, panel, k, c, ahead);
+        case 12: return stream<N, 12>(a, lda, rows, panel, k, c, ahead);
         case VECTOR: return rows_by<N, 1>(a, lda, rows, panel, k, c);
         case 2 * VECTOR: return rows_by<N, 2>(a, lda, rows, panel, k, c);
         default: return rows_by<N, 3>(a, lda, rows, panel, k, c);
     }
 }
 
-// The same on whatever unit is best: tiles.h has bf16's.
+// The same on whatever unit is best: tiles.h has bf16's. `ahead` is what will be read next.
 template <class N>
-void product(const typename N::Value* a, size_t lda, int rows, const float* panel, int lanes, int k, float* c) {
-    vector_product<N>(a, lda, rows, panel, lanes, k, c);
+void product(const typename N::Value* a, size_t lda, int rows, const float* panel, int lanes, int k, float* c,
+             const void* ahead) {
+    vector_product<N>(a, lda, rows, panel, lanes, k, c, ahead);
 }
 
 // Panel with a lane per row: `row(i)` for i < count; lanes past them are zero.

@@ -74,8 +74,9 @@ inline void tile_product(const uint16_t* a, size_t lda, int rows, const float* p
 }
 
 template <>
-inline void product<Bf16>(const uint16_t* a, size_t lda, int rows, const float* panel, int lanes, int k, float* c) {
-    if (!tiles_granted()) return vector_product<Bf16>(a, lda, rows, panel, lanes, k, c);
+inline void product<Bf16>(const uint16_t* a, size_t lda, int rows, const float* panel, int lanes, int k, float* c,
+                          const void* ahead) {
+    if (!tiles_granted()) return vector_product<Bf16>(a, lda, rows, panel, lanes, k, c, ahead);
     switch (lanes / VECTOR) {
         case 1: return tile_product<1>(a, lda, rows, panel, k, c);
         case 2: return tile_product<2>(a, lda, rows, panel, k, c);

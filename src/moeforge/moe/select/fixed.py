@@ -15,6 +15,8 @@ class TopK(PerToken):
     """The k best experts of each token; with groups, only inside the best groups (arXiv:2412.19437, section 2.1.2)."""
 
     type: Literal["top_k"] = "top_k"
+    skip: int = Field(0, ge=0)
+    """Better experts that are passed over: with k = 1 the expert of one rank alone (arXiv:2405.14507, section 3)."""
     num_groups: int = Field(1, ge=1)
     """Experts form this many equal groups, in order."""
     top_groups: int = Field(1, ge=1)
@@ -37,9 +39,10 @@ class TopK(PerToken):
         check_k(self.k, num_experts)
         check_groups(num_experts, self.num_groups, "num_groups")
         reachable = num_experts // self.num_groups * self.top_groups
-        if self.k > reachable:
+        if self.k + self.skip > reachable:
+            passed = f" after the {self.skip} of select.skip" if self.skip else ""
             raise ValueError(
-                f"select.k = {self.k} is more than the {reachable} experts of top_groups = {self.top_groups}"
+                f"select.k = {self.k}{passed} is more than the {reachable} experts of top_groups = {self.top_groups}"
             )
 
     def __call__(self, scores_TE: Tensor, context: Context) -> Selection:
@@ -49,7 +52,7 @@ class TopK(PerToken):
         if context.training and self.train_k is not None:
             k = round(at(self.train_k, context.step))
             return Selection(ids=top_k(scores_TE, min(max(k, 1), scores_TE.shape[1])))
-        return Selection(ids=top_k(scores_TE, self.k))
+        return Selection(ids=top_k(scores_TE, self.skip + self.k)[:, self.skip :])
 
     def _mask_groups(self, scores_TE: Tensor) -> Tensor:
         grouped_TGE = scores_TE.unflatten(1, (self.num_groups, -1))

@@ -1,0 +1,72 @@
+"""The engine's passes for families without a table of ours: each text by itself, by transformers.
+
+Texts share no pass and no cache, prompts are read whole, and no text is ever pushed out, so that none can feel another.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from moeforge.errors import UserError
+from moeforge.generate.engine import Engine
+from moeforge.generate.runner import Passed, wants_all
+from moeforge.generate.sample import Sampling
+from moeforge.generate.schedule import Piece, Text
+from moeforge.generate.settings import Settings
+from moeforge.hub.bridge import new_cache, open_bridged
+from moeforge.hub.folder import open_tokenizer
+
+TYPES = {"as stored": None, "float32": torch.float32, "bf16": torch.bfloat16}
+
+
+class BridgedRunner:
+    """A model of transformers. It does not tell which experts a token took."""
+
+    def __init__(self, model: Any, max_len: int) -> None:
+        self.model, self.max_len, self.experts = model, max_len, dict[int, int]()
+        self.vocab_size: int = model.get_input_embeddings().weight.shape[0]
+        self._caches: WeakKeyDictionary[Text, Any] = WeakKeyDictionary()
+
+    @torch.no_grad()
+    def run(self, pieces: Sequence[Piece], show_experts: bool = False) -> Passed:
+        """Reads the pieces, one after the other."""
+        return Passed([self._read(piece) for piece in pieces], None, {})
+
+    def _read(self, piece: Piece) -> Tensor:
+        if piece.start == 0:
+            self._caches[piece.text] = new_cache(self.model)
+        ids = torch.tensor([piece.text.tokens[piece.start : piece.end]], device=self.model.device)
+        output = self.model(input_ids=ids, past_key_values=self._caches[piece.text], use_cache=True)
+        logits = output.logits[0] if wants_all(piece) else output.logits[0, -1:]
+        return logits.float().cpu()
+
+    def check(self, sampling: Sampling) -> None:
+        """Raises UserError for a contrast: transformers' routers are its own."""
+        if sampling.contrast is not None:
+            raise UserError("contrast: a model that runs through the bridge cannot take another expert")
+
+
+def open_bridged_engine(folder: Path, settings: Settings, domain: str | None = None) -> Engine:
+    """An engine over a folder that transformers can open. Raises UserError as ``open_bridged`` does."""
+    if settings.weights not in TYPES:
+        raise UserError(
+            f"weights {settings.weights}: {folder} is of a family without a table of ours and runs through the bridge, "
+            f"which holds weights as {', '.join(TYPES)}"
+        )
+    if domain is not None:
+        raise UserError(f"this model knows no domains: leave '{domain}' out")
+    tokenizer = open_tokenizer(folder)
+    model, how = open_bridged(folder, TYPES[settings.weights])
+    config = model.config.get_text_config()
+    max_len = int(getattr(config, "max_position_embeddings", None) or 4096)
+    # Room for all texts at their longest: transformers' caches grow by themselves, and nobody is ever pushed out.
+    blocks = settings.max_running * -(-max_len // settings.block_size)
+    changes = {"prefix_reuse": False, "token_budget": settings.max_running * max_len, "kv_blocks": blocks}
+    whole = settings.replace(**changes)
+    engine = Engine(BridgedRunner(model, max_len), tokenizer, whole, blocks, folder.resolve().name)
+    engine.about = f"{how}, one request at a time"
+    return engine
