@@ -42,7 +42,6 @@ def main() -> None:
     size = parser.parse_args().nproc
     arrangements = [Arrangement(size), Arrangement(size, 2), Arrangement(size, 2, shard=True)]
     arrangements += [Arrangement(size, size)] * (size > 2)
-    ]
     with tempfile.TemporaryDirectory() as folder:
         cluster_file = Path(folder) / "here.yaml"
         run(
