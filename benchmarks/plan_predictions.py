@@ -40,12 +40,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--nproc", type=int, default=2)
     size = parser.parse_args().nproc
-    arrangements = [
-        Arrangement(size),
-        Arrangement(size, 2),
-        Arrangement(size, 2, shard=True),
-        *([Arrangement(size, size)] * (size > 2)),
-    ]
+    arrangements = [Arrangement(size), Arrangement(size, 2), Arrangement(size, 2, shard=True)]
+    arrangements += [Arrangement(size, size)] * (size > 2)
     with tempfile.TemporaryDirectory() as folder:
         cluster_file = Path(folder) / "here.yaml"
         run(

@@ -237,8 +237,8 @@ def _profile(settings: list[str], cluster: Path, nproc: int) -> None:
         if nproc == 1:
             raise UserError("--profile needs two processes or more, to measure what lies between them: add --nproc")
         command = ["plan", "--profile", "--cluster", str(cluster), *settings]
-        logs = cluster.parent / f"{cluster.stem}-logs"
-        launch(nproc, command, f"moeforge {' '.join(command)} --nproc {nproc}", logs)
+        again = f"moeforge {' '.join(command)} --nproc {nproc}"
+        launch(nproc, command, again, cluster.with_suffix(".logs"))
         print(f"wrote {cluster}: moeforge plan RECIPE --cluster {cluster}")
         return
     import torch

@@ -15,7 +15,13 @@ from moeforge.train.optimizer import build_optimizer
 from moeforge.train.step import accumulate_gradients, apply_gradients
 from tests.parallel.test_training import LENGTH, batches, decoder
 
-MESHES = [(2, 2, False, 1), (4, 2, False, 3), (4, 4, False, 1), (4, 1, True, 1), (4, 2, True, 1)]
+MESHES = [
+    (2, Layout(2)),
+    (4, Layout(2, chunks=3)),
+    (4, Layout(4)),
+    (4, Layout(shard=True)),
+    (4, Layout(2, shard=True)),
+]
 STEPS = [
     ("plain", [4, 4], False),
     ("two banks, any number of experts", [7], True),
@@ -48,14 +54,14 @@ def job(name: str, rows: list[int], size: int) -> Job:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("size, expert, shard, chunks", MESHES)
+@pytest.mark.parametrize("size, layout", MESHES, ids=str)
 @pytest.mark.parametrize("name, rows, recompute", STEPS, ids=str)
-def test_bytes_are_those_that_real_processes_count(processes, name, rows, recompute, size, expert, shard, chunks):
-    arrangement = Arrangement(size, expert, shard, recompute, chunks)
+def test_bytes_are_those_that_real_processes_count(processes, name, rows, recompute, size, layout):
+    arrangement = Arrangement(size, layout.ep, layout.shard, recompute, layout.chunks)
     planned = job(name, rows, size)
     wanted = bytes_sent(step_of(planned, arrangement), arrangement)
     found = processes(size).run(real_step, name, rows, arrangement.layout, recompute)
     assert [sent for sent, _ in found] == [wanted] * size
-    weights, cut = Weights.of(planned, arrangement), size if shard else 1
-    held = nbytes(weights.everywhere, cut) + nbytes(weights.shared_out, arrangement.data if shard else 1)
+    weights, cut = Weights.of(planned, arrangement), size if layout.shard else 1
+    held = nbytes(weights.everywhere, cut) + nbytes(weights.shared_out, arrangement.data if layout.shard else 1)
     assert max(held for _, held in found) == held

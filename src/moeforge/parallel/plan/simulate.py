@@ -1,6 +1,6 @@
 """Plays a step on a cluster, all processes at once: when each of them does what, and how long it waits.
 
-A process has two lanes, one that computes and one that sends (or a single one, where the two don't go together); in
+A process has two lanes, one that computes and one that sends, or a single one where the two do not go together. In
 each, operations run in their order, each when what it needs has ended. A collective begins when the last of its group
 is there, and ends for all of it alike. Times are [D or 1, P] float64: where all data groups do the same, one stands for
 all, so thousands of processes cost no more.
