@@ -5,14 +5,17 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from moeforge import __version__
 from moeforge.data.packing import Batch
+from moeforge.errors import UserError
 from moeforge.models import Decoder
 from moeforge.parallel.chunks import Chunks
 from moeforge.parallel.exchange import Exchange
@@ -25,6 +28,10 @@ from moeforge.parallel.sharding import Sharding
 from moeforge.parallel.wire import KINDS, Wire
 
 T = TypeVar("T")
+JOIN_WITHIN = timedelta(minutes=2)
+"""For the first process to be there."""
+PATIENCE = timedelta(minutes=30)
+"""With processes that are there: the first one may have a text to read before the others."""
 
 
 class Together:
@@ -106,14 +113,35 @@ class Together:
 
 @contextmanager
 def join(layout: Layout) -> Iterator[Together]:
-    """The processes that torchrun started, this one among them. Raises UserError when they form no such mesh."""
+    """The processes that torchrun started, this one among them.
+
+    Raises UserError when they form no such mesh, cannot reach one another, or are not alike.
+    """
     size, device = int(os.environ["WORLD_SIZE"]), "cuda" if torch.cuda.is_available() else "cpu"
     layout.check(size)
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=JOIN_WITHIN))
+        store.set_timeout(PATIENCE)
+    except dist.DistError as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise UserError(f"the first process is not to be found at {where}: {error}") from error
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    try:
+        check_alike(layout, dist.group.WORLD)
         node_size = layout.processes_per_node(size) if layout.two_level else None
         yield Together(Mesh.build(size, layout.ep, device, node_size), layout)
     finally:
         dist.destroy_process_group()
+
+
+def check_alike(layout: Layout, group: ProcessGroup | None) -> None:
+    """Raises UserError, on all processes, unless all run the same software with the same options. Collective."""
+    mine = f"moeforge {__version__} on torch {torch.__version__} with {' '.join(layout.flags) or 'no options'}"
+    told: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(told, mine, group=group)
+    for rank, other in enumerate(told):
+        if other != told[0]:
+            raise UserError(f"processes must be alike: the first is {told[0]}; process {rank} is {other}")
