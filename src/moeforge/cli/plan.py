@@ -48,11 +48,10 @@ def plan(
 
     Any setting of a recipe can be changed on the way: --batch_size=512; of a folder, those of its training.
     """
+    _check_options(context, "--place" if place else "--profile" if profile else "planning")
     if place is not None:
         _place(what, context.obj, place, ep, replicas, transfers, as_json)
         return
-    if replicas or transfers:
-        raise UserError(f"{'--replicas' if replicas else '--transfers'} is about places of experts: add --place FILE")
     if cluster is None:
         raise UserError("name a cluster with --cluster FILE; --profile writes one of this machine into it")
     if profile:
@@ -78,6 +77,21 @@ def plan(
         write_timeline(found[0].played, found[0].arrangement, timeline)
     tree = _tree(what, config, job, devices, found) | {"command": _command(what, context.obj, devices, found[0])}
     print(json.dumps(tree, indent=2)) if as_json else _show(tree)
+
+
+def _check_options(context: typer.Context, mode: str) -> None:
+    """Raises UserError for an option that this way of planning would not look at."""
+    looks_at = {
+        "--place": ("place", "ep", "replicas", "transfers", "as_json"),
+        "--profile": ("profile", "cluster", "nproc"),
+        "planning": ("cluster", "ep", "shard", "chunks", "loads", "imbalance", "timeline", "as_json"),
+    }
+    for option in context.command.params:
+        given = context.params[option.name or ""]
+        known = (*looks_at[mode], "what")
+        if option.name not in known and given != option.default and option.name in context.params:
+            wanted = next(other for other, names in looks_at.items() if option.name in names)
+            raise UserError(f"{option.opts[0]} is not about {mode}: it goes with {wanted}")
 
 
 def _run_config(what: str, settings: list[str]) -> "RunConfig":
