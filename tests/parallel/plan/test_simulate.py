@@ -161,12 +161,13 @@ def test_imbalance_costs_time():
 
 
 def test_a_shortcut_hides_the_exchange_behind_attention():
-    arrangement, seconds = Arrangement(8, 4, chunks=1), []
+    slow = CLUSTER.replace(inside={"latency": 1e-5, "bandwidth": 1e7})  # more than the shared branch alone hides
+    arrangement, seconds = Arrangement(8, 4), []
     for shortcut in (False, True):
         moe = {**MODEL["moe"], "shortcut": shortcut}  # type: ignore[dict-item]
         job = Job(model(moe=moe), 8, 64)
-        seconds.append(step_seconds(play(step_of(job, arrangement), arrangement, CLUSTER)))
-    assert seconds[1] < seconds[0]
+        seconds.append(step_seconds(play(step_of(job, arrangement), arrangement, slow)))
+    assert seconds[1] < 0.95 * seconds[0]
 
 
 def test_thousands_of_processes_take_no_longer_than_one_group():
