@@ -1,6 +1,6 @@
 """How ``moeforge plan`` compares with runs on this machine: seconds and bytes of a step, and which mesh is fastest.
 
-The machine is profiled first; then every mesh trains for a few steps, in turn, twice over. ``python
+The machine is profiled first; then every mesh trains for a few steps, in turn, again and again. ``python
 benchmarks/plan_predictions.py --nproc 2`` (and 4) adds to ``plan_predictions.json``.
 """
 
@@ -23,7 +23,7 @@ from moeforge.parallel.plan.search import candidate, describe
 from moeforge.parallel.plan.step import bytes_sent
 from moeforge.train.metrics import read_metrics
 
-STEPS, WARM, ROUNDS = 16, 4, 2
+STEPS, WARM = 14, 4
 MODELS = {
     "pr-moe": ("pr-moe", []),
     "pr-moe, 4 times as wide": ("pr-moe", ["--model.d_model=256", "--batch_size=8"]),
@@ -39,24 +39,25 @@ def main() -> None:
     """Profiles, trains, plans, compares."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--nproc", type=int, default=2)
-    size = parser.parse_args().nproc
+    parser.add_argument("--rounds", type=int, default=2)
+    options = parser.parse_args()
+    size, rounds = options.nproc, options.rounds
     arrangements = [Arrangement(size), Arrangement(size, 2), Arrangement(size, 2, shard=True)]
     arrangements += [Arrangement(size, size)] * (size > 2)
     with tempfile.TemporaryDirectory() as folder:
         cluster_file = Path(folder) / "here.yaml"
-        run(
-            "plan", "--profile", "--cluster", cluster_file, "--nproc", size, "--dtype=float32"
-        )  # as the recipes have it
+        # The recipes train in float32.
+        run("plan", "--profile", "--cluster", cluster_file, "--nproc", size, "--dtype=float32")
         pairs = [(name, arrangement) for name in MODELS for arrangement in arrangements]
         places = [(*pair, Path(folder) / str(number)) for number, pair in enumerate(pairs)]
-        for number in range(ROUNDS):
+        for number in range(rounds):
             for name, arrangement, out in places:
                 recipe, settings = MODELS[name]
                 flags = ["--nproc", size, "--ep", arrangement.expert, *(["--shard"] * arrangement.shard), "--quiet"]
                 rest = [*settings, f"--steps={STEPS}", "--eval_every=1000", "--eval_tokens=1", "--save_every=1000"]
                 run("train", recipe, *flags, *rest, f"--out={out}_{number}")
         cluster = read_cluster(cluster_file)
-        runs = {out: [Path(f"{out}_{number}") for number in range(ROUNDS)] for *_, out in places}
+        runs = {out: [Path(f"{out}_{number}") for number in range(rounds)] for *_, out in places}
         found = [compared(name, arrangement, runs[out], cluster) for name, arrangement, out in places]
     path = HERE / "plan_predictions.json"
     before = json.loads(path.read_text())["results"] if path.exists() else {}

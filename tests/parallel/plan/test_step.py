@@ -65,3 +65,14 @@ def test_bytes_are_those_that_real_processes_count(processes, name, rows, recomp
     weights, cut = Weights.of(planned, arrangement), size if layout.shard else 1
     held = nbytes(weights.everywhere, cut) + nbytes(weights.shared_out, arrangement.data if layout.shard else 1)
     assert max(held for _, held in found) == held
+
+
+def test_a_large_models_bytes_are_exact_too():
+    model = decoder("plain", torch.float32).config.replace(vocab_size=10_007, d_model=512)
+    planned = Job(model, 4, LENGTH, half=False)
+    parameters = list(planned.decoder.parameters())
+    size = 4 * (sum(p.numel() for p in parameters) + len(parameters))
+    assert 4 << 20 < size < 64 << 20  # one bucket, of more bytes than a float32 counts one by one
+    sent = bytes_sent(step_of(planned, Arrangement(4)), Arrangement(4))["all_reduce"]
+    rest = [8 * 4, 4, 8, 8 * (3 + 1 + 4)]  # loads, finite, norm, losses and loads
+    assert sent == sum(2 * 4 * 3 * -(-each // 4) for each in (size, *rest))

@@ -88,7 +88,7 @@ class Job:
         """
         moe = self.model.applied_layers[depth].moe
         assert moe is not None
-        load = self.loads.get(depth, torch.ones(moe.num_experts) / moe.num_experts).double()
+        load = self.loads.get(depth, torch.ones(moe.num_experts, dtype=torch.float64) / moe.num_experts).double()
         wanted = ((moe.num_experts,), (arrangement.size, moe.num_experts))
         if load.shape not in wanted:
             raise UserError(f"loads of layer {depth} are {list(load.shape)}: it has {moe.num_experts} experts")
@@ -161,6 +161,7 @@ def skewed(num_experts: int, imbalance: float) -> Tensor:
     """
     if imbalance > num_experts:
         raise UserError(f"an imbalance of {imbalance:g} is more than all rows: a layer has {num_experts} experts")
-    share_E = torch.full((num_experts,), (num_experts - imbalance) / max(1, num_experts - 1) / num_experts)
+    rest = (num_experts - imbalance) / max(1, num_experts - 1) / num_experts
+    share_E = torch.full((num_experts,), rest, dtype=torch.float64)
     share_E[0] = imbalance / num_experts
-    return share_E.double()
+    return share_E

@@ -109,12 +109,12 @@ class _Writer:
         count = self.arrangement.group(axis)
         if count > 1:
             each = 2 * (count - 1) * -(-size // count)
-            self._add(name, Message("all_reduce", axis, torch.tensor(float(each))), self.last)
+            self._add(name, Message("all_reduce", axis, torch.tensor(each, dtype=torch.float64)), self.last)
 
     def _cut(self, name: str, kind: str, axis: str, parameters: list[nn.Parameter], *after: int) -> int:
         """Gathers parameters that are cut along an axis, or sums and cuts their gradients."""
         count = self.arrangement.group(axis)
-        sent = torch.tensor(float((count - 1) * nbytes(parameters, count)))
+        sent = torch.tensor((count - 1) * nbytes(parameters, count), dtype=torch.float64)
         return self._add(name, Message(kind, axis, sent), *(after or (self.last,)))
 
     def _gathered(self, depth: int, passing: str) -> int:
