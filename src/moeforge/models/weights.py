@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moeforge.errors import UserError
+from moeforge.kernels.mixed import MixedWeight
 from moeforge.kernels.native.quantised import QuantisedWeight, linear_quantised, quantise
 from moeforge.moe import MoE, Router
 from moeforge.moe.bank.base import Bank
@@ -60,6 +61,11 @@ def hold(model: nn.Module, weights: str) -> dict[str, int]:
     return bytes_by_class(model)
 
 
+def is_held(bank: MLPBank) -> bool:
+    """Whether its matrices are in few bits already: quantised as it was opened, or stored so."""
+    return isinstance(bank.gate_up_proj, QuantisedWeight | MixedWeight)
+
+
 def _quantise(model: nn.Module, bits: int) -> int:
     changed, stay = 0, []
     merging = [moe for moe in model.modules() if isinstance(moe, MoE) and isinstance(moe.config.router.select, Merged)]
@@ -68,6 +74,8 @@ def _quantise(model: nn.Module, bits: int) -> int:
         if isinstance(parent, Router):
             continue
         own_matrices = id(parent) not in summed
+        if isinstance(parent, MLPBank) and is_held(parent):
+            continue  # packed on disk: those bits are what was asked for there
         if isinstance(parent, MLPBank) and own_matrices and not (parent.config.bias or parent.config.clamp):
             for name in EXPERTS:
                 weight = quantise(getattr(parent, name).detach(), bits, GROUP[bits])
@@ -101,12 +109,12 @@ def bytes_by_class(model: nn.Module) -> dict[str, int]:
     return found
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor | QuantisedWeight]]:
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor | QuantisedWeight | MixedWeight]]:
     routers = {id(module) for router in model.modules() if isinstance(router, Router) for module in router.modules()}
     for name, module in model.named_modules():
         if isinstance(module, MLPBank):
             held = [getattr(module, name) for name in EXPERTS]
-            yield from (("experts", weight) for weight in held if isinstance(weight, QuantisedWeight))
+            yield from (("experts", weight) for weight in held if isinstance(weight, QuantisedWeight | MixedWeight))
         if isinstance(module, HeldLinear):
             yield "dense", module.weight
         for parameter in module.parameters(recurse=False):

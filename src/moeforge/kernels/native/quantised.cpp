@@ -243,14 +243,14 @@ void by_count(int blocks, Weights weights, const X* const* x, int count, __m128*
 // Rows from.. of the matrix against `count` tokens; put(row, token, values) takes each token's next TOGETHER, of which
 // those past the end mean nothing. For many tokens the rows are made ready once, for as many as stay in a core's cache.
 template <int bits, int parts, class Token, class Put>
-void rows_of(const Quantised& q, size_t base, int from, int end, int count, Token token, Put put) {
+void rows_of(const Quantised& q, int from, int end, int count, Token token, Put put) {
     using X = std::decay_t<decltype(*token(0))>;
     auto* kept = (Ready<X>*)scratch<2>(count > BATCH ? size_t(q.blocks) * TOGETHER * sizeof(Ready<X>) / 4 : 0);
     auto again = [=](int b, int i) -> const Ready<X>& { return kept[b * TOGETHER + i]; };
     for (int low = 0; low < count; low += CACHED)
         for (int r = from; r < end; r += TOGETHER) {
             size_t rows[TOGETHER];
-            for (int i = 0; i < TOGETHER; i++) rows[i] = base + std::min(r + i, end - 1);
+            for (int i = 0; i < TOGETHER; i++) rows[i] = std::min(r + i, end - 1);
             const Packed<bits, parts, X> packed(q, rows);
             int high = std::min(count, low + CACHED);
             for (int at = 0; high - low > BATCH && at < q.blocks * TOGETHER; at++)
@@ -270,17 +270,17 @@ void rows_of(const Quantised& q, size_t base, int from, int end, int count, Toke
 }
 
 template <int bits, class Token, class Put>
-void by_group(const Quantised& q, size_t base, int from, int end, int count, Token token, Put put) {
+void by_group(const Quantised& q, int from, int end, int count, Token token, Put put) {
     switch (q.group) {
-        case 32: return rows_of<bits, 1>(q, base, from, end, count, token, put);
-        case 64: return rows_of<bits, 2>(q, base, from, end, count, token, put);
-        default: return rows_of<bits, 4>(q, base, from, end, count, token, put);
+        case 32: return rows_of<bits, 1>(q, from, end, count, token, put);
+        case 64: return rows_of<bits, 2>(q, from, end, count, token, put);
+        default: return rows_of<bits, 4>(q, from, end, count, token, put);
     }
 }
 
 template <class Token, class Put>
-void rows_against(const Quantised& q, size_t base, int from, int end, int count, Token token, Put put) {
-    (q.bits == 8 ? by_group<8, Token, Put> : by_group<4, Token, Put>)(q, base, from, end, count, token, put);
+void rows_against(const Quantised& q, int from, int end, int count, Token token, Put put) {
+    (q.bits == 8 ? by_group<8, Token, Put> : by_group<4, Token, Put>)(q, from, end, count, token, put);
 }
 
 // What a matrix is multiplied with: `count` rows of bf16, padded with zeros, arranged for its format.
@@ -307,14 +307,14 @@ void project(const Layer& l, const Quantised& up, const Rows<X>& x, uint16_t* hi
         int e = task / shares, from = e ? l.ends[e - 1] : 0, count = l.ends[e] - from;
         if (!count) return;
         int begin = task % shares * rows, end = std::min(begin + rows, l.d_expert);
-        size_t base = size_t(e) * up.rows;
+        const Quantised own = up.of(e);
         float *gate = scratch<0>(size_t(count) * rows), *linear = scratch<1>(size_t(count) * rows);
         auto token = [&](int m) { return x[l.token[from + m]]; };
         auto into = [&](float* all) {
             return [=](int r, int m, __m128 v) { _mm_storeu_ps(all + m * rows + r - begin, v); };
         };
-        rows_against(up, base, begin, end, count, token, into(gate));
-        if (l.gated) rows_against(up, base + l.d_expert, begin, end, count, token, into(linear));
+        rows_against(own, begin, end, count, token, into(gate));
+        if (l.gated) rows_against(own.from(l.d_expert), begin, end, count, token, into(linear));
         for (int m = 0; m < count; m++)
             for (int r = 0; r < end - begin; r += VECTOR) {
                 __m512 a = activate(_mm512_loadu_ps(gate + m * rows + r), Pointwise(l.pointwise)).value;
@@ -334,7 +334,7 @@ void combine(const Layer& l, const Quantised& down, const Rows<X>& hidden, uint1
         std::fill_n(sums, l.tokens * rows, 0.f);
         for (int e = 0, edge = 0; e < l.experts; edge = l.ends[e++])
             rows_against(
-                down, size_t(e) * down.rows, from, end, l.ends[e] - edge, [&](int m) { return hidden[edge + m]; },
+                down.of(e), from, end, l.ends[e] - edge, [&](int m) { return hidden[edge + m]; },
                 [&](int r, int m, __m128 v) {
                     float* sum = sums + l.token[edge + m] * rows + r - from;
                     _mm_storeu_ps(sum, _mm_fmadd_ps(_mm_set1_ps(l.weight[edge + m]), v, _mm_loadu_ps(sum)));
@@ -360,7 +360,7 @@ void linear(const Quantised& q, const uint16_t* x_TK, int64_t tokens, int thread
     const int rows = share(q.rows, threads);
     on_threads((q.rows + rows - 1) / rows, threads, [&](int task) {
         rows_against(
-            q, 0, task * rows, std::min((task + 1) * rows, q.rows), tokens, [&](int m) { return x[m]; },
+            q, task * rows, std::min((task + 1) * rows, q.rows), tokens, [&](int m) { return x[m]; },
             [&](int r, int m, __m128 v) {
                 __mmask16 mask = first(std::min(TOGETHER, q.rows - r));
                 Bf16::store(y + size_t(m) * q.rows + r, mask, _mm512_castps128_ps512(v));

@@ -43,15 +43,18 @@ class _Matrix(ctypes.Structure):
     """``struct Quantised`` of ``quantised.h``."""
 
     _fields_ = (
-        ("packed", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("packed", "scales")),
+        *((name, ctypes.c_int64) for name in ("packed_stride", "scales_stride")),
         *((name, ctypes.c_int32) for name in ("bits", "group", "rows", "blocks")),
     )
 
 
 @dataclass(frozen=True)
 class QuantisedWeight:
-    """A weight [..., out, in] in the format that the module describes."""
+    """A weight [..., out, in] in the format that the module describes.
+
+    In a stack [E, out, in] each expert's own bytes are contiguous; the experts may lie apart, as in a mapped file.
+    """
 
     packed: Tensor
     scales: Tensor
@@ -59,6 +62,13 @@ class QuantisedWeight:
     group: int
     shape: tuple[int, ...]
     """Of the weight that it stands for."""
+
+    @classmethod
+    def of_codes(cls, codes: Tensor, scales: Tensor, bits: int, group: int, width: int) -> "QuantisedWeight":
+        """Of codes [..., out, multiple of 128] int8 in the order of inputs, of which the first ``width`` count."""
+        stored = to_order(codes)
+        packed = stored if bits == 8 else _nibbles_of(stored)
+        return cls(packed.contiguous(), scales.contiguous(), bits, group, (*codes.shape[:-1], width))
 
     @property
     def nbytes(self) -> int:
@@ -69,8 +79,9 @@ class QuantisedWeight:
     def matrix(self) -> _Matrix:
         """What the C++ reads: made once, since one token's experts take little longer than making it."""
         blocks = -(-self.shape[-1] // BLOCK)
-        addresses = engine.pointer(self.packed), engine.pointer(self.scales)
-        return _Matrix(*addresses, self.bits, self.group, self.shape[-2], blocks)
+        addresses = (_pointer(part) for part in (self.packed, self.scales))
+        strides = (part.stride(-3) if part.dim() > 2 else 0 for part in (self.packed, self.scales))
+        return _Matrix(*addresses, *strides, self.bits, self.group, self.shape[-2], blocks)
 
     def __getstate__(self) -> dict[str, object]:
         """A copy has addresses of its own."""
@@ -79,7 +90,7 @@ class QuantisedWeight:
     def dequantise(self) -> Tensor:
         """[..., out, in] float32: what the numbers stand for."""
         stored = self.packed if self.bits == 8 else _bytes_of(self.packed)
-        codes = stored.unflatten(-1, (-1, BLOCK))[..., ORDER.argsort()].flatten(-2)
+        codes = in_order(stored)
         grouped = codes.float().unflatten(-1, (-1, self.group)) * self.scales.float()[..., None]
         return grouped.flatten(-2)[..., : self.shape[-1]]
 
@@ -118,9 +129,23 @@ def _pack_in_torch(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tenso
         raise UserError("a weight is too large for a float16 scale")
     steps = scales.float()[..., None]
     codes = torch.where(steps > 0, padded / steps, 0).round().clamp(-LARGEST[bits], LARGEST[bits]).to(torch.int8)
-    stored = codes.flatten(-2).unflatten(-1, (-1, BLOCK))[..., ORDER].flatten(-2)
-    packed = stored if bits == 8 else _nibbles_of(stored)
-    return packed.contiguous(), scales.contiguous()
+    made = QuantisedWeight.of_codes(codes.flatten(-2), scales, bits, group, weight.shape[-1])
+    return made.packed, made.scales
+
+
+def to_order(codes: Tensor) -> Tensor:
+    """Codes [..., multiple of 128] in the order of inputs -> as they lie."""
+    return codes.unflatten(-1, (-1, BLOCK))[..., ORDER].flatten(-2)
+
+
+def in_order(stored: Tensor) -> Tensor:
+    """What ``to_order`` was given."""
+    return stored.unflatten(-1, (-1, BLOCK))[..., ORDER.argsort()].flatten(-2)
+
+
+def _pointer(stack: Tensor) -> int:
+    """To the first value; what lies between two experts is not looked at."""
+    return engine.pointer(stack[0]) if stack.dim() > 2 and len(stack) else engine.pointer(stack)
 
 
 def _nibbles_of(codes: Tensor) -> Tensor:
