@@ -18,6 +18,7 @@ VERBS = (
     "serve",
     "evaluate",
     "analyze",
+    "compress",
     "inspect",
     "convert",
     "recipes",
@@ -28,7 +29,7 @@ VERBS = (
     "bench",
 )
 """Each is a module beside this one that holds a function, or a group of them, of the same name."""
-TAKE_SETTINGS = ("train", "evaluate", "inspect", "reproduce", "compare")
+TAKE_SETTINGS = ("train", "evaluate", "compress", "inspect", "reproduce", "compare")
 """These accept ``--dotted.name=value`` besides their own options."""
 
 
