@@ -52,9 +52,6 @@ class Plan(Config):
     """In any order."""
     dense: Literal["as stored", "bf16"] = "bf16"
     """What all other weights are kept as; routers stay as stored."""
-    rounding: Literal["nearest", "second_order"] = "nearest"
-    """To the nearest code; or column by column, later columns making up for the errors of earlier ones (GPTQ,
-    arXiv:2210.17323), by what calibration text does to each expert."""
 
     def of_layer(self, layer: int) -> dict[int, Row]:
         """Rows by expert."""
