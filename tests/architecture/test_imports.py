@@ -13,7 +13,11 @@ OPTIONAL = (
     *("transformers", "gguf", "datasets", "pyarrow", "matplotlib", "jinja2", "tensorboard", "lm_eval", "triton"),
     *("fastapi", "uvicorn", "prometheus_client", "llguidance", "scipy", "compressed_tensors"),
 )
-BORROWS = {"transformers": "src/moeforge/models/rope.py", "jinja2": "src/moeforge/serve/template.py"}
+BORROWS = {
+    "transformers": "src/moeforge/models/rope.py",
+    "jinja2": "src/moeforge/serve/template.py",
+    "scipy": "src/moeforge/compress/merge.py",
+}
 """A file besides the owner that calls single functions of the package."""
 ENTRY = {"tensorboard": "torch.utils.tensorboard"}
 

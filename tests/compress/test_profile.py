@@ -65,7 +65,10 @@ def test_errors_are_those_of_rounded_experts(folder: Path) -> None:
     seen, bank = profile(Streamed(folder), batches()).layers[1], model.moe_layers[1].banks[0]
     x = torch.randn(2000, 32) * seen.input_moment[0].sqrt()
     for at, format in enumerate(FORMATS):
-        up, down = (to_format(getattr(bank, name)[:1].detach(), format).dequantise()[0] for name in ("gate_up_proj", "down_proj"))  # type: ignore[union-attr]
+        up, down = (
+            to_format(getattr(bank, name)[:1].detach(), format).dequantise()[0]
+            for name in ("gate_up_proj", "down_proj")
+        )  # type: ignore[union-attr]
         exact = activate(x @ bank.gate_up_proj[0].T, "swiglu") @ bank.down_proj[0].T
         error = (activate(x @ up.T, "swiglu") @ down.T - exact).square().sum(1).mean()
         assert 0.3 < float(seen.error[0, at] / error) < 3
@@ -91,7 +94,9 @@ def test_experts_with_few_tokens_are_named_and_get_statistics_of_all(tmp_path: P
     streamed = Streamed(folder)
     seen = profile(streamed, batches(260)).layers
     scarce = Profile(seen).scarce
-    assert scarce == {layer: (s.count < FLOOR).nonzero().flatten().tolist() for layer, s in seen.items() if (s.count < FLOOR).any()}
+    assert scarce == {
+        layer: (s.count < FLOOR).nonzero().flatten().tolist() for layer, s in seen.items() if (s.count < FLOOR).any()
+    }
     assert scarce and all((s.error > 0).all() for s in seen.values())
 
 

@@ -30,7 +30,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def rows(change: Callable[[int, int], dict[str, object]]) -> list[Row]:
     experts = [(1, expert) for expert in range(4)] + [(2, expert) for expert in range(6)]
-    return [Row.model_validate({"layer": layer, "expert": expert, **change(layer, expert)}) for layer, expert in experts]
+    return [
+        Row.model_validate({"layer": layer, "expert": expert, **change(layer, expert)}) for layer, expert in experts
+    ]
 
 
 KINDS = [(8, 128), (4, 32), (3, 64), (2, 128), ("ternary", 32), (16, None)]
@@ -145,7 +147,9 @@ def test_what_another_plan_left_unfinished_is_not_used(folder: Path, tmp_path: P
         Job(Streamed(folder), Plan(rows=tuple(rows(mixed)))).run(tmp_path / "out", stop)
     job = Job(Streamed(folder), Plan(rows=tuple(rows(uniform))))
     job.run(tmp_path / "out")
-    assert sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors")) == sum(job.bytes_by_class().values())
+    assert sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors")) == sum(
+        job.bytes_by_class().values()
+    )
 
 
 def test_a_full_disk_leaves_the_original_and_nothing_else(folder: Path, tmp_path: Path) -> None:

@@ -51,7 +51,10 @@ class Format(NamedTuple):
             return [(torch.bfloat16, (rows, width))]
         blocks = -(-width // BLOCK)
         codes = torch.int8 if self.bits == 8 else torch.uint8
-        return [(codes, (rows, blocks * FORMATS[self.bits].block)), (torch.float16, (rows, blocks * BLOCK // self.group))]
+        return [
+            (codes, (rows, blocks * FORMATS[self.bits].block)),
+            (torch.float16, (rows, blocks * BLOCK // self.group)),
+        ]
 
 
 class Section(NamedTuple):
