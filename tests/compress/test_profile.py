@@ -9,7 +9,7 @@ from moeforge.compress.profile import FLOOR, FORMATS, Profile, profile
 from moeforge.compress.rounding import to_format
 from moeforge.compress.stream import Streamed
 from moeforge.errors import UserError
-from moeforge.hub import load
+from moeforge.hub import load, save
 from moeforge.kernels.activation import activate
 from tests.compress.small import batches, model_folder
 
@@ -24,7 +24,8 @@ def test_every_number_is_a_sum_over_the_tokens(folder: Path) -> None:
     model, _ = load(folder)
     seen = profile(Streamed(folder), batches()).layers[1]
     moe, rows, routes, streams = model.moe_layers[1], [], [], []
-    moe.banks[0].register_forward_hook(lambda m, inputs, y: (rows.append(inputs[0]), routes.append(inputs[1])))
+    moe.banks[0].register_forward_hook(lambda m, inputs, y: rows.append(inputs[0]))
+    moe.banks[0].register_forward_hook(lambda m, inputs, y: routes.append(inputs[1]))
     model.blocks[2].register_forward_hook(lambda m, inputs, y: streams.append(inputs[0]))
     outputs = [model(b.input_ids, position=b.position, document=b.document) for b in batches()]
     count, weight, reap, square = (torch.zeros(4) for _ in range(4))
@@ -65,10 +66,8 @@ def test_errors_are_those_of_rounded_experts(folder: Path) -> None:
     seen, bank = profile(Streamed(folder), batches()).layers[1], model.moe_layers[1].banks[0]
     x = torch.randn(2000, 32) * seen.input_moment[0].sqrt()
     for at, format in enumerate(FORMATS):
-        up, down = (
-            to_format(getattr(bank, name)[:1].detach(), format).dequantise()[0]
-            for name in ("gate_up_proj", "down_proj")
-        )  # type: ignore[union-attr]
+        parts = [to_format(weight[:1], format) for weight in (bank.gate_up_proj, bank.down_proj)]
+        up, down = (part.dequantise()[0] for part in parts)  # type: ignore[union-attr]
         exact = activate(x @ bank.gate_up_proj[0].T, "swiglu") @ bank.down_proj[0].T
         error = (activate(x @ up.T, "swiglu") @ down.T - exact).square().sum(1).mean()
         assert 0.3 < float(seen.error[0, at] / error) < 3
@@ -90,14 +89,12 @@ def test_it_comes_back_from_disk_and_belongs_to_one_model(folder: Path, tmp_path
 
 
 def test_experts_with_few_tokens_are_named_and_get_statistics_of_all(tmp_path: Path) -> None:
-    folder = model_folder(tmp_path / "m")
-    streamed = Streamed(folder)
-    seen = profile(streamed, batches(260)).layers
-    scarce = Profile(seen).scarce
-    assert scarce == {
-        layer: (s.count < FLOOR).nonzero().flatten().tolist() for layer, s in seen.items() if (s.count < FLOOR).any()
-    }
-    assert scarce and all((s.error > 0).all() for s in seen.values())
+    model, tokenizer = load(model_folder(tmp_path / "m"))
+    model.moe_layers[2].router.expert_bias[3] = -100
+    save(model, tokenizer, tmp_path / "biased")
+    found = profile(Streamed(tmp_path / "biased"), batches())
+    assert found.scarce == {2: [3]} and found.layers[2].count[3] == 0
+    assert all(bool((seen.error > 0).all()) and bool((seen.reap > 0).all()) for seen in found.layers.values())
 
 
 def test_a_short_text_and_one_of_another_vocabulary_are_refused(folder: Path, tmp_path: Path) -> None:
