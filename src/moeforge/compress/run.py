@@ -180,7 +180,7 @@ class Task:
             yield f"layer {layer:>3}  {counts or 'experts stay as stored: no plain MLPs'}"
 
     def write(self, job: Job, target: Path) -> Tree:
-        """Writes the folder, reloads it, measures, and leaves ``report.json`` and ``report.html`` in it. Raises UserError."""
+        """Writes the folder, reloads it, measures, and leaves a report in it as JSON and HTML. Raises UserError."""
         environment()  # a package that the page needs is asked for before the work
         predicted, reference = job.bytes_by_class(), self.reference
         job.run(target)
