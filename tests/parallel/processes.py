@@ -2,6 +2,9 @@
 
 import multiprocessing
 import os
+import subprocess
+import sys
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -57,3 +60,28 @@ def _serve(rank: int, size: int, store: str, end: Connection) -> None:
         except BaseException:
             end.send((False, traceback.format_exc()))
     os._exit(0)  # nothing to take down in order; the interpreter's own end takes seconds
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    """A program of its own, ``python -m ...``."""
+    command = [sys.executable, "-m", *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def children(pid: int) -> dict[int, int]:
+    """Process ids by rank."""
+    found = {}
+    for line in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        environment = dict(part.partition("=")[::2] for part in Path(f"/proc/{line}/environ").read_text().split("\0"))
+        if "RANK" in environment:
+            found[int(environment["RANK"])] = int(line)
+    return found
+
+
+def until(condition: Callable[[], object], process: subprocess.Popen[str], seconds: float = 90) -> None:
+    """Waits for something that the process does."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < end, process.communicate(timeout=30)
+        time.sleep(0.05)

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,58 +10,9 @@ import pytest
 
 from moeforge.cli.main import main
 from moeforge.train.checkpoint import checkpoints
+from tests.parallel.processes import children, start, until
 
 pytestmark = pytest.mark.dist
-SETTINGS = """
-name: tiny
-steps: 100000
-batch_size: 4
-seq_len: 32
-eval_every: 100000
-eval_tokens: 500
-save_every: 5
-device: cpu
-dtype: float32
-data: {type: files, path: PATH}
-model:
-  d_model: 16
-  num_layers: 2
-  num_heads: 2
-  d_ff: 16
-  moe: {experts: {num_experts: 4, d_expert: 8}}
-"""
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("text") / "tiny.yaml"
-    text = file.with_name("corpus.txt")
-    text.write_text("\n\n".join(f"paragraph {n}: the quick brown fox." for n in range(400)), encoding="utf-8")
-    file.write_text(SETTINGS.replace("PATH", str(text)), encoding="utf-8")
-    return file
-
-
-def start(*arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-
-
-def children(pid: int) -> dict[int, int]:
-    """Process ids by rank."""
-    found = {}
-    for line in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        environment = dict(part.partition("=")[::2] for part in Path(f"/proc/{line}/environ").read_text().split("\0"))
-        if "RANK" in environment:
-            found[int(environment["RANK"])] = int(line)
-    return found
-
-
-def until(condition, process: subprocess.Popen[str], seconds: float = 90) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None and time.monotonic() < end, process.communicate(timeout=30)
-        time.sleep(0.05)
 
 
 def test_a_killed_process_is_named_the_others_stop_and_the_run_goes_on(tiny, tmp_path):

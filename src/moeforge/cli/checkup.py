@@ -19,6 +19,7 @@ OPTIONAL = {
     "gguf": "gguf",
     "matplotlib": "report",
     "jinja2": "report",
+    "scipy": "compress",
     "tensorboard": "track",
     "lm-eval": "eval",
     "triton": "triton",

@@ -6,16 +6,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moeforge.cli.held_out import check, count, text_settings
 from moeforge.errors import UserError
 
 if TYPE_CHECKING:
     from moeforge.data.tokenizers import Tokenizer
     from moeforge.evaluate import Score
-    from moeforge.models import Decoder, ModelConfig
+    from moeforge.models import Decoder
     from moeforge.train import RunConfig
 
-SETTINGS = ("data", "seq_len", "batch_size", "dtype")
-"""Of a run's settings, those that an evaluation depends on."""
 BATCH_SIZE = 8
 """Of requests to a task, unless --batch_size says otherwise."""
 
@@ -42,10 +41,10 @@ def evaluate(
         return _tasks(model, [name.strip() for name in tasks.split(",")], context.obj, limit, as_json)
     if limit is not None:
         raise UserError("--limit belongs to --tasks: --tokens says how much text")
-    _check(context.obj)
-    most = None if tokens is None else _count(tokens)
+    check(context.obj)
+    most = None if tokens is None else count(tokens)
     opened, tokenizer = load(model)
-    config = _config(model, opened.config, context.obj)
+    config = text_settings(model, opened.config, context.obj)
     score = _score(opened, tokenizer, config, most)
     found = {
         "model": str(model),
@@ -93,45 +92,6 @@ def _tasks(folder: Path, tasks: list[str], settings: list[str], limit: int | Non
     if scored.truncated:
         room = model.config.max_seq_len
         print(f"{scored.truncated:,} requests were longer than the context of {room} tokens: their ends were read")
-
-
-def _check(settings: list[str]) -> None:
-    """Raises UserError for a setting that would change nothing."""
-    from moeforge.config import nearest
-
-    for text in settings:
-        name = text.removeprefix("--").partition("=")[0].partition(".")[0].replace("-", "_")
-        if name not in SETTINGS:
-            raise UserError(f"{text} changes no evaluation.{nearest(name, SETTINGS)} Valid: {', '.join(SETTINGS)}")
-
-
-def _config(folder: Path, model: "ModelConfig", settings: list[str]) -> "RunConfig":
-    """The run's settings, or the defaults, with ``settings`` laid on top."""
-    from moeforge.config import build, merge, override, read_yaml
-    from moeforge.train import RunConfig
-
-    file = folder / "config.yaml"
-    run = read_yaml(file) if file.exists() else {"seq_len": min(RunConfig().seq_len, model.max_seq_len)}
-    asked = override({}, settings)
-    data = asked.get("data")
-    if isinstance(data, dict) and "path" in data and "type" not in data:
-        asked["data"] = {"type": "files", **data}
-    base = {name: run[name] for name in SETTINGS if name in run}
-    return build(RunConfig, {**merge(base, asked), "model": model.model_dump()}, source="evaluate")
-
-
-def _count(text: str) -> int:
-    from pydantic import TypeAdapter, ValidationError
-
-    from moeforge.config import Count
-
-    try:
-        number = TypeAdapter(Count).validate_python(text)
-    except ValidationError as error:
-        raise UserError(f"--tokens={text} is no number of tokens; try 50000 or 50k") from error
-    if number < 1:
-        raise UserError(f"--tokens={text}: there must be at least one")
-    return number
 
 
 def _score(model: "Decoder", tokenizer: "Tokenizer", config: "RunConfig", tokens: int | None) -> "Score":

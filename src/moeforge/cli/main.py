@@ -18,6 +18,7 @@ VERBS = (
     "serve",
     "evaluate",
     "analyze",
+    "compress",
     "inspect",
     "convert",
     "recipes",
@@ -29,7 +30,7 @@ VERBS = (
     "bench",
 )
 """Each is a module beside this one that holds a function, or a group of them, of the same name."""
-TAKE_SETTINGS = ("train", "evaluate", "inspect", "reproduce", "compare", "plan")
+TAKE_SETTINGS = ("train", "evaluate", "compress", "inspect", "reproduce", "compare", "plan")
 """These accept ``--dotted.name=value`` besides their own options."""
 
 

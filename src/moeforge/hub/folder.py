@@ -15,13 +15,16 @@ from moeforge.config import Tree
 from moeforge.data.tokenizers import Tokenizer
 from moeforge.errors import UserError
 from moeforge.hub.layout import plan
-from moeforge.hub.pretrained import Pretrained, carry_files, check, family_of, fill, open_family
+from moeforge.hub.pretrained import Outline, Pretrained, carry_files, check, family_of, fill, outline_of_family
 from moeforge.hub.remote import CODE, carry
 from moeforge.hub.shards import MAX_SHARD_SIZE, Shards, write
+from moeforge.hub.store import PACKED, hold_packed
 from moeforge.hub.versions import model_config
 from moeforge.hub.whole import write_whole
 from moeforge.models import Decoder, ModelConfig
 from moeforge.models.init import without_memory
+from moeforge.models.weights import is_held
+from moeforge.moe.bank.mlp import MLPBank
 
 MODEL_TYPE = "moeforge"
 
@@ -67,22 +70,29 @@ def _write_own(
     max_shard_size: int | str = MAX_SHARD_SIZE,
 ) -> None:
     """A folder of our own type: ``fields`` go into its config.json too, ``beside`` writes what else lies there."""
+    if any(isinstance(bank, MLPBank) and is_held(bank) for bank in model.modules()):
+        raise UserError(f"{folder}: the model's experts are held in few bits, and a folder of this kind has them whole")
     tensors = model.state_dict()
 
     def contents(fresh: Path) -> None:
         write(fresh, {name: tensor.nbytes for name, tensor in tensors.items()}, tensors.__getitem__, max_shard_size)
         beside(fresh)
-        config = {
-            "model_type": MODEL_TYPE,
-            **{name: value for name, value in fields.items() if name not in CODE},
-            "moeforge_version": __version__,
-            "dtype": str(model.embedding.weight.dtype).removeprefix("torch."),
-            "model": json.loads(model.config.model_dump_json()),
-            **carry(model.config, fresh),
-        }
-        (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_own_config(fresh, model.config, model.embedding.weight.dtype, fields)
 
     write_whole(folder, contents)
+
+
+def write_own_config(fresh: Path, config: ModelConfig, dtype: torch.dtype, fields: Tree) -> None:
+    """The config.json of a folder of our own type, ``fields`` among it, and the code that the model needs."""
+    tree = {
+        "model_type": MODEL_TYPE,
+        **{name: value for name, value in fields.items() if name not in CODE},
+        "moeforge_version": __version__,
+        "dtype": str(dtype).removeprefix("torch."),
+        "model": json.loads(config.model_dump_json()),
+        **carry(config, fresh),
+    }
+    (fresh / "config.json").write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
 
 
 def load(folder: str | Path, device: str = "cpu") -> tuple[Decoder, Tokenizer]:
@@ -95,7 +105,8 @@ def load(folder: str | Path, device: str = "cpu") -> tuple[Decoder, Tokenizer]:
     tokenizer = open_tokenizer(folder)
     # Public models round their vocabulary up; ours is the tokenizer's.
     ours, known = config.vocab_size or 0, tokenizer.vocab_size
-    if known > ours or (known < ours and config_json(folder)["model_type"] == MODEL_TYPE):
+    fields = config_json(folder)
+    if known > ours or (known < ours and fields["model_type"] == MODEL_TYPE and PACKED not in fields):
         raise UserError(f"{folder}: the model has vocab_size {ours}, its tokenizer {known}")
     return open_model(folder, device=device), tokenizer
 
@@ -108,15 +119,24 @@ def open_model(
     ``dtype`` None: every weight in the type it has. ``pickle`` lets ``pytorch_model.bin`` be opened. At most the model
     and one mapped file of weights are in memory. Raises UserError as ``hub.load`` does.
     """
+    found = outline(folder, pickle)
+    fill(found.model, found.pieces, found.shards, found.unused, dtype, device)
+    assert isinstance(found.model, Pretrained | Own)
+    return found.model.eval()
+
+
+def outline(folder: str | Path, pickle: bool = False) -> Outline:
+    """``open_model`` without the weights; experts that lie packed are there, mapped. Raises UserError as it does."""
     folder = model_folder(Path(folder))
     fields = config_json(folder)
     if fields["model_type"] != MODEL_TYPE:
-        return open_family(folder, fields, dtype, device, pickle)
+        return outline_of_family(folder, fields, pickle)
     config, _ = read_config(folder)
     with without_memory():
         model = Own(config, fields, folder)
-    fill(model, plan(model, None), Shards(folder, pickle), set(), dtype, device)
-    return model.eval()
+    shards = Shards(folder, pickle)
+    packed = hold_packed(model, fields.get(PACKED, {}), shards)
+    return Outline(model, plan(model, None), shards, packed)
 
 
 def model_folder(folder: Path) -> Path:

@@ -153,10 +153,30 @@ def carry_files(source: Path, fresh: Path) -> None:
                 shutil.copyfile(path, fresh / path.name)
 
 
-def open_family(
-    folder: Path, config_json: Tree, dtype: torch.dtype | None, device: str, pickle: bool = False
-) -> Pretrained:
-    """The decoder of a public family's folder, in evaluation mode. Raises UserError as ``load`` does."""
+@dataclass(frozen=True)
+class Outline:
+    """A folder's model without its weights, and where these lie."""
+
+    model: Decoder
+    """On the meta device."""
+    pieces: list[Piece]
+    shards: Shards
+    unused: set[str]
+    """Tensors of ``shards`` that are no piece of the model."""
+
+    def check(self) -> None:
+        """Raises UserError with all names unless the files hold exactly the model's tensors, in name and shape."""
+        _check_pieces(self.model.state_dict(), self.pieces, self.shards, self.unused)
+
+    def read(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors, by our names, whose names start so; in the types that they have on disk."""
+        own = [piece for piece in self.pieces if piece.parameter.startswith(prefix)]
+        meta = self.model.state_dict()
+        return _read({name: meta[name] for name in {piece.parameter: 0 for piece in own}}, own, self.shards, {}, "cpu")
+
+
+def outline_of_family(folder: Path, config_json: Tree, pickle: bool = False) -> Outline:
+    """Of a public family's folder. Raises UserError as ``load`` does."""
     family = family_of(config_json, folder)
     config = family.read(config_json, str(folder / "config.json"))
     shards = Shards(folder, pickle, config_json.get("quantization_config"))
@@ -165,8 +185,7 @@ def open_family(
     unused = family.unused_of(config, shards.shapes)
     model.origin = replace(model.origin, unused=tuple(sorted(unused)))
     pieces = plan(model, family.names, set(shards.shapes))
-    fill(model, pieces, shards, unused | _repeated(model, family, shards), dtype, device)
-    return model.eval()
+    return Outline(model, pieces, shards, unused | _repeated(model, family, shards))
 
 
 def _repeated(model: Pretrained, family: Family, shards: Shards) -> set[str]:
@@ -206,12 +225,26 @@ def fill(
     """Gives a model on the meta device its weights, file by file. Raises UserError with all names unless the files hold
     exactly the model's tensors, in name and shape; then nothing has been read."""
     meta = model.state_dict()
+    _check_pieces(meta, pieces, shards, unused)
+    learnt = dict(model.named_parameters())  # what a controller moves keeps its type
+    wanted = {name: dtype for name in meta if dtype is not None and name in learnt}
+    tensors = _read(meta, pieces, shards, wanted, device)
+    shards.close()
+    model.load_state_dict(tensors, assign=True)
+
+
+def _check_pieces(meta: Mapping[str, Tensor], pieces: list[Piece], shards: Source, unused: set[str]) -> None:
     wanted = {piece.name: piece.as_theirs(meta[piece.parameter]).shape for piece in pieces}
     check(wanted, {name: shape for name, shape in shards.shapes.items() if name not in unused}, shards.folder)
-    learnt = dict(model.named_parameters())  # what a controller moves keeps its type
+
+
+def _read(
+    meta: Mapping[str, Tensor], pieces: list[Piece], shards: Source, wanted: Mapping[str, torch.dtype], device: str
+) -> dict[str, Tensor]:
+    """The tensors of ``meta``, in the types ``wanted`` or else those of the files."""
     types: dict[str, torch.dtype] = {}
     for piece in pieces:  # parts of several types lie in the one that holds them all
-        own = dtype if dtype and piece.parameter in learnt else shards.dtypes[piece.name]
+        own = wanted.get(piece.parameter, shards.dtypes[piece.name])
         types[piece.parameter] = torch.promote_types(types.get(piece.parameter, own), own)
     tensors = {
         name: ask_for_huge_pages(torch.empty_like(tensor, dtype=types[name], device=device))
@@ -220,8 +253,7 @@ def fill(
     with _one_thread():
         for piece in sorted(pieces, key=lambda piece: shards.file_of[piece.name]):
             piece.of_ours(tensors[piece.parameter]).copy_(piece.as_ours(shards.get(piece.name)))
-    shards.close()
-    model.load_state_dict(tensors, assign=True)
+    return tensors
 
 
 @contextmanager

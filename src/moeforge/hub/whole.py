@@ -21,9 +21,7 @@ def write_whole(folder: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir()
         fill(fresh)
-        for path in [*fresh.iterdir(), fresh]:
-            _flush(path)
-        _replace(fresh, folder)
+        replace_folder(fresh, folder)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {folder}: {error}. What was there before is untouched") from error
     finally:
@@ -58,7 +56,10 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _replace(fresh: Path, folder: Path) -> None:
+def replace_folder(fresh: Path, folder: Path) -> None:
+    """Puts a folder that is written in the place of another, or of none. Raises OSError."""
+    for path in [*fresh.iterdir(), fresh]:
+        _flush(path)
     if not folder.exists():
         fresh.rename(folder)
         return

@@ -19,6 +19,7 @@ from moeforge.config import Activation
 from moeforge.errors import UserError
 from moeforge.kernels.choose import ENGINES, Engine, choose
 from moeforge.kernels.edges import Edges, EdgeTensors, pad_segments
+from moeforge.kernels.mixed import MixedWeight, expert_mlp_mixed
 from moeforge.kernels.native.quantised import PackedWeight, expert_mlp_quantised
 from moeforge.kernels.reference import reference
 
@@ -40,6 +41,12 @@ def expert_mlp(
     """
     if not isinstance(up_EHD, Tensor) or not isinstance(down_EDH, Tensor):
         assert not isinstance(up_EHD, Tensor) and not isinstance(down_EDH, Tensor)
+        if isinstance(up_EHD, MixedWeight) and isinstance(down_EDH, MixedWeight) and up_EHD.whole:
+
+            def run(x_TD: Tensor, own: Edges, above: Any, below: Any) -> Tensor:
+                return expert_mlp(x_TD, own, above, below, activation, engine)
+
+            return expert_mlp_mixed(x_TD, edges, up_EHD, down_EDH, run).to(x_TD.dtype)
         return expert_mlp_quantised(x_TD, edges, up_EHD, down_EDH, activation).to(x_TD.dtype)
     device = x_TD.device.type
     if torch.is_autocast_enabled(device):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from moeforge.kernels.activation import is_gated
 from moeforge.kernels.apart import apart
+from moeforge.kernels.mixed import MixedWeight
 from moeforge.kernels.native import decoder as native
 from moeforge.kernels.native import engine
 from moeforge.kernels.paged import Rows
@@ -223,5 +224,8 @@ def _of_experts(moe: Any, dtype: torch.dtype) -> Iterator[str]:
     if moe.shared is not None and not isinstance(moe.shared.mlp, MLP):
         yield "its shared branch is no MLP"
     up: Any = banks[0].gate_up_proj
+    if isinstance(up, MixedWeight) and up.whole:
+        yield "some of its experts are whole, others packed"
+        return
     if not isinstance(up, Tensor) and (dtype != torch.bfloat16 or any(size % 128 for size in up.shape[1:])):
         yield "quantised experts in one call want bf16 and multiples of 128"

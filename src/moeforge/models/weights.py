@@ -60,6 +60,11 @@ def hold(model: nn.Module, weights: str) -> dict[str, int]:
     return bytes_by_class(model)
 
 
+def is_held(bank: MLPBank) -> bool:
+    """Whether its matrices are in few bits already: quantised as it was opened, or stored so."""
+    return not isinstance(bank.gate_up_proj, Tensor)
+
+
 def _quantise(model: nn.Module, bits: Bits) -> int:
     changed, stay = 0, []
     merging = [moe for moe in model.modules() if isinstance(moe, MoE) and isinstance(moe.config.router.select, Merged)]
@@ -68,6 +73,8 @@ def _quantise(model: nn.Module, bits: Bits) -> int:
         if isinstance(parent, Router):
             continue
         own_matrices = id(parent) not in summed
+        if isinstance(parent, MLPBank) and is_held(parent):
+            continue  # packed on disk: those bits are what was asked for there
         if isinstance(parent, MLPBank) and own_matrices and not (parent.config.bias or parent.config.clamp):
             for name in EXPERTS:
                 weight = quantise(getattr(parent, name).detach(), bits, GROUP[bits])

@@ -40,8 +40,8 @@ class Sharding:
         for name, bank in banks.items():
             for key, parameter in list(bank.named_parameters(recurse=False)):
                 self.dealt[f"{name}.{key}"] = parameter.shape, placements[name]
-                own = parameter.detach()[list(placements[name].held[position])]
-                setattr(bank, key, nn.Parameter(own.clone()))
+                own = parameter.detach()[list(placements[name].held[position])]  # a copy
+                setattr(bank, key, nn.Parameter(own))
             exchange.install(bank, placements[name])
         if layout.shard:
             _fully_shard(model, list(banks.values()), mesh, exchange.wire)

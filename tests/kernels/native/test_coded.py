@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moeforge.errors import UserError
+from moeforge.kernels.mixed import MixedWeight
 from moeforge.kernels.native import engine, expert_mlp_quantised, linear_quantised, quantise
 from moeforge.kernels.native.coded import LENGTH, CodedWeight, dictionary, encode
-from moeforge.kernels.native.mixed import MixedWeight
 from moeforge.moe import Route
 
 

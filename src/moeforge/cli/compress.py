@@ -1,0 +1,122 @@
+"""``moeforge compress``: the best model that fits a budget, and what it cost."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from moeforge.cli.amounts import in_bytes
+from moeforge.cli.held_out import check, count, text_settings
+from moeforge.errors import UserError
+
+if TYPE_CHECKING:
+    from moeforge.compress.run import Task
+    from moeforge.compress.write import Job
+
+UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+
+
+def compress(
+    context: typer.Context,
+    model: Annotated[Path, typer.Argument(help="A model folder or a run folder.")],
+    *,
+    fit: Annotated[str | None, typer.Option(help="Bytes of the weight files at most: 3GiB, 500MB.")] = None,
+    bits_per_weight: Annotated[float | None, typer.Option(help="Of the experts' weights, on average, at most.")] = None,
+    max_loss: Annotated[
+        str | None, typer.Option(help="Smallest model whose bits per byte grow by at most: +2%.")
+    ] = None,
+    plan: Annotated[Path | None, typer.Option(help="A JSON or YAML file with a row for each expert.")] = None,
+    drop: Annotated[str | None, typer.Option(help="Share of each layer's experts to drop first: 25%.")] = None,
+    drop_by: Annotated[str, typer.Option(help="frequency, weight, reap or router_norm.")] = "reap",
+    merge: Annotated[str | None, typer.Option(help="Share of each layer's experts to merge into others: 50%.")] = None,
+    granularity: Annotated[
+        Literal["expert", "layer", "model"], typer.Option(help="What shares one format.")
+    ] = "expert",
+    out: Annotated[Path | None, typer.Option(help="The folder to write.", show_default="PATH-compressed")] = None,
+    profile: Annotated[Path | None, typer.Option(help="A profile to use, or to keep if there is none.")] = None,
+    tokens: Annotated[str, typer.Option(help="Of calibration text.")] = "64k",
+    held_out: Annotated[str, typer.Option(help="Tokens of held-out text to measure on.")] = "32k",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show plan and size; write nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Write over the folder.")] = False,
+) -> None:
+    """Pack the experts of a model into fewer bits, or drop some, and measure what it cost.
+
+    Say how large: --fit, --bits-per-weight, --max-loss, or an own --plan; --drop or --merge alone leaves the rest at 16
+    bits. The folder opens like any other. Text is the run's own, or the standard library: --data as in evaluate.
+    """
+    from moeforge.compress.run import Task, Wish
+
+    check(context.obj)
+    wishes = {"--fit": fit, "--bits-per-weight": bits_per_weight, "--max-loss": max_loss, "--plan": plan}
+    named = [name for name, value in wishes.items() if value is not None]
+    fewer = [name for name, value in {"--drop": drop, "--merge": merge}.items() if value is not None]
+    if len(named) > 1 or len(fewer) > 1 or (plan is not None and fewer):
+        raise UserError(f"{' and '.join([*named, *fewer][-2:])} say the same thing twice: leave one out")
+    if not named and not fewer:
+        raise UserError("say how large it may be: --fit 3GiB, --bits-per-weight 3, --max-loss +2%, or --plan FILE")
+    target = out or model.with_name(f"{model.name}-compressed")
+    if target.exists() and not (force or dry_run):
+        raise UserError(f"{target} exists: name another with --out, or add --force to write over it")
+    wish = Wish(
+        fit=None if fit is None else _bytes(fit),
+        bits_per_weight=bits_per_weight,
+        max_loss=None if max_loss is None else _share(max_loss, "--max-loss"),
+        plan=plan,
+        drop=None if drop is None else _share(drop, "--drop"),
+        drop_by=drop_by,
+        merge=None if merge is None else _share(merge, "--merge"),
+        granularity=granularity,
+    )
+    task = Task(model, count(tokens), count(held_out), profile)
+    task.read_text(text_settings(model, task.streamed.config, context.obj))
+    job = task.plan(wish)
+    if dry_run:
+        _show(task, job, as_json)
+        return
+    report = task.write(job, target)
+    print(json.dumps(report)) if as_json else _say(report, target)
+
+
+def _say(report: dict, target: Path) -> None:
+    quality, sizes = report["quality"], report["bytes"]
+    before, after = sum(report["bytes_before"].values()), sum(sizes.values())
+    print(f"{target}: {in_bytes(after)} of {in_bytes(before)}, experts {in_bytes(sizes['experts'])}")
+    grown = quality["bits_after"] / quality["bits_before"] - 1
+    bits = f"{quality['bits_before']:.4f} -> {quality['bits_after']:.4f} bits per byte ({grown:+.2%})"
+    print(f"{bits}, KL {quality['kl']:.4f} nats per token, on {quality['tokens']:,} held-out tokens")
+
+
+def _show(task: "Task", job: "Job", as_json: bool) -> None:
+    sizes = job.bytes_by_class()
+    if as_json:
+        print(json.dumps({"bytes": sizes, "plan": job.plan.model_dump()}))
+        return
+    for line in task.table(job):
+        print(line)
+    print(
+        f"{in_bytes(sum(sizes.values()))} of weight files: " + ", ".join(f"{k} {in_bytes(v)}" for k, v in sizes.items())
+    )
+
+
+def _bytes(text: str) -> int:
+    import re
+
+    match = re.fullmatch(r"\s*([\d.]+)\s*([KMG]?I?)B?\s*", text, re.IGNORECASE)
+    try:
+        assert match is not None
+        return int(float(match[1]) * UNITS[match[2].upper()])
+    except (AssertionError, ValueError, KeyError) as error:
+        raise UserError(f"--fit={text} is no number of bytes; 3GiB and 500MB are understood") from error
+
+
+def _share(text: str, option: str) -> float:
+    number = text.strip().removeprefix("+")
+    try:
+        share = float(number.removesuffix("%")) / 100 if number.endswith("%") else float(number)
+    except ValueError as error:
+        raise UserError(f"{option}={text} is no share; 25% and 0.25 are understood") from error
+    if not 0 < share < 1:
+        raise UserError(f"{option}={text} must lie between 0% and 100%")
+    return share

@@ -1,0 +1,146 @@
+"""What becomes of each expert, as data: rows that a program solves for or a person writes."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from moeforge.config import Config, build, read_yaml
+from moeforge.errors import UserError
+from moeforge.hub.store import Format
+from moeforge.models import LayerConfig, ModelConfig
+from moeforge.moe.bank.mlp import MLPExperts
+
+
+class Row(Config):
+    """One expert. Layers count from 0, experts as their router numbers them."""
+
+    layer: int = Field(ge=0)
+    """Of the decoder."""
+    expert: int = Field(ge=0)
+    """Over all banks of the layer."""
+    action: Literal["keep", "drop", "merge_into"] = "keep"
+    """``drop``: the router does not know it any more. ``merge_into``: it shares the weights of another, whose mean they
+    are; the router still tells the two apart."""
+    into: int | None = Field(None, ge=0)
+    """The expert that a merged one joins."""
+    bits: Literal[16, 8, 4, 3, 2, "ternary"] = 16
+    """Of a kept expert's weights; 16 is bfloat16."""
+    group: Literal[32, 64, 128] | None = None
+    """Inputs that share a scale; null with 16 bits."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if (self.action == "merge_into") != (self.into is not None):
+            raise ValueError("into names the expert of action: merge_into, and belongs to nothing else")
+        if self.action == "keep" and (self.bits == 16) != (self.group is None):
+            raise ValueError("16 bits have no group, all other formats have one: 32, 64 or 128")
+        return self
+
+    @property
+    def format(self) -> Format:
+        """Of a kept expert."""
+        return Format(self.bits, self.group)
+
+
+class Plan(Config):
+    """A row for every expert that is an MLP with matrices of its own."""
+
+    rows: tuple[Row, ...]
+    """In any order."""
+    dense: Literal["as stored", "bf16"] = "bf16"
+    """What all other weights are kept as; routers stay as stored."""
+
+    def of_layer(self, layer: int) -> dict[int, Row]:
+        """Rows by expert."""
+        return {row.expert: row for row in self.rows if row.layer == layer}
+
+    def save(self, path: Path) -> None:
+        """As JSON, a row to a line."""
+        tree = self.model_dump()
+        rows = ",\n  ".join(json.dumps(row) for row in tree.pop("rows"))
+        rest = "".join(f"{json.dumps(name)}: {json.dumps(value)},\n" for name, value in tree.items())
+        path.write_text(f'{{{rest}"rows": [\n  {rows}\n]}}\n', encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> "Plan":
+        """A plan from JSON or YAML. Raises UserError."""
+        if not path.is_file():
+            raise UserError(f"{path} is missing: a plan is a JSON or YAML file with rows")
+        return build(cls, read_yaml(path), source=str(path))
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises UserError unless the rows are the model's experts, one each, and say something to do."""
+        wanted = {(layer, expert) for layer, expert in packable(config)}
+        named = [(row.layer, row.expert) for row in self.rows]
+        for what, problem in (
+            ("names absent experts", set(named) - wanted),
+            (
+                "names twice",
+                {place for place in named if named.count(place) > 1} if len(set(named)) < len(named) else (),
+            ),
+            ("misses", wanted - set(named)),
+        ):
+            if problem:
+                some = ", ".join(f"{layer}.{expert}" for layer, expert in sorted(problem)[:8])
+                raise UserError(f"the plan {what}: {some}{' ...' if len(problem) > 8 else ''} (layer.expert)")
+        if all(row.action == "keep" and row.bits == 16 for row in self.rows):
+            raise UserError("the plan does nothing: it keeps all experts at 16 bits")
+        kept = {(row.layer, row.expert) for row in self.rows if row.action == "keep"}
+        lost = [
+            f"{row.layer}.{row.expert}"
+            for row in self.rows
+            if row.into is not None and (row.layer, row.into) not in kept
+        ]
+        if lost:
+            raise UserError(f"the plan merges {', '.join(lost)} into experts that it does not keep")
+        self.config(config)
+
+    def config(self, config: ModelConfig) -> ModelConfig:
+        """The model's settings without the experts that are dropped. Raises UserError where that cannot be."""
+        changed = {}
+        for index, layer in enumerate(config.all_layers):
+            gone = {expert for expert, row in self.of_layer(index).items() if row.action == "drop"}
+            if gone:
+                changed[index] = _without(index, layer, gone)
+        if not changed:
+            return config
+        return config.replace(layers={**config.layers, **changed})
+
+
+def _without(index: int, layer: LayerConfig, gone: set[int]) -> LayerConfig:
+    assert layer.moe is not None
+    gate = layer.moe.router.gate
+    if gate.type != "linear" or gate.previous:
+        raise UserError(
+            f"layer {index}: experts are dropped from linear gates, whose rows are theirs, not from {gate.type}"
+        )
+    experts, first = [], 0
+    for bank in layer.moe.experts:
+        stay = bank.num_experts - len(gone & set(range(first, first + bank.num_experts)))
+        first += bank.num_experts
+        if not stay:
+            raise UserError(f"layer {index}: a bank would have no expert left")
+        experts.append(bank.replace(num_experts=stay) if stay < bank.num_experts else bank)
+    try:
+        return layer.replace(moe=layer.moe.replace(experts=tuple(experts)))
+    except ValueError as error:
+        raise UserError(f"layer {index} without experts {sorted(gone)}: {error}") from error
+
+
+def packable(config: ModelConfig) -> Iterator[tuple[int, int]]:
+    """(layer, expert) of the experts that a plan has rows for."""
+    for index, layer in enumerate(config.all_layers):
+        first = 0
+        for bank in layer.moe.experts if layer.moe else ():
+            if can_pack(bank, layer):
+                yield from ((index, first + expert) for expert in range(bank.num_experts))
+            first += bank.num_experts
+
+
+def can_pack(bank: Config, layer: LayerConfig) -> bool:
+    """Whether experts of a bank can lie packed: MLPs with matrices of their own, without biases or limits."""
+    merged = layer.moe is not None and layer.moe.router.select.type == "merged"
+    return isinstance(bank, MLPExperts) and not (bank.bias or bank.clamp or merged)

@@ -1,0 +1,266 @@
+"""What calibration saw of every expert: one streaming pass over a text, the numbers that all plans are made from."""
+
+import json
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moeforge.compress.rounding import to_format
+from moeforge.compress.stream import Streamed, Text
+from moeforge.data.packing import Batch
+from moeforge.errors import UserError
+from moeforge.hub.folder import read_tensors
+from moeforge.hub.store import Format
+from moeforge.hub.whole import write_whole
+from moeforge.kernels.activation import activate
+from moeforge.models.block import Block
+from moeforge.moe import Routing
+from moeforge.moe.bank.mlp import MLPBank
+from moeforge.moe.route import Route
+
+FORMATS = (
+    *(Format(8, 128), Format(4, 32), Format(4, 128), Format(3, 32), Format(3, 128)),
+    *(Format(2, 32), Format(2, 128), Format("ternary", 128)),
+)
+"""What every expert's error is measured in."""
+FLOOR = 32
+"""Tokens below which an expert's own statistics are no estimate: it gets those of all tokens."""
+ROWS = 256
+"""Of an expert's tokens, at most so many to measure errors on, spread evenly."""
+
+
+@dataclass
+class Seen:
+    """Of the E experts of one layer; T tokens. All float32, on the CPU."""
+
+    count: Tensor
+    """[E] tokens."""
+    weight: Tensor
+    """[E] sum of combine weights."""
+    weight_square: Tensor
+    """[E] sum of their squares."""
+    reap: Tensor
+    """[E] mean over its tokens of weight times norm of its output (REAP, arXiv:2510.13999)."""
+    error: Tensor
+    """[E, formats] mean over its tokens of the squared output error."""
+    input_moment: Tensor
+    """[E, D] mean square of each input channel."""
+    hidden_moment: Tensor
+    """[E, H] mean square of each hidden channel; H of the widest bank."""
+    correlation: Tensor
+    """[E, E] of router logits; 0 where the router has none."""
+    together: Tensor
+    """[E, E] tokens that two experts share."""
+    router_norm: Tensor
+    """[E] norm of the router's row; 0 where it has no rows."""
+    energy: Tensor
+    """[] mean square norm of the residual stream after the layer."""
+    next_together: Tensor
+    """[E, E'] tokens by expert here and in the next layer with experts; empty for the last."""
+    predicted: Tensor
+    """[] share of this layer's choices that its router makes already from the stream before its attention."""
+
+
+@dataclass
+class Profile:
+    """By layer with experts, and where it came from."""
+
+    layers: dict[int, Seen]
+    about: dict[str, Any] = field(default_factory=dict)
+    """``tokens``, ``source`` (the model's folder), ``text`` (fingerprint of the calibration tokens), ``d_expert``."""
+
+    @property
+    def scarce(self) -> dict[int, list[int]]:
+        """By layer, experts with too few tokens for statistics of their own; layers without any are left out."""
+        few = {layer: (seen.count < FLOOR).nonzero().flatten().tolist() for layer, seen in self.layers.items()}
+        return {layer: experts for layer, experts in few.items() if experts}
+
+    def save(self, folder: Path) -> None:
+        """``profile.safetensors`` and ``profile.json``, whole or not at all. Raises UserError."""
+
+        def fill(fresh: Path) -> None:
+            tensors = {
+                f"{layer}.{k}": v.contiguous() for layer, seen in self.layers.items() for k, v in vars(seen).items()
+            }
+            save_file(tensors, fresh / "profile.safetensors")
+            about = {**self.about, "formats": [list(format) for format in FORMATS], "scarce": self.scarce}
+            (fresh / "profile.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+        write_whole(folder, fill)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Profile":
+        """What ``save`` wrote. Raises UserError for anything else."""
+        tensors = read_tensors(folder / "profile.safetensors")
+        try:
+            about = json.loads((folder / "profile.json").read_text(encoding="utf-8"))
+            layers: dict[int, dict[str, Tensor]] = {}
+            for name, tensor in tensors.items():
+                layer, _, what = name.partition(".")
+                layers.setdefault(int(layer), {})[what] = tensor
+            if about.pop("formats") != [list(format) for format in FORMATS]:
+                raise ValueError("its formats are not those of this version")
+            about.pop("scarce")
+            return cls({layer: Seen(**seen) for layer, seen in sorted(layers.items())}, about)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{folder} holds no profile: {error}") from error
+
+    def check(self, streamed: Streamed) -> None:
+        """Raises UserError unless it was made of this model."""
+        wanted = {layer: moe.config.num_experts for layer, moe in streamed.model.moe_layers.items()}
+        found = {layer: len(seen.count) for layer, seen in self.layers.items()}
+        if wanted != found:
+            raise UserError(f"the profile is of another model: it has experts {found}, {streamed.folder} has {wanted}")
+
+
+class _Watch:
+    """The rows and the route of a bank, as they come by batch."""
+
+    def __init__(self, bank: MLPBank) -> None:
+        self.rows: list[Tensor] = []
+        self.routes: list[Route] = []
+        self.hook = bank.register_forward_hook(self._see)
+
+    def _see(self, module: Any, inputs: tuple[Tensor, Any], output: Tensor) -> None:
+        x_TD, route = inputs
+        if not isinstance(route, Route):
+            raise UserError("experts that are merged or mixed for each token cannot be profiled one by one")
+        self.rows.append(x_TD)
+        self.routes.append(route)
+
+    def done(self) -> tuple[Tensor, Route]:
+        """All rows [T, D] and one route over them."""
+        self.hook.remove()
+        rows_TD, starts = torch.cat(self.rows), torch.tensor([0, *(len(r) for r in self.rows)]).cumsum(0)
+        token_N = torch.cat([route.token + start for route, start in zip(self.routes, starts, strict=False)])
+        expert_N = torch.cat([route.expert for route in self.routes])
+        weight_N = torch.cat([route.weight for route in self.routes])
+        return rows_TD, Route.from_edges(token_N, expert_N, weight_N.float(), len(rows_TD), self.routes[0].num_experts)
+
+
+def mask_of(route: Route) -> Tensor:
+    """[T, E] float32: 1 where the token goes to the expert."""
+    mask_TE = torch.zeros(route.num_tokens, route.num_experts)
+    mask_TE[route.token, route.expert] = 1.0
+    return mask_TE
+
+
+@torch.no_grad()
+def profile(streamed: Streamed, batches: list[Batch], tell: Any = None) -> Profile:
+    """One pass over ``batches``; ``tell(layer)`` is called after each layer.
+
+    Raises UserError where experts are no banks of MLPs, or the text is too short to say anything.
+    """
+    outside, config = streamed.outside(), streamed.config
+    text = Text.of(batches, outside, config)
+    if text.num_tokens < FLOOR * max(layer.moe.num_experts for layer in config.all_layers if layer.moe):
+        raise UserError(f"{text.num_tokens} tokens are too few: a profile needs {FLOOR} for each expert of a layer")
+    layers: dict[int, Seen] = {}
+    before_TE: Tensor | None = None
+    for index in range(config.num_layers):
+        block = streamed.block(streamed.layer(index), index)
+        if block.moe is None:
+            for _ in text.pass_layer(block, config):
+                pass
+        else:
+            seen, mask_TE = _see_layer(block, text, streamed)
+            if before_TE is not None:
+                last = max(layers)
+                layers[last].next_together = before_TE.T @ mask_TE
+            layers[index], before_TE = seen, mask_TE
+        if tell is not None:
+            tell(index)
+    about = {"tokens": text.num_tokens, "source": str(streamed.folder)}
+    return Profile(layers, about)
+
+
+def _see_layer(block: Block, text: Text, streamed: Streamed) -> tuple[Seen, Tensor]:
+    assert block.moe is not None
+    banks: list[Any] = list(block.moe.banks)
+    if not all(isinstance(bank, MLPBank) for bank in banks):
+        raise UserError("only experts that are MLPs with matrices of their own can be profiled")
+    early = [
+        block.moe.decide(block.moe.split(block.mlp_norm(x).flatten(0, -2)), context)
+        for x, context in zip(text.x, text.contexts, strict=True)
+    ]
+    watches, routings = [_Watch(bank) for bank in banks], []
+    hook = block.moe.router.register_forward_hook(lambda module, inputs, output: routings.append(output))
+    for _ in text.pass_layer(block, streamed.config):
+        pass
+    hook.remove()
+    parts = [_of_bank(bank, *watch.done()) for bank, watch in zip(banks, watches, strict=True)]
+    mask_TE = torch.cat([mask_of(routing.route) for routing in routings])
+    early_TE = torch.cat([mask_of(routing.route) for routing in early if isinstance(routing.route, Route)])
+    energy = sum(float(x.float().square().sum()) for x in text.x) / text.num_tokens
+    gate = getattr(block.moe.router.gate, "weight", None)
+    has_rows = isinstance(gate, Tensor) and gate.dim() == 2 and len(gate) == mask_TE.shape[1]
+    norm = gate.float().norm(dim=1) if isinstance(gate, Tensor) and has_rows else torch.zeros(mask_TE.shape[1])
+    widest = max(part["hidden_moment"].shape[1] for part in parts)
+    for part in parts:
+        part["hidden_moment"] = torch.nn.functional.pad(
+            part["hidden_moment"], (0, widest - part["hidden_moment"].shape[1])
+        )
+    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    together = {"together": mask_TE.T @ mask_TE, "correlation": _correlation(routings), "router_norm": norm.detach()}
+    facts = {"energy": torch.tensor(energy), "predicted": (mask_TE * early_TE).sum() / mask_TE.sum()}
+    return Seen(**joined, **together, **facts, next_together=torch.zeros(0)), mask_TE
+
+
+def _correlation(routings: list[Routing]) -> Tensor:
+    if any(routing.logits is None for routing in routings):
+        count = routings[0].route.num_experts  # type: ignore[union-attr]
+        return torch.zeros(count, count)
+    logits_TE = torch.cat([routing.logits.float() for routing in routings if routing.logits is not None])
+    return torch.corrcoef(logits_TE.T).nan_to_num(0.0)
+
+
+def _of_bank(bank: MLPBank, rows_TD: Tensor, route: Route) -> dict[str, Tensor]:
+    """What one bank's experts did with their rows."""
+    up_EHD, down_EDH, activation = bank.gate_up_proj.detach(), bank.down_proj.detach(), bank.config.activation
+    if bank.config.bias or bank.config.clamp:
+        raise UserError("experts with biases or limits stay as they are: they cannot be profiled")
+    square_T = torch.zeros(len(up_EHD))
+    kept: dict[str, list[Tensor]] = {"reap": [], "error": [], "input_moment": [], "hidden_moment": []}
+    starts = [0, *route.ends.tolist()]
+    for expert, (low, high) in enumerate(pairwise(starts)):
+        token_N, weight_N = route.token[low:high], route.weight[low:high]
+        square_T[expert] = weight_N.square().sum()
+        if high - low < FLOOR:  # the expert is judged by tokens of all
+            token_N = torch.arange(0, len(rows_TD), max(1, len(rows_TD) // ROWS))[:ROWS]
+            weight_N = torch.full((len(token_N),), float(route.weight.mean()))
+        own = rows_TD[token_N]
+        hidden = activate(own @ up_EHD[expert].T, activation)
+        norms_N = (hidden @ down_EDH[expert].T).float().norm(dim=1)
+        kept["reap"].append((weight_N * norms_N).mean())
+        kept["input_moment"].append(own.float().square().mean(0))
+        kept["hidden_moment"].append(hidden.float().square().mean(0))
+        some = torch.linspace(0, len(own) - 1, min(ROWS, len(own))).round().long()
+        moments = kept["input_moment"][-1], kept["hidden_moment"][-1]
+        kept["error"].append(_errors(own[some], (up_EHD[expert], down_EDH[expert]), moments, activation))
+    counts = route.counts.float()
+    weight = torch.zeros(len(counts)).index_add(0, route.expert, route.weight.float())
+    joined = {name: torch.stack(values) for name, values in kept.items()}
+    return {"count": counts, "weight": weight, "weight_square": square_T, **joined}
+
+
+def _errors(
+    rows_ND: Tensor, matrices: tuple[Tensor, Tensor], moments: tuple[Tensor, Tensor], activation: Any
+) -> Tensor:
+    """[formats] mean squared error of the expert's output in each format."""
+
+    def run(up_HD: Tensor, down_DH: Tensor) -> Tensor:
+        return activate(rows_ND.float() @ up_HD.T, activation) @ down_DH.T
+
+    exact_ND, found = run(*(matrix.float() for matrix in matrices)), []
+    for format in FORMATS:
+        parts = [
+            to_format(matrix[None], format, moment[None]) for matrix, moment in zip(matrices, moments, strict=True)
+        ]
+        rounded = [part.float()[0] if isinstance(part, Tensor) else part.dequantise()[0] for part in parts]
+        found.append((run(*rounded) - exact_ND).square().sum(1).mean())
+    return torch.stack(found)

@@ -1,0 +1,213 @@
+"""The whole of it: text, profile, plan, folder, measurement."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from moeforge.analyze.report import environment
+from moeforge.compress.measure import Quality, Reference, bytes_on_disk, reopen, tokens_per_second
+from moeforge.compress.merge import join
+from moeforge.compress.page import page
+from moeforge.compress.plan import Plan, Row, packable
+from moeforge.compress.profile import FORMATS, Profile, profile
+from moeforge.compress.prune import drop
+from moeforge.compress.solve import WHOLE, Granularity, solve
+from moeforge.compress.stream import Streamed
+from moeforge.compress.write import Job
+from moeforge.config import Tree
+from moeforge.data.corpora import split
+from moeforge.data.packing import Batch, evaluation_batches, pack
+from moeforge.errors import UserError
+from moeforge.hub.folder import open_tokenizer
+from moeforge.hub.store import Format, record
+from moeforge.hub.whole import write_text
+from moeforge.models.weights import EXPERTS
+
+SEARCHED = 6
+"""Budgets that are tried, written and measured, for a largest loss."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a user asked for; exactly one of the first four, or ``drop`` or ``merge`` alone."""
+
+    fit: int | None = None
+    """Bytes of the weight files."""
+    bits_per_weight: float | None = None
+    max_loss: float | None = None
+    plan: Path | None = None
+    drop: float | None = None
+    drop_by: str = "reap"
+    merge: float | None = None
+    granularity: Granularity = "expert"
+
+
+class Task:
+    """One model and the texts that it is calibrated and judged by."""
+
+    def __init__(self, folder: Path, tokens: int, held_out: int, kept_profile: Path | None = None) -> None:
+        self.streamed = Streamed(folder)
+        self.tokens, self.held_out, self.kept_profile = tokens, held_out, kept_profile
+
+    def read_text(self, settings: Any) -> None:
+        """Calibration text from the training part of a corpus, held-out text from its validation part.
+
+        ``settings`` are a run's ``data``, ``batch_size`` and ``seq_len``.
+        """
+        tokenizer = open_tokenizer(self.streamed.folder)
+        train, validation = split(settings.data)
+
+        def batches(documents: Any, most: int) -> list[Batch]:
+            packed = pack(documents, tokenizer, self.streamed.config.domains)
+            return list(evaluation_batches(packed, settings.batch_size, settings.seq_len, most))
+
+        self.calibration, self.validation = batches(train, self.tokens), batches(validation, self.held_out)
+
+    @cached_property
+    def profile(self) -> Profile:
+        """Made, or read where there is one."""
+        kept = self.kept_profile
+        if kept is not None and kept.exists():
+            found = Profile.load(kept)
+            found.check(self.streamed)
+            return found
+        found = profile(self.streamed, self.calibration)
+        if kept is not None:
+            found.save(kept)
+        return found
+
+    @cached_property
+    def reference(self) -> Reference:
+        """The original on the held-out text."""
+        return Reference(self.streamed, self.validation)
+
+    def plan(self, wish: Wish) -> Job:
+        """The job that is wished for. Raises UserError, with the smallest size, where a budget is too small."""
+        if wish.plan is not None:
+            return Job(self.streamed, Plan.load(wish.plan), self.profile)
+        rows = [Row(layer=layer, expert=expert) for layer, expert in packable(self.streamed.config)]
+        if not rows:
+            raise UserError(
+                f"{self.streamed.folder} has no experts that could be packed: MLPs without biases or limits"
+            )
+        if wish.drop is not None:
+            rows = drop(self.profile, rows, wish.drop, wish.drop_by)
+        if wish.merge is not None:
+            rows = join(self.profile, rows, wish.merge, self.streamed.config)
+        if wish.fit is not None:
+            return self._within(rows, wish)
+        if wish.bits_per_weight is not None:
+            return self.solved(rows, int(wish.bits_per_weight / 8 * self.num_weights), wish.granularity)
+        if wish.max_loss is not None:
+            return self._smallest(rows, wish)
+        return self.job(rows)
+
+    def _within(self, rows: list[Row], wish: Wish) -> Job:
+        """The best plan whose weight files have ``wish.fit`` bytes at most."""
+        assert wish.fit is not None
+        cheapest = self.solved(rows, self._smallest_bytes(rows), wish.granularity)
+        sizes = cheapest.bytes_by_class()
+        if sum(sizes.values()) > wish.fit:
+            raise UserError(f"{wish.fit:,} bytes are too few: the smallest plan makes {sum(sizes.values()):,}")
+        room = wish.fit - sum(sizes.values()) + sizes["experts"]
+        job = self.solved(rows, room, wish.granularity)
+        over = sum(job.bytes_by_class().values()) - wish.fit  # several formats in a layer have a longer header
+        return self.solved(rows, room - over, wish.granularity) if over > 0 else job
+
+    def _smallest(self, rows: list[Row], wish: Wish) -> Job:
+        """The smallest of several plans, each written and measured, that loses no more than ``wish.max_loss``."""
+        assert wish.max_loss is not None
+        low, high = self._smallest_bytes(rows), sum(self.record_bytes(*place(row), WHOLE) for row in rows)
+        best: Job | None = None
+        with TemporaryDirectory() as folder:
+            for number in range(SEARCHED):
+                middle = int((low * high) ** 0.5)
+                job = self.solved(rows, middle, wish.granularity)
+                tried = Path(folder) / f"{number}"
+                job.run(tried)
+                lost = self.reference.compare(reopen(tried)).loss
+                shutil.rmtree(tried)
+                if lost <= wish.max_loss:
+                    best, high = job, middle
+                else:
+                    low = middle
+        if best is None:
+            raise UserError(
+                f"no plan that was tried loses at most {wish.max_loss:.2%} of bits per byte: ask for a size"
+            )
+        return best
+
+    def _smallest_bytes(self, rows: list[Row]) -> int:
+        kept = [place(row) for row in rows if row.action == "keep"]
+        return sum(min(self.record_bytes(*where, format) for format in FORMATS) for where in kept)
+
+    def job(self, rows: list[Row]) -> Job:
+        """For rows."""
+        return Job(self.streamed, Plan(rows=tuple(rows)), self.profile)
+
+    def solved(self, rows: list[Row], budget: int, granularity: Granularity) -> Job:
+        """For rows with formats that fit into a budget for the experts' records."""
+        return self.job(solve(self.profile, rows, budget, self.record_bytes, granularity))
+
+    def record_bytes(self, layer: int, expert: int, format: Format) -> int:
+        """Of one expert."""
+        return record(format, self._shapes[layer, expert])[1]
+
+    @cached_property
+    def _shapes(self) -> dict[tuple[int, int], tuple[tuple[int, int], ...]]:
+        meta, found = self.streamed.model.state_dict(), {}
+        for layer, expert in packable(self.streamed.config):
+            config, first = self.streamed.config.all_layers[layer].moe, 0
+            for index, bank in enumerate(config.experts if config else ()):
+                if first <= expert < first + bank.num_experts:
+                    stacks = (meta[f"blocks.{layer}.moe.banks.{index}.{name}"] for name in EXPERTS)
+                    found[layer, expert] = tuple((stack.shape[1], stack.shape[2]) for stack in stacks)
+                first += bank.num_experts
+        return found
+
+    @property
+    def num_weights(self) -> int:
+        """Of all experts that can be packed."""
+        return sum(rows * columns for shapes in self._shapes.values() for rows, columns in shapes)
+
+    def table(self, job: Job) -> Iterator[str]:
+        """A line for each layer: what becomes of how many experts, and what cannot be packed."""
+        for layer in self.streamed.model.moe_layers:
+            rows = job.plan.of_layer(layer).values()
+            names = [row.format.name if row.action == "keep" else row.action for row in rows]
+            counts = ", ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(sorted(names)))
+            yield f"layer {layer:>3}  {counts or 'experts stay as stored: no plain MLPs'}"
+
+    def write(self, job: Job, target: Path) -> Tree:
+        """Writes the folder, reloads it, measures, and leaves a report in it as JSON and HTML. Raises UserError."""
+        environment()  # a package that the page needs is asked for before the work
+        predicted, reference = job.bytes_by_class(), self.reference
+        job.run(target)
+        found = bytes_on_disk(target)
+        if found != predicted:
+            raise UserError(f"{target} has {found} bytes on disk, {predicted} were planned: please report this")
+        model = reopen(target)
+        quality: Quality = reference.compare(model)
+        report: Tree = {
+            "source": str(self.streamed.folder),
+            "bytes": found,
+            "bytes_before": bytes_on_disk(self.streamed.folder),
+            "bits_per_weight": 8 * found["experts"] / self.num_weights,
+            "quality": asdict(quality),
+            "tokens_per_second": tokens_per_second(model),
+            "calibration_tokens": self.profile.about["tokens"],
+            "scarce_experts": self.profile.scarce,
+        }
+        write_text(target / "report.json", json.dumps(report, indent=2) + "\n")
+        write_text(target / "report.html", page(report, job.plan, target.name))
+        return report
+
+
+def place(row: Row) -> tuple[int, int]:
+    """(layer, expert)."""
+    return row.layer, row.expert

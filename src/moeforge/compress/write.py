@@ -1,0 +1,226 @@
+"""A plan carried out: layer by layer into a folder that opens like any other. An interrupted run goes on."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from moeforge.compress.merge import merge
+from moeforge.compress.plan import Plan, Row, can_pack
+from moeforge.compress.profile import Profile, Seen
+from moeforge.compress.rounding import to_format
+from moeforge.compress.stream import Streamed
+from moeforge.config import Tree
+from moeforge.errors import UserError
+from moeforge.hub.folder import MODEL_TYPE, config_json, write_own_config
+from moeforge.hub.pretrained import SPECIAL, carry_files
+from moeforge.hub.shards import SAFE
+from moeforge.hub.store import PACKED, Format, header, record, to_record, write_file
+from moeforge.hub.whole import replace_folder
+
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+def parts_of(rows: Mapping[int, Row]) -> list[tuple[Format, list[list[int]]]]:
+    """The formats of a bank's experts, each with its records: those kept, and who is merged into them.
+
+    ``rows`` are by the expert's number in the bank; the numbers that come out leave no gap for dropped ones.
+    """
+    left = sorted(expert for expert, row in rows.items() if row.action != "drop")
+    number = {expert: at for at, expert in enumerate(left)}
+    found: dict[Format, list[list[int]]] = {}
+    for expert in left:
+        if rows[expert].action == "keep":
+            joined = [other for other in left if rows[other].into == rows[expert].expert]
+            found.setdefault(rows[expert].format, []).append([number[expert], *(number[other] for other in joined)])
+    return list(found.items())
+
+
+class Job:
+    """One plan for one model."""
+
+    def __init__(self, streamed: Streamed, plan: Plan, profile: Profile | None = None) -> None:
+        """Raises UserError for a plan that is not one for this model."""
+        plan.check(streamed.config)
+        self.streamed, self.plan, self.profile = streamed, plan, profile
+        self.config = plan.config(streamed.config)
+        self.meta = streamed.model.state_dict()
+        shards, pieces = streamed.outline.shards, streamed.outline.pieces
+        self.stored = {piece.parameter: shards.dtypes[piece.name] for piece in pieces}
+
+    def file(self, layer: int | None) -> str:
+        """Of a layer's tensors, or of those outside."""
+        return f"model-layer-{layer:05}.safetensors" if layer is not None else "model-outside.safetensors"
+
+    def dtype(self, name: str) -> torch.dtype:
+        """What a tensor that is not packed is written as."""
+        narrowed = self.plan.dense == "bf16" and self.stored[name] == torch.float32 and ".router." not in name
+        return torch.bfloat16 if narrowed else self.stored[name]
+
+    def banks(self, layer: int) -> list[tuple[str, int, list[tuple[Format, list[list[int]]]]]]:
+        """Of each bank that is packed: its name, the number of its first expert, its formats and records."""
+        config, rows, first, found = self.streamed.config.all_layers[layer], self.plan.of_layer(layer), 0, []
+        for index, bank in enumerate(config.moe.experts if config.moe else ()):
+            if can_pack(bank, config):
+                own = {expert: rows[first + expert] for expert in range(bank.num_experts)}
+                found.append((f"blocks.{layer}.moe.banks.{index}", first, parts_of(own)))
+            first += bank.num_experts
+        return found
+
+    def layout(self, layer: int | None) -> Layout:
+        """The tensors of a file."""
+        prefix = f"blocks.{layer}." if layer is not None else ""
+        names = [name for name in self.meta if (name.startswith(prefix) if prefix else not name.startswith("blocks."))]
+        found: Layout = {}
+        gone = self._dropped(layer)
+        packed = self.banks(layer) if layer is not None else []
+        for bank, _, parts in packed:
+            shapes = self._shapes(bank)
+            for format, records in parts:
+                found[f"{bank}.packed.{format.name}"] = torch.uint8, (len(records), record(format, shapes)[1])
+            names = [name for name in names if not name.startswith(f"{bank}.")]
+        for name in names:
+            shape = tuple(self.meta[name].shape)
+            if gone and ".moe.router." in name and shape:
+                shape = (shape[0] - len(gone), *shape[1:])
+            found[name] = self.dtype(name), shape
+        return found
+
+    def _dropped(self, layer: int | None) -> list[int]:
+        return [row.expert for row in self.plan.rows if row.layer == layer and row.action == "drop"]
+
+    def _shapes(self, bank: str) -> tuple[tuple[int, int], tuple[int, int]]:
+        up, down = (self.meta[f"{bank}.{name}"].shape for name in ("gate_up_proj", "down_proj"))
+        return (up[1], up[2]), (down[1], down[2])
+
+    @property
+    def parts(self) -> list[int | None]:
+        """What is written one by one: what lies outside of layers, then each layer."""
+        return [None, *range(self.config.num_layers)]
+
+    def bytes_by_class(self) -> dict[str, int]:
+        """Of the weight files: experts, router, embeddings, dense and other; their headers are ``other``."""
+        sums = dict.fromkeys(("experts", "dense", "embeddings", "router", "other"), 0)
+        for part in self.parts:
+            layout = self.layout(part)
+            sums["other"] += len(header(layout)[1])
+            for name, (dtype, shape) in layout.items():
+                sums[kind_of(name, shape)] += torch.Size(shape).numel() * dtype.itemsize
+        return sums
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the model's files and the plan: what an interrupted run must have been started with to go on."""
+        files = sorted(self.streamed.folder.glob("*"))
+        facts = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
+        return hashlib.sha256(json.dumps([facts, self.plan.model_dump()]).encode()).hexdigest()
+
+    def tensors(self, layer: int | None) -> dict[str, Tensor]:
+        """Of one file, made."""
+        if layer is None:
+            return {name: tensor.to(self.dtype(name)) for name, tensor in self.streamed.outside().items()}
+        own = {f"blocks.{layer}.{name}": tensor for name, tensor in self.streamed.layer(layer).items()}
+        seen = self.profile.layers.get(layer) if self.profile else None
+        made: dict[str, Tensor] = {}
+        for bank, first, parts in self.banks(layer):
+            matrices = [own.pop(f"{bank}.{name}") for name in ("gate_up_proj", "down_proj")]
+            left = [row.expert - first for row in self._rows(layer, first, len(matrices[0])) if row.action != "drop"]
+            for format, records in parts:
+                members = [[left[number] for number in numbers] for numbers in records]
+                made[f"{bank}.packed.{format.name}"] = self._packed(format, matrices, members, seen, first)
+        gone = self._dropped(layer)
+        for name, tensor in own.items():
+            if gone and ".moe.router." in name and tensor.dim():
+                tensor = tensor[[expert for expert in range(len(tensor)) if expert not in gone]]
+            made[name] = tensor.to(self.dtype(name))
+        return made
+
+    def _rows(self, layer: int, first: int, count: int) -> list[Row]:
+        rows = self.plan.of_layer(layer)
+        return [rows[first + expert] for expert in range(count)]
+
+    def _packed(
+        self, format: Format, matrices: list[Tensor], members: list[list[int]], seen: Seen | None, first: int
+    ) -> Tensor:
+        """[records, bytes]: an expert at a time."""
+        rows = []
+        for group in members:
+            experts = [first + expert for expert in group]
+            weights = [matrix[group] for matrix in matrices]
+            if len(group) > 1:
+                use = [1.0] * len(group) if seen is None else seen.count[experts].tolist()
+                weights = [merged[None] for merged in merge(weights[0], weights[1], use)]
+            moments: list[Tensor | None] = [None, None]
+            if seen is not None:
+                width = weights[1].shape[-1]
+                # The hidden units of merged experts are in the first one's order.
+                moments = [seen.input_moment[experts].mean(0, True), seen.hidden_moment[experts[:1], :width]]
+            rows.append(to_record(format, [to_format(w, format, m) for w, m in zip(weights, moments, strict=True)]))
+        return torch.cat(rows)
+
+    def run(self, folder: Path, tell: Callable[[int | None], None] | None = None) -> None:
+        """Writes ``folder``, whole or not at all; what an interrupted run has done of the same job is kept.
+
+        Raises UserError when it cannot be written.
+        """
+        fresh = folder.with_name(f".{folder.name}.unfinished")
+        try:
+            _start(fresh, self.fingerprint)
+            for part in self.parts:
+                path = fresh / self.file(part)
+                if not path.exists():
+                    half = path.with_suffix(".part")
+                    write_file(half, self.tensors(part))
+                    half.replace(path)
+                if tell is not None:
+                    tell(part)
+            self._finish(fresh)
+            replace_folder(fresh, folder)
+        except (OSError, SafetensorError) as error:
+            again = f"what is done lies in {fresh.name}: the same command goes on from there"
+            raise UserError(f"cannot write {folder}: {error}. The model is untouched; {again}") from error
+
+    def _finish(self, fresh: Path) -> None:
+        carry_files(self.streamed.folder, fresh)
+        (fresh / "job").unlink()
+        write_own_config(fresh, self.config, self.dtype("embedding.weight"), self._fields())
+        weight_map = {name: self.file(part) for part in self.parts for name in self.layout(part)}
+        total = {"total_size": sum(self.bytes_by_class().values())}
+        tree = {"metadata": total, "weight_map": dict(sorted(weight_map.items()))}
+        (fresh / f"{SAFE}.index.json").write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+        self.plan.save(fresh / "plan.json")
+
+    def _fields(self) -> Tree:
+        fields = config_json(self.streamed.folder)
+        if fields["model_type"] != MODEL_TYPE:
+            fields = {name: fields[name] for name in SPECIAL if name in fields}
+        packed: dict[str, Any] = {}
+        for layer in range(self.config.num_layers):
+            for bank, _, parts in self.banks(layer):
+                packed[bank] = [{"bits": f.bits, "group": f.group, "rows": records} for f, records in parts]
+        return {**fields, PACKED: packed}
+
+
+def kind_of(name: str, shape: tuple[int, ...]) -> str:
+    """The class of a tensor: experts, router, embeddings, dense or other."""
+    if ".banks." in name:
+        return "experts"
+    if ".router." in name:
+        return "router"
+    if name.startswith(("embedding.", "output.")):
+        return "embeddings"
+    return "dense" if len(shape) > 1 else "other"
+
+
+def _start(fresh: Path, fingerprint: str) -> None:
+    mark = fresh / "job"
+    if not mark.exists() or mark.read_text(encoding="utf-8") != fingerprint:
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        mark.write_text(fingerprint, encoding="utf-8")

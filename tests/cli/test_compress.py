@@ -1,0 +1,99 @@
+"""``moeforge compress`` from the shell: a budget in, a folder that the other commands open out."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moeforge.cli.main import main
+from tests.compress.small import model_folder
+
+TEXT = "".join(f"def f{i}(x):\n    return x * {i} + {i % 7}\n" for i in range(400))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compress")
+    model_folder(folder / "m")
+    (folder / "text").mkdir()
+    for i in range(30):
+        (folder / "text" / f"{i}.txt").write_text(TEXT[i * 300 : i * 300 + 1500])
+    return folder
+
+
+def run(place: Path, *arguments: str) -> int:
+    text = f"--data.path={place / 'text'}"
+    fixed = [text, "--seq_len=32", "--batch_size=8", "--tokens=2000", "--held-out=1000"]
+    return main(["compress", str(place / "m"), *arguments, *fixed, f"--profile={place / 'profile'}"])
+
+
+def test_a_budget_is_kept_and_the_cost_measured(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(place, "--fit=95kB", f"--out={place / 'fit'}", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    files = sum(file.stat().st_size for file in (place / "fit").glob("*.safetensors"))
+    assert sum(report["bytes"].values()) == files <= 95_000
+    assert report["quality"]["kl"] > 0 and report["quality"]["tokens"] > 900 and report["tokens_per_second"] > 0
+    assert json.loads((place / "fit" / "report.json").read_text()) == report
+    page = (place / "fit" / "report.html").read_text()
+    assert f"{report['quality']['bits_after']:.4f}" in page and page.count('class="cell"') == 10
+    arguments = [f"--data.path={place / 'text'}", "--seq_len=32", "--tokens=1000", "--json"]
+    assert main(["evaluate", str(place / "fit"), *arguments]) == 0
+    scored = json.loads(capsys.readouterr().out)
+    assert scored["bits_per_byte"] == pytest.approx(report["quality"]["bits_after"], rel=1e-3)
+    assert main(["generate", str(place / "fit"), "def", "--max-tokens=4"]) == 0
+
+
+@pytest.mark.parametrize(
+    "wish", [["--bits-per-weight=9"], ["--drop=25%"], ["--drop=25%", "--bits-per-weight=9"], ["--max-loss=+50%"]]
+)
+@pytest.mark.parametrize("granularity", ["expert", "layer"])
+def test_every_way_to_say_how_large(place: Path, wish: list[str], granularity: str) -> None:
+    assert run(place, *wish, f"--granularity={granularity}", f"--out={place / 'out'}", "--force") == 0
+    report = json.loads((place / "out" / "report.json").read_text())
+    assert report["bytes"]["experts"] < report["bytes_before"]["experts"]
+    if "--bits-per-weight=9" in wish:
+        assert report["bits_per_weight"] <= 9
+    formats = {(row["layer"], row["bits"]) for row in json.loads((place / "out" / "plan.json").read_text())["rows"]}
+    assert granularity == "expert" or len(formats) <= 2 + 2 * ("--drop=25%" in wish)
+
+
+def test_a_dry_run_says_the_size_and_writes_nothing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(place, "--fit=95kB", f"--out={place / 'dry'}", "--dry-run", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert sum(found["bytes"].values()) <= 95_000 and len(found["plan"]["rows"]) == 10
+    assert run(place, "--fit=95kB", "--dry-run") == 0
+    assert "layer   1" in capsys.readouterr().out and not (place / "dry").exists()
+
+
+def test_its_plan_can_be_given_back(place: Path) -> None:
+    assert run(place, "--bits-per-weight=9", f"--out={place / 'one'}") == 0
+    assert run(place, f"--plan={place / 'one' / 'plan.json'}", f"--out={place / 'two'}") == 0
+    for file in (place / "one").glob("*.safetensors"):
+        assert file.read_bytes() == (place / "two" / file.name).read_bytes()
+
+
+BAD = {
+    "the smallest plan makes": ["--fit=1kB"],
+    "for experts, and": ["--bits-per-weight=0.5"],
+    "no number of bytes": ["--fit=lots"],
+    "is no share": ["--max-loss=much"],
+    "between 0% and 100%": ["--drop=120%"],
+    "say the same thing twice": ["--fit=95kB", "--bits-per-weight=4"],
+    "say how large": [],
+    "ordered by one of": ["--drop=25%", "--drop-by=taste"],
+    "drops no expert": ["--drop=1%"],
+    "is missing": ["--plan=none.json"],
+}
+
+
+@pytest.mark.parametrize("problem", BAD)
+def test_bad_input_is_one_line(place: Path, problem: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(place, *BAD[problem], f"--out={place / 'bad'}") == 2
+    said = capsys.readouterr().err
+    assert problem in said and said.count("\n") == 1 and not (place / "bad").exists()
+
+
+def test_an_existing_folder_is_left_alone(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "mine").mkdir()
+    assert run(place, "--fit=95kB", f"--out={place / 'mine'}") == 2
+    assert "--force" in capsys.readouterr().err and not list((place / "mine").iterdir())

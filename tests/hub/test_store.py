@@ -1,0 +1,49 @@
+"""Packed experts in files: where they lie, and that they come back as they were."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from moeforge.compress.rounding import to_format
+from moeforge.hub.store import LARGE, LINE, PAGE, Format, from_record, record, to_record, write_file
+
+FORMATS = (Format(8, 128), Format(4, 32), Format(3, 64), Format(2, 128), Format("ternary", 128), Format(16, None))
+
+
+def same(one: object, other: object) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return torch.equal(one, other)
+    return torch.equal(one.packed, other.packed) and torch.equal(one.scales, other.scales)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
+@pytest.mark.parametrize("shapes", [((48, 40), (40, 24)), ((512, 256), (256, 256))], ids=["small", "large"])
+def test_a_record_gives_back_its_experts(format: Format, shapes: tuple[tuple[int, int], tuple[int, int]]) -> None:
+    parts = [to_format(torch.randn(3, *shape), format) for shape in shapes]
+    raw = to_record(format, parts)
+    sections, size = record(format, shapes)
+    assert raw.shape == (3, size) and size % (PAGE if size >= LARGE else LINE) == 0
+    assert all(section.start % LINE == 0 for section in sections)
+    assert all(same(one, other) for one, other in zip(from_record(format, raw, shapes), parts, strict=True))
+    if format.group is not None:
+        assert from_record(format, raw, shapes)[0].packed.untyped_storage().data_ptr() == raw.data_ptr()
+    with pytest.raises(ValueError, match="bytes"):
+        from_record(format, raw[:, :-1], shapes)
+
+
+def test_a_file_starts_its_experts_at_pages_and_safetensors_reads_it(tmp_path: Path) -> None:
+    tensors = {
+        "a.norm": torch.randn(3),
+        "b.packed.4x32": torch.randint(255, (2, PAGE + LINE), dtype=torch.uint8),
+        "b.packed.8x128": torch.randint(255, (3, 17 * PAGE), dtype=torch.uint8),
+        "c.weight": torch.randn(3, 5).bfloat16(),
+    }
+    write_file(tmp_path / "x.safetensors", tensors)
+    data = (tmp_path / "x.safetensors").read_bytes()
+    begin = 8 + int.from_bytes(data[:8], "little")
+    experts = tensors["b.packed.8x128"].numpy().tobytes()
+    assert begin % PAGE == 0 and data[begin : begin + len(experts)] == experts
+    with safe_open(tmp_path / "x.safetensors", framework="pt") as file:
+        assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in tensors.items())
