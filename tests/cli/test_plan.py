@@ -101,6 +101,7 @@ def test_places_are_written_for_a_run(call, run_folder, tmp_path, options):
         (["TINY", "--cluster", "CLUSTER", "--timeline", "step.gif"], "must end in .json"),
         (["TINY", "--cluster", "CLUSTER", "--profile"], "leave the model out"),
         (["--cluster", "CLUSTER", "--profile", "--nproc", "1"], "two processes or more"),
+        (["--cluster", "none/here.yaml", "--profile"], "there is no folder none"),
     ],
     ids=str,
 )

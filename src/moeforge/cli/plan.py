@@ -250,6 +250,8 @@ def _profile(settings: list[str], cluster: Path, nproc: int) -> None:
     if not is_worker():
         if nproc == 1:
             raise UserError("--profile needs two processes or more, to measure what lies between them: add --nproc")
+        if not cluster.parent.is_dir():
+            raise UserError(f"--cluster {cluster}: there is no folder {cluster.parent}")
         command = ["plan", "--profile", "--cluster", str(cluster), *settings]
         again = f"moeforge {' '.join(command)} --nproc {nproc}"
         launch(nproc, command, again, cluster.with_suffix(".logs"))
