@@ -11,9 +11,13 @@ from tests.architecture.source import ROOT, SRC, parse, place, python_files
 # The packages of the optional extras; what needs one says so when it's missing, so there's one place to say it.
 OPTIONAL = (
     *("transformers", "gguf", "datasets", "pyarrow", "matplotlib", "jinja2", "tensorboard", "lm_eval", "triton"),
-    *("fastapi", "uvicorn", "prometheus_client", "llguidance", "scipy"),
+    *("fastapi", "uvicorn", "prometheus_client", "llguidance", "scipy", "compressed_tensors"),
 )
-BORROWS = {"transformers": "src/moeforge/models/rope.py", "jinja2": "src/moeforge/serve/template.py"}
+BORROWS = {
+    "transformers": "src/moeforge/models/rope.py",
+    "jinja2": "src/moeforge/serve/template.py",
+    "scipy": "src/moeforge/compress/merge.py",
+}
 """A file besides the owner that calls single functions of the package."""
 ENTRY = {"tensorboard": "torch.utils.tensorboard"}
 

@@ -192,3 +192,12 @@ def test_a_class_that_computes_something_else_is_told(call, weights, monkeypatch
 def _moved(output):
     output.logits[0, 3, 5] += 0.5
     return output
+
+
+def test_a_run_with_a_key_head_for_each_query_opens_in_transformers(call, tmp_path: Path) -> None:
+    config = {name: value for name, value in MIXTRAL.items() if name != "num_kv_heads"}
+    tokenizer = train_or_open(BPE(vocab_size=300), [Document("text", "the cat sat on the mat " * 30)])
+    save(Decoder(ModelConfig.model_validate(config)), tokenizer, tmp_path / "own")
+    code, out, error = call("convert", tmp_path / "own", tmp_path / "theirs", "--verify")
+    assert code == 0 and "logits within" in out, error
+    assert json.loads((tmp_path / "theirs" / "config.json").read_text())["num_key_value_heads"] == 4

@@ -102,9 +102,23 @@ def test_important_tokens_get_more_experts_one_claim_after_the_other(k: float, m
     assert by_importance == sorted(by_importance), "more importance, no fewer experts"
 
 
-def test_importance_must_be_there() -> None:
+@pytest.mark.parametrize("spared", [0.0, 0.01, 0.25, 0.9])
+def test_tokens_that_matter_keep_all_their_experts(spared: float) -> None:
+    importance_T = torch.rand(64, generator=torch.Generator().manual_seed(4))
+    select = Confident(k=3, min_ratio=0.8, spared=spared)
+    chosen_TE = mask_of(select(PROBS_TE, replace(OUTSIDE, importance=importance_T)))
+    matter = sorted(range(64), key=lambda t: -float(importance_T[t]))[: round(spared * 64)]
+    for token, scores in enumerate(PROBS_TE.tolist()):
+        best = ranked(scores)[:3]
+        kept = best if token in matter else [e for e in best if scores[e] >= 0.8 * max(scores)]
+        assert chosen_TE[token].nonzero().flatten().tolist() == sorted(kept)
+    assert select.leaks == select.reads_importance == (spared > 0)
+
+
+@pytest.mark.parametrize("select", [ByImportance(), Confident(min_ratio=0.5, spared=0.1)])
+def test_importance_must_be_there(select: Any) -> None:
     with pytest.raises(ValueError, match="needs the attention that rows get"):
-        ByImportance()(PROBS_TE, OUTSIDE)
+        select(PROBS_TE, OUTSIDE)
 
 
 def test_lots_are_even_and_distinct() -> None:

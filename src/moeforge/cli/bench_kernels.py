@@ -34,7 +34,7 @@ class Case:
     tokens: int
     dtype: str = "bfloat16"
     backward: bool = False
-    bits: int = 0
+    bits: Literal[0, 8, 4] = 0
     rows: Literal["bf16", "int8"] = "bf16"
     """What quantised weights are multiplied with."""
     most: float | None = None
@@ -183,6 +183,7 @@ def _quantised_variants(
     """The same for quantised weights: ours, and torch's product for them, one call per matrix."""
     from moeforge.kernels.native import expert_mlp_quantised, quantise
 
+    assert case.bits
     up, down = (quantise(weight, case.bits, GROUP) for weight in (up_EHD, down_EDH))
     variants = {
         DENSE: _step(_dense(case, x_TD), [], None),

@@ -29,6 +29,7 @@ def compress(
     plan: Annotated[Path | None, typer.Option(help="A JSON or YAML file with a row for each expert.")] = None,
     drop: Annotated[str | None, typer.Option(help="Share of each layer's experts to drop first: 25%.")] = None,
     drop_by: Annotated[str, typer.Option(help="frequency, weight, reap or router_norm.")] = "reap",
+    merge: Annotated[str | None, typer.Option(help="Share of each layer's experts to merge into others: 50%.")] = None,
     granularity: Annotated[
         Literal["expert", "layer", "model"], typer.Option(help="What shares one format.")
     ] = "expert",
@@ -42,7 +43,7 @@ def compress(
 ) -> None:
     """Pack the experts of a model into fewer bits, or drop some, and measure what it cost.
 
-    Say how large: --fit, --bits-per-weight, --max-loss, or an own --plan; --drop alone drops and leaves the rest at 16
+    Say how large: --fit, --bits-per-weight, --max-loss, or an own --plan; --drop or --merge alone leaves the rest at 16
     bits. The folder opens like any other. Text is the run's own, or the standard library: --data as in evaluate.
     """
     from moeforge.compress.run import Task, Wish
@@ -50,9 +51,10 @@ def compress(
     check(context.obj)
     wishes = {"--fit": fit, "--bits-per-weight": bits_per_weight, "--max-loss": max_loss, "--plan": plan}
     named = [name for name, value in wishes.items() if value is not None]
-    if len(named) > 1 or (plan is not None and drop is not None):
-        raise UserError(f"{' and '.join([*named, '--drop'][:2])} say the same thing twice: leave one out")
-    if not named and drop is None:
+    fewer = [name for name, value in {"--drop": drop, "--merge": merge}.items() if value is not None]
+    if len(named) > 1 or len(fewer) > 1 or (plan is not None and fewer):
+        raise UserError(f"{' and '.join([*named, *fewer][-2:])} say the same thing twice: leave one out")
+    if not named and not fewer:
         raise UserError("say how large it may be: --fit 3GiB, --bits-per-weight 3, --max-loss +2%, or --plan FILE")
     target = out or model.with_name(f"{model.name}-compressed")
     if target.exists() and not (force or dry_run):
@@ -64,6 +66,7 @@ def compress(
         plan=plan,
         drop=None if drop is None else _share(drop, "--drop"),
         drop_by=drop_by,
+        merge=None if merge is None else _share(merge, "--merge"),
         granularity=granularity,
     )
     task = Task(model, count(tokens), count(held_out), profile)

@@ -26,6 +26,10 @@ def convert(
     dtype: Annotated[
         Literal["bf16", "fp16", "fp32"] | None, typer.Option(help="Of the weights.", show_default="as they are")
     ] = None,
+    experts: Annotated[
+        Literal["int8", "int4"] | None,
+        typer.Option(help="Pack them as compressed-tensors do, W8A16 or W4A16 in groups of 128: for vLLM."),
+    ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Open what was written, and compare.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Write over DST.")] = False,
     tokenizer: Annotated[Path | None, typer.Option(help="Where a llama2.c file's is not beside it.")] = None,
@@ -42,9 +46,13 @@ def convert(
         raise UserError(f"{target} exists: name another, or add --force to write over it")
     if target.exists() and target.is_dir() == as_gguf:
         raise UserError(f"{target} is a {'folder' if as_gguf else 'file'}, and would become the other: remove it first")
-    wanted = getattr(torch, TYPES[dtype]) if dtype else None
+    if experts and (as_gguf or dtype not in (None, "bf16")):
+        raise UserError("--experts packs those of a Hugging Face folder in bf16: leave --dtype and GGUF out")
+    wanted = getattr(torch, TYPES[dtype]) if dtype else torch.bfloat16 if experts else None
     model, words = _open(source, wanted, tokenizer, pickle)
-    if as_gguf:
+    if experts:
+        _write_packed(model, words, target, 8 if experts == "int8" else 4)
+    elif as_gguf:
         _write_gguf(model, words, source, target, verify)
     else:
         _write_folder(model, words, target, verify)
@@ -98,6 +106,30 @@ def _write_folder(model: "Decoder", words: "Tokenizer | None", target: Path, ver
 
     write_whole(target, fill)
     print(f"{target}: {family.model_type if family else MODEL_TYPE}, {_size(model)}{found}")
+
+
+def _write_packed(model: "Decoder", words: "Tokenizer | None", target: Path, bits: int) -> None:
+    """A folder of the model's family with packed experts, opened again before it takes its place."""
+    from moeforge.hub.packed import pack_experts
+    from moeforge.hub.pretrained import Pretrained, contents, family_that_fits
+    from moeforge.hub.verify import check_opens_packed, verify
+    from moeforge.hub.whole import write_whole
+
+    check_opens_packed()
+    origin = model.origin if isinstance(model, Pretrained) else None
+    family = origin.family if origin else family_that_fits(model.config)
+    if family is None or not family.in_transformers:
+        raise UserError("--experts writes folders for transformers, which has no class for this model")
+    packed, found = pack_experts(model, family.names, bits), ""
+
+    def fill(fresh: Path) -> None:
+        nonlocal found
+        contents(model, target.name, family, origin, words, experts=packed)(fresh)
+        found = verify(fresh, model)
+
+    write_whole(target, fill)
+    size = sum(tensor.nbytes for tensor in packed.tensors.values())
+    print(f"{target}: {family.model_type}, experts in {bits} bits ({size:,} bytes), {_size(model)}; {found}")
 
 
 def _write_gguf(model: "Decoder", words: "Tokenizer | None", source: Path, target: Path, verified: bool) -> None:

@@ -1,7 +1,5 @@
 """Weights to few bits: to the nearest code, with the scale of each group that loses least."""
 
-from typing import cast
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -9,12 +7,15 @@ from torch.nn import functional as F
 from moeforge.errors import UserError
 from moeforge.hub.store import Format
 from moeforge.kernels.mixed import Part
-from moeforge.kernels.native.narrow import LEVELS, Narrow, NarrowWeight, pack
-from moeforge.kernels.native.quantised import BLOCK, GROUPS, LARGEST, QuantisedWeight, quantise
+from moeforge.kernels.native.formats import BLOCK, FORMATS, Bits
+from moeforge.kernels.native.quantised import GROUPS, QuantisedWeight, quantise
 
-SHRUNK = {8: (1.0,), 4: (1.0, 0.95, 0.9, 0.85), 3: (1.0, 0.9, 0.8, 0.7, 0.6), 2: (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)}
+FEW = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+SHRUNK: dict[Bits, tuple[float, ...]] = {
+    **{8: (1.0,), 4: (1.0, 0.95, 0.9, 0.85), 3: (1.0, 0.9, 0.8, 0.7, 0.6)},
+    **{2: FEW, "ternary": FEW},
+}
 """The largest level as a share of a group's largest magnitude: what is tried. Fewer levels gain from cutting more."""
-TERNARY = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 
 
 def to_format(weight: Tensor, format: Format, moment: Tensor | None = None) -> Part:
@@ -23,7 +24,7 @@ def to_format(weight: Tensor, format: Format, moment: Tensor | None = None) -> P
     ``moment`` [n, in] are second moments of the inputs, by which an input's errors count; None: all alike. Raises
     UserError for formats there are none of, and for weights that are not finite.
     """
-    if format.group is None:
+    if format.bits == 16 or format.group is None:
         return weight.to(torch.bfloat16)
     if format.group not in GROUPS:
         raise UserError(f"groups are of {', '.join(map(str, GROUPS))} weights, not of {format.group}")
@@ -32,31 +33,28 @@ def to_format(weight: Tensor, format: Format, moment: Tensor | None = None) -> P
     if not bool(weight.isfinite().all()):
         raise UserError("a weight that is not finite cannot be quantised")
     codes, scales = nearest(weight, format, moment)
-    if format.bits == 4:
-        return QuantisedWeight.of_codes(codes, scales, 4, format.group, weight.shape[-1])
-    bits = cast(Narrow, format.bits)
-    return NarrowWeight(pack(codes, bits), scales, bits, format.group, tuple(weight.shape))
+    return QuantisedWeight.of_codes(codes, scales, format.bits, format.group, weight.shape[-1])
 
 
 def nearest(weight: Tensor, format: Format, moment: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Codes [n, out, multiple of 128] int8 and scales [n, out, groups] float16."""
-    assert format.group is not None
+    assert format.bits != 16 and format.group is not None
     padding = -weight.shape[-1] % BLOCK
     groups = F.pad(weight.float(), (0, padding)).unflatten(-1, (-1, format.group))
     counts = None if moment is None else F.pad(moment.float(), (0, padding)).unflatten(-1, (-1, format.group))[:, None]
-    scales = best_scales(groups, format, counts)
-    return codes_of(groups, scales.float()[..., None], format).to(torch.int8).flatten(-2), scales
+    scales = best_scales(groups, format.bits, counts)
+    return codes_of(groups, scales.float()[..., None], format.bits).flatten(-2), scales
 
 
-def best_scales(groups: Tensor, format: Format, counts: Tensor | None = None) -> Tensor:
+def best_scales(groups: Tensor, bits: Bits, counts: Tensor | None = None) -> Tensor:
     """[..., groups, size] float32 -> [..., groups] float16: of those tried, the scale with the least squared error."""
     largest = groups.abs().amax(-1)
     best = torch.full_like(largest, torch.inf)
     chosen = torch.zeros_like(largest, dtype=torch.float16)
-    for share in TERNARY if format.bits == "ternary" else SHRUNK[int(format.bits)]:
-        scale = (largest * share / top_code(format)).to(torch.float16)
+    for share in SHRUNK[bits]:
+        scale = (largest * share / FORMATS[bits].largest).to(torch.float16)
         steps = scale.float()[..., None]
-        error = (codes_of(groups, steps, format) * steps - groups).square_()
+        error = (codes_of(groups, steps, bits) * steps - groups).square_()
         error = (error if counts is None else error.mul_(counts)).sum(-1)
         better = error < best
         best, chosen = torch.where(better, error, best), torch.where(better, scale, chosen)
@@ -65,16 +63,6 @@ def best_scales(groups: Tensor, format: Format, counts: Tensor | None = None) ->
     return chosen
 
 
-def top_code(format: Format) -> int:
-    """The largest code."""
-    if format.bits in LARGEST:
-        return LARGEST[int(format.bits)]
-    low, step, count = LEVELS[cast(Narrow, format.bits)]
-    return low + step * (count - 1)
-
-
-def codes_of(values: Tensor, scales: Tensor, format: Format) -> Tensor:
-    """The nearest codes, as floats; where a scale is 0, any code stands for 0."""
-    low, step = (-LARGEST[4], 1) if format.bits == 4 else LEVELS[cast(Narrow, format.bits)][:2]
-    level = torch.where(scales > 0, (values / scales - low) / step, 0.0).round_()
-    return level.clamp_(0, (top_code(format) - low) // step).mul_(step).add_(low)
+def codes_of(values: Tensor, scales: Tensor, bits: Bits) -> Tensor:
+    """The nearest codes, int8; where a scale is 0, any code stands for 0."""
+    return FORMATS[bits].nearest(torch.where(scales > 0, values / scales, 0.0))

@@ -11,6 +11,7 @@ from typing import Any
 
 from moeforge.analyze.report import environment
 from moeforge.compress.measure import Quality, Reference, bytes_on_disk, reopen, tokens_per_second
+from moeforge.compress.merge import join
 from moeforge.compress.page import page
 from moeforge.compress.plan import Plan, Row, packable
 from moeforge.compress.profile import FORMATS, Profile, profile
@@ -33,7 +34,7 @@ SEARCHED = 6
 
 @dataclass(frozen=True)
 class Wish:
-    """What a user asked for; exactly one of the first four, or ``drop`` alone."""
+    """What a user asked for; exactly one of the first four, or ``drop`` or ``merge`` alone."""
 
     fit: int | None = None
     """Bytes of the weight files."""
@@ -42,6 +43,7 @@ class Wish:
     plan: Path | None = None
     drop: float | None = None
     drop_by: str = "reap"
+    merge: float | None = None
     granularity: Granularity = "expert"
 
 
@@ -95,6 +97,8 @@ class Task:
             )
         if wish.drop is not None:
             rows = drop(self.profile, rows, wish.drop, wish.drop_by)
+        if wish.merge is not None:
+            rows = join(self.profile, rows, wish.merge, self.streamed.config)
         if wish.fit is not None:
             return self._within(rows, wish)
         if wish.bits_per_weight is not None:

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from moeforge.compress.merge import merge
 from moeforge.compress.plan import Plan, Row, can_pack
 from moeforge.compress.profile import Profile, Seen
 from moeforge.compress.rounding import to_format
@@ -151,11 +152,15 @@ class Job:
         rows = []
         for group in members:
             experts = [first + expert for expert in group]
-            weights = [_mean(matrix, group, None if seen is None else seen.count[experts]) for matrix in matrices]
+            weights = [matrix[group] for matrix in matrices]
+            if len(group) > 1:
+                use = [1.0] * len(group) if seen is None else seen.count[experts].tolist()
+                weights = [merged[None] for merged in merge(weights[0], weights[1], use)]
             moments: list[Tensor | None] = [None, None]
             if seen is not None:
                 width = weights[1].shape[-1]
-                moments = [seen.input_moment[experts].mean(0, True), seen.hidden_moment[experts, :width].mean(0, True)]
+                # The hidden units of merged experts are in the first one's order.
+                moments = [seen.input_moment[experts].mean(0, True), seen.hidden_moment[experts[:1], :width]]
             rows.append(to_record(format, [to_format(w, format, m) for w, m in zip(weights, moments, strict=True)]))
         return torch.cat(rows)
 
@@ -200,14 +205,6 @@ class Job:
             for bank, _, parts in self.banks(layer):
                 packed[bank] = [{"bits": f.bits, "group": f.group, "rows": records} for f, records in parts]
         return {**fields, PACKED: packed}
-
-
-def _mean(matrix: Tensor, experts: list[int], counts: Tensor | None) -> Tensor:
-    """[1, out, in]: of merged experts, the mean by how many tokens each has."""
-    if len(experts) == 1:
-        return matrix[experts]
-    weight = torch.ones(len(experts)) if counts is None else counts.clamp_min(1)
-    return torch.einsum("e,eoi->oi", weight / weight.sum(), matrix[experts].float())[None]
 
 
 def kind_of(name: str, shape: tuple[int, ...]) -> str:

@@ -1,17 +1,24 @@
-"""Weights that lie on disk in fewer bits, their scales in a second tensor: read as the bfloat16 they stand for."""
+"""Weights that lie on disk in fewer bits, their scales in a second tensor: read as the bfloat16 they stand for, and
+for the experts written so (``pack-quantized`` of compressed-tensors, which transformers and vLLM open)."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-METHODS = ("mxfp4", "fp8")
+from moeforge.errors import UserError
+from moeforge.hub.layout import Names, plan
+
+METHODS = ("mxfp4", "fp8", "compressed-tensors")
 """What ``quantization_config`` may name."""
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Of the lower three of four bits; the fourth is the sign."""
 BLOCK = (128, 128)
+GROUPS = (128, 64, 32)
+"""Inputs that share a scale, as kernels for 4 bits know them."""
 
 
 class Packed(NamedTuple):
@@ -22,6 +29,8 @@ class Packed(NamedTuple):
     shape: torch.Size
     """Of the weight."""
     unpack: Callable[[Tensor, Tensor], Tensor]
+    beside: tuple[str, ...] = ()
+    """Tensors that say what the shapes of these two say already."""
 
 
 def find_packed(
@@ -46,6 +55,14 @@ def find_packed(
             fits = len(shape) == 2 and shapes[scales] == (-(-shape[0] // rows), -(-shape[1] // columns))
             types, kind = {torch.float8_e4m3fn}, f"FP8 in blocks of {rows} x {columns}"
             packed = Packed(name, scales, shape, partial(from_fp8, block=(rows, columns)))
+        elif name.endswith(".weight_packed"):
+            weight, scales = name.removesuffix("_packed"), f"{name.removesuffix('_packed')}_scale"
+            bits, group = _whole_numbers(settings)
+            width = shape[-1] * 32 // bits
+            fits = len(shape) == 2 and shapes.get(scales) == (shape[0], width // group if group else 1)
+            types, kind = {torch.int32}, f"{bits} bits, packed"
+            unpack, beside = partial(from_int32, bits=bits), (f"{weight}_shape",) * (f"{weight}_shape" in shapes)
+            packed = Packed(name, scales, torch.Size((shape[0], width)), unpack, beside)
         else:
             continue
         if not fits or dtypes[name] not in types:
@@ -72,3 +89,88 @@ def from_fp8(values: Tensor, scales: Tensor, block: tuple[int, int] = BLOCK) -> 
     """Values [R, C] float8 and one scale per block -> [R, C] bfloat16 (arXiv:2412.19437, section 3.3)."""
     grid = scales.repeat_interleave(block[0], 0)[: len(values)].repeat_interleave(block[1], 1)[:, : values.shape[1]]
     return (values.float() * grid).bfloat16()
+
+
+def _whole_numbers(settings: Any) -> tuple[int, int | None]:
+    """(bits, inputs that share a scale, or None for a whole row) of a ``quantization_config`` of compressed-tensors.
+    Raises ValueError for weights in another form than ``to_int32`` writes."""
+    groups = [*(settings or {}).get("config_groups", {}).values()]
+    weights = groups[0]["weights"] if len(groups) == 1 else {}
+    form = tuple(weights.get(name) for name in ("num_bits", "type", "symmetric", "strategy"))
+    if form not in {(bits, "int", True, strategy) for bits in (4, 8) for strategy in ("group", "channel")}:
+        raise ValueError("of compressed-tensors, one group of symmetric whole numbers of 4 or 8 bits is read")
+    return weights["num_bits"], weights["group_size"] if weights["strategy"] == "group" else None
+
+
+def from_int32(values: Tensor, scales: Tensor, bits: int) -> Tensor:
+    """Codes plus half their range, 32 / bits to a word [R, words] int32, lowest bits first, and one scale [R, groups]
+    for each group of a row -> [R, C] bfloat16, to which transformers rounds the products too."""
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    codes = ((values[..., None] >> shifts) & (1 << bits) - 1).flatten(-2) - (1 << bits - 1)
+    return (codes.unflatten(-1, (scales.shape[-1], -1)) * scales.float()[..., None]).flatten(-2).bfloat16()
+
+
+def to_int32(weight: Tensor, bits: int, group: int | None) -> tuple[Tensor, Tensor]:
+    """[R, C] -> what ``from_int32`` reads, rounded to nearest, the scale of a group (None: of a row) its largest
+    magnitude by the largest code, in bfloat16. Raises ValueError where groups do not fit."""
+    if weight.shape[-1] % (group or 32 // bits):
+        raise ValueError(f"rows of {weight.shape[-1]} values cannot be cut into groups of {group or 32 // bits}")
+    largest = (1 << bits - 1) - 1
+    grouped = weight.float().unflatten(-1, (-1, group or weight.shape[-1]))
+    scales = (grouped.abs().amax(-1) / largest).bfloat16()
+    codes = (grouped / scales.float()[..., None]).nan_to_num(0).round().clamp(-largest, largest).flatten(-2)
+    words = (codes.to(torch.int64) + (1 << bits - 1)).unflatten(-1, (-1, 32 // bits)) << torch.arange(0, 32, bits)
+    return words.sum(-1).to(torch.int32), scales
+
+
+@dataclass(frozen=True)
+class PackedExperts:
+    """The matrices of a model's experts as they lie in a folder, and what its config.json says of them."""
+
+    settings: dict[str, Any]
+    """The ``quantization_config``."""
+    tensors: dict[str, Tensor]
+    of: set[str]
+    """Names of the weights that they stand for."""
+
+
+@torch.no_grad()
+def pack_experts(model: nn.Module, names: Names, bits: int) -> PackedExperts:
+    """Rounds the experts of a model in place, to 4 bits in groups of 128, 64 or 32, the first that fits all, or to 8 in
+    whole rows: W4A16 and W8A16.
+
+    ``names`` are its family's. Raises UserError, before anything is rounded, where that would round nothing or a matrix
+    does not fit, and for families that store their experts in one tensor, which the format does not know.
+    """
+    own, pieces = model.state_dict(), plan(model, names)
+    matrices = [piece for piece in pieces if piece.expert is not None and own[piece.parameter].dim() == 3]
+    if not matrices:
+        raise UserError("there are no experts with files' tensors of their own: compressed-tensors packs only those")
+    widths = {piece.as_theirs(own[piece.parameter]).shape[-1] for piece in matrices}
+    fitting = [group for group in GROUPS if not any(width % group for width in widths)]
+    group = (fitting or GROUPS)[0] if bits == 4 else None
+    try:
+        packed = {piece.name: to_int32(piece.as_theirs(own[piece.parameter]), bits, group) for piece in matrices}
+    except ValueError as error:
+        raise UserError(f"the experts do not go into {bits} bits: {error}") from error
+    tensors: dict[str, Tensor] = {}
+    for piece in matrices:
+        values, scales = packed[piece.name]
+        rounded = from_int32(values, scales, bits)
+        tensors |= {f"{piece.name}_packed": values, f"{piece.name}_scale": scales}
+        tensors[f"{piece.name}_shape"] = torch.tensor(rounded.shape)
+        piece.of_ours(own[piece.parameter]).copy_(piece.as_ours(rounded))
+    linear = [piece.name for piece in pieces if own[piece.parameter].dim() == 2]
+    linear += names["output.weight"][0].parts  # a module of its own in transformers where it is tied as well
+    whole = {name.removesuffix(".weight") for name in linear}
+    weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group" if group else "channel"}
+    weights |= {"group_size": group, "dynamic": False}
+    scheme = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    settings = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": scheme},
+        "ignore": sorted(whole),
+    }
+    return PackedExperts(settings, tensors, {*packed})

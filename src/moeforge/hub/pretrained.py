@@ -18,6 +18,7 @@ from moeforge.hub.bridge import REFUSED
 from moeforge.hub.card import card
 from moeforge.hub.families import FAMILIES, Family
 from moeforge.hub.layout import Piece, plan
+from moeforge.hub.packed import PackedExperts
 from moeforge.hub.shards import MAX_SHARD_SIZE, Shards, Source, write
 from moeforge.hub.whole import write_whole
 from moeforge.kernels.allocator import ask_for_huge_pages
@@ -84,8 +85,10 @@ def contents(
     origin: Origin | None = None,
     tokenizer: Tokenizer | None = None,
     max_shard_size: int | str = MAX_SHARD_SIZE,
+    *,
+    experts: PackedExperts | None = None,
 ) -> Callable[[Path], None]:
-    """What fills a folder as ``save_as`` does; ``name`` is the model's."""
+    """What fills a folder as ``save_as`` does; ``name`` is the model's. ``experts``, where given, stand for theirs."""
     config_json = family.write(model.config, origin.config_json if origin else None)
     dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
     config_json["torch_dtype" if "torch_dtype" in config_json else "dtype"] = dtype
@@ -98,8 +101,14 @@ def contents(
     sizes = {name: piece.of_ours(tensors[piece.parameter]).nbytes for name, piece in pieces.items()}
     kept = origin.shards if origin else None
     sizes |= {name: kept.nbytes(name) for name in origin.unused} if origin and kept else {}
+    if experts is not None:
+        config_json["quantization_config"] = experts.settings
+        sizes = {name: size for name, size in sizes.items() if name not in experts.of}
+        sizes |= {name: tensor.nbytes for name, tensor in experts.tensors.items()}
 
     def get(name: str) -> Tensor:
+        if experts is not None and name in experts.tensors:
+            return experts.tensors[name]
         if name in pieces:
             return pieces[name].as_theirs(tensors[pieces[name].parameter])
         assert kept is not None

@@ -65,7 +65,7 @@ class Shards:
         except ValueError as error:
             raise UserError(f"{self.folder}: {error}") from error
         for name, packed in found.items():
-            for part in (packed.values, packed.scales):
+            for part in (packed.values, packed.scales, *packed.beside):
                 del self.shapes[part], self.dtypes[part]
             self.shapes[name], self.dtypes[name] = packed.shape, torch.bfloat16
             self.file_of[name] = self.file_of[packed.values]

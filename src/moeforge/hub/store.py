@@ -19,8 +19,9 @@ from moeforge.errors import UserError
 from moeforge.hub.shards import DTYPES, Shards
 from moeforge.kernels.activation import is_gated
 from moeforge.kernels.mixed import MixedWeight, Part
-from moeforge.kernels.native.narrow import BYTES, NarrowWeight
-from moeforge.kernels.native.quantised import BLOCK, QuantisedWeight
+from moeforge.kernels.native.coded import CodedWeight
+from moeforge.kernels.native.formats import BLOCK, FORMATS
+from moeforge.kernels.native.quantised import QuantisedWeight
 from moeforge.models import Decoder
 from moeforge.moe.bank.mlp import MLPBank
 
@@ -46,12 +47,14 @@ class Format(NamedTuple):
 
     def tensors(self, rows: int, width: int) -> list[tuple[torch.dtype, tuple[int, int]]]:
         """What one matrix [rows, width] is kept in."""
-        if self.group is None:
+        if self.bits == 16 or self.group is None:
             return [(torch.bfloat16, (rows, width))]
         blocks = -(-width // BLOCK)
-        size = {8: 128, 4: 64, **BYTES}[self.bits]
         codes = torch.int8 if self.bits == 8 else torch.uint8
-        return [(codes, (rows, blocks * size)), (torch.float16, (rows, blocks * BLOCK // self.group))]
+        return [
+            (codes, (rows, blocks * FORMATS[self.bits].block)),
+            (torch.float16, (rows, blocks * BLOCK // self.group)),
+        ]
 
 
 class Section(NamedTuple):
@@ -83,10 +86,16 @@ def to_record(format: Format, matrices: Sequence[Part]) -> Tensor:
     """Stacks [n, out, in] of the same n experts -> [n, bytes] uint8."""
     sections, size = record(format, [(part.shape[1], part.shape[2]) for part in matrices])
     made = torch.zeros(matrices[0].shape[0], size, dtype=torch.uint8)
-    tensors = [t for part in matrices for t in ([part] if isinstance(part, Tensor) else [part.packed, part.scales])]
+    tensors = [tensor for part in matrices for tensor in _tensors(part)]
     for section, tensor in zip(sections, tensors, strict=True):
         made[:, section.start : section.end] = tensor.to(section.dtype).contiguous().flatten(1).view(torch.uint8)
     return made
+
+
+def _tensors(part: Part) -> list[Tensor]:
+    if isinstance(part, CodedWeight):
+        raise UserError("experts of less than one bit have words of any number, and records one size")
+    return [part] if isinstance(part, Tensor) else [part.packed, part.scales]
 
 
 def from_record(format: Format, raw: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Part]:
@@ -95,11 +104,11 @@ def from_record(format: Format, raw: Tensor, shapes: Sequence[tuple[int, int]]) 
     if raw.dtype != torch.uint8 or raw.shape[1:] != (size,):
         raise ValueError(f"records of {list(raw.shape[1:])} {raw.dtype} where {format.name} has {size} bytes")
     tensors = [raw[:, s.start : s.end].view(s.dtype).unflatten(1, s.shape) for s in sections]
-    if format.group is None:
+    if format.bits == 16 or format.group is None:
         return [tensor.contiguous() for tensor in tensors]
-    kind: Any = QuantisedWeight if format.bits in (8, 4) else NarrowWeight
+    bits, group, count = format.bits, format.group, len(raw)
     pairs = zip(tensors[::2], tensors[1::2], shapes, strict=True)
-    return [kind(packed, scales, format.bits, format.group, (len(raw), *shape)) for packed, scales, shape in pairs]
+    return [QuantisedWeight(packed, scales, bits, group, (count, *shape)) for packed, scales, shape in pairs]
 
 
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]

@@ -16,6 +16,13 @@ TOLERANCE = 1e-4
 """Largest difference of two logits in float32, relative to the largest logit where that is above one."""
 
 
+def check_opens_packed() -> None:
+    """Raises UserError where transformers could not open experts that were packed."""
+    missing = [name for name in ("transformers", "compressed_tensors") if find_spec(name) is None]
+    if missing:
+        raise UserError(f"packed experts are opened to be compared: pip install 'moeforge[compress]' for {missing[0]}")
+
+
 def verify(folder: Path, model: Decoder) -> str:
     """Opens ``folder`` anew and says what was found equal. Raises UserError where something is not.
 
@@ -40,7 +47,9 @@ def _compare_logits(folder: Path) -> str:
         return "no other implementation to compare logits with"
     if find_spec("transformers") is None:
         return "logits not compared: transformers is not installed (pip install 'moeforge[hf]')"
-    theirs, model = open_theirs(folder), open_model(folder, dtype=torch.float32)
+    # Experts that were packed stay in bfloat16, and transformers refuses to change a model that had some.
+    theirs = torch.nn.Module.float(open_theirs(folder))
+    model = open_model(folder, dtype=torch.float32)
     ids = torch.arange(16)[None] * 7919 % (model.config.vocab_size or 1)
     ours, others = model(ids).logits, theirs(ids).logits
     difference = float((ours - others).abs().max())

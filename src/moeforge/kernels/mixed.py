@@ -1,5 +1,6 @@
 """A stack of experts of which some are kept in more bits than others, and some may be the same."""
 
+import ctypes
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,16 +11,17 @@ from torch import Tensor
 
 from moeforge.errors import UserError
 from moeforge.kernels.edges import Edges, EdgeTensors
-from moeforge.kernels.native.narrow import NarrowWeight
-from moeforge.kernels.native.quantised import QuantisedWeight
+from moeforge.kernels.native.coded import CodedWeight
+from moeforge.kernels.native.formats import BLOCK
+from moeforge.kernels.native.quantised import Copied, Matrix, QuantisedWeight, array
 
-Part = Tensor | QuantisedWeight | NarrowWeight
+Part = Tensor | QuantisedWeight | CodedWeight
 """A stack [n, out, in] in one format."""
 
 
 @dataclass(frozen=True)
-class MixedWeight:
-    """The weights [E, out, in] of E experts in several formats."""
+class MixedWeight(Copied):
+    """The weights [E, out, in] of E experts in several formats. One call runs them all, unless some are ``whole``."""
 
     parts: tuple[Part, ...]
     place: tuple[tuple[int, int], ...]
@@ -34,6 +36,28 @@ class MixedWeight:
     def nbytes(self) -> int:
         """Bytes in memory or in a mapped file."""
         return sum(part.nbytes for part in self.parts)
+
+    @property
+    def whole(self) -> bool:
+        """Whether some experts are in no fewer bits than the rows."""
+        return any(isinstance(part, Tensor) for part in self.parts)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.parts[0].device
+
+    @property
+    def group(self) -> int:
+        """Inputs that share a scale, where that is the same for all."""
+        groups = {part.group for part in self.parts if not isinstance(part, Tensor)}
+        return groups.pop() if len(groups) == 1 else BLOCK
+
+    @cached_property
+    def matrices(self) -> ctypes.Array[Matrix]:
+        """What the C++ reads; of experts that are not whole."""
+        packed = [part.matrices for part in self.parts if not isinstance(part, Tensor)]
+        return array([packed[part][row] for part, row in self.place])
 
     def dequantise(self) -> Tensor:
         """[E, out, in] float32."""
@@ -60,13 +84,6 @@ def mixed_edges(edges: Edges, weight: MixedWeight) -> Iterator[tuple[int, EdgeTe
             yield part, EdgeTensors(edges.token[kept_M], edges.weight[kept_M], ends, edges.num_tokens)
 
 
-def widened(edges: EdgeTensors, up: NarrowWeight, down: NarrowWeight) -> tuple[EdgeTensors, Part, Part]:
-    """The experts that have rows as 4-bit weights, and the edges over these alone."""
-    counts = edges.ends.diff(prepend=edges.ends.new_zeros(1))
-    used = counts.nonzero().flatten().tolist()
-    return edges._replace(ends=edges.ends[used]), up.widen(used), down.widen(used)
-
-
 def expert_mlp_mixed(
     x_TD: Tensor,
     edges: Edges,
@@ -83,7 +100,5 @@ def expert_mlp_mixed(
     y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
     for part, own in mixed_edges(edges, up):
         above, below = up.parts[part], down.parts[part]
-        if isinstance(above, NarrowWeight) and isinstance(below, NarrowWeight):
-            own, above, below = widened(own, above, below)
         y_TD += run(x_TD.to(above.dtype) if isinstance(above, Tensor) else x_TD, own, above, below)
     return y_TD

@@ -20,15 +20,15 @@ from moeforge.errors import UserError
 from moeforge.kernels.choose import ENGINES, Engine, choose
 from moeforge.kernels.edges import Edges, EdgeTensors, pad_segments
 from moeforge.kernels.mixed import MixedWeight, expert_mlp_mixed
-from moeforge.kernels.native.quantised import QuantisedWeight, expert_mlp_quantised
+from moeforge.kernels.native.quantised import PackedWeight, expert_mlp_quantised
 from moeforge.kernels.reference import reference
 
 
 def expert_mlp(
     x_TD: Tensor,
     edges: Edges,
-    up_EHD: Tensor | QuantisedWeight | MixedWeight,
-    down_EDH: Tensor | QuantisedWeight | MixedWeight,
+    up_EHD: Tensor | PackedWeight,
+    down_EDH: Tensor | PackedWeight,
     activation: Activation,
     engine: str = "auto",
 ) -> Tensor:
@@ -36,18 +36,17 @@ def expert_mlp(
 
     x [T, D]; up [E, 2H, D] (gate rows first, then up) for a gated activation, else [E, H, D]; down [E, D, H].
     Returns [T, D] in x's type. Differentiable in x, both weights and ``edges.weight``. Under autocast the rows and the
-    matrices are taken in the autocast type, the combine weights stay float32. Quantised and mixed weights,
-    both or none, have kernels of their own, without gradients.
+    matrices are taken in the autocast type, the combine weights stay float32. Weights in few bits, both or none, have a
+    kernel of their own, without gradients.
     """
-    if isinstance(up_EHD, MixedWeight) or isinstance(down_EDH, MixedWeight):
-        assert isinstance(up_EHD, MixedWeight) and isinstance(down_EDH, MixedWeight)
+    if not isinstance(up_EHD, Tensor) or not isinstance(down_EDH, Tensor):
+        assert not isinstance(up_EHD, Tensor) and not isinstance(down_EDH, Tensor)
+        if isinstance(up_EHD, MixedWeight) and isinstance(down_EDH, MixedWeight) and up_EHD.whole:
 
-        def run(x_TD: Tensor, own: Edges, above: Any, below: Any) -> Tensor:
-            return expert_mlp(x_TD, own, above, below, activation, engine)
+            def run(x_TD: Tensor, own: Edges, above: Any, below: Any) -> Tensor:
+                return expert_mlp(x_TD, own, above, below, activation, engine)
 
-        return expert_mlp_mixed(x_TD, edges, up_EHD, down_EDH, run).to(x_TD.dtype)
-    if isinstance(up_EHD, QuantisedWeight) or isinstance(down_EDH, QuantisedWeight):
-        assert isinstance(up_EHD, QuantisedWeight) and isinstance(down_EDH, QuantisedWeight)
+            return expert_mlp_mixed(x_TD, edges, up_EHD, down_EDH, run).to(x_TD.dtype)
         return expert_mlp_quantised(x_TD, edges, up_EHD, down_EDH, activation).to(x_TD.dtype)
     device = x_TD.device.type
     if torch.is_autocast_enabled(device):

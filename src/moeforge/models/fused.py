@@ -17,7 +17,6 @@ from moeforge.kernels.apart import apart
 from moeforge.kernels.mixed import MixedWeight
 from moeforge.kernels.native import decoder as native
 from moeforge.kernels.native import engine
-from moeforge.kernels.native.quantised import QuantisedWeight
 from moeforge.kernels.paged import Rows
 from moeforge.models.attention import Attention, BlockLayer, Positions, locate
 from moeforge.models.block import Block, scaled
@@ -154,9 +153,9 @@ class Fused:
         if router.expert_bias is not None:
             layer.selection_bias = self._pointer(router.expert_bias.float())
         up, down = bank.gate_up_proj, bank.down_proj
-        if isinstance(up, QuantisedWeight):
+        if not isinstance(up, Tensor):
             self.held += [up, down]
-            layer.quantised, layer.up, layer.down = 1, ctypes.addressof(up.matrix), ctypes.addressof(down.matrix)
+            layer.quantised, layer.up, layer.down = 1, ctypes.addressof(up.matrices), ctypes.addressof(down.matrices)
         else:
             layer.up, layer.down = self._pointer(up), self._pointer(down)
 
@@ -186,7 +185,7 @@ def _reasons(block: Block, config: ModelConfig, dtype: torch.dtype) -> Iterator[
         yield "its norms are no RMS norms of the model's type"
     if config.momentum:
         yield "it adds with momentum"
-    quantised = [m for m in block.modules() if isinstance(m, HeldLinear) and isinstance(m.weight, QuantisedWeight)]
+    quantised = [m for m in block.modules() if isinstance(m, HeldLinear)]
     if any(m.weight.shape[1] % 128 for m in quantised) or (quantised and dtype != torch.bfloat16):
         yield "quantised products in one call want bf16 rows of a multiple of 128"
     if moe is not None:
@@ -225,8 +224,8 @@ def _of_experts(moe: Any, dtype: torch.dtype) -> Iterator[str]:
     if moe.shared is not None and not isinstance(moe.shared.mlp, MLP):
         yield "its shared branch is no MLP"
     up: Any = banks[0].gate_up_proj
-    if isinstance(up, MixedWeight):
-        yield "its experts are in several formats"
+    if isinstance(up, MixedWeight) and up.whole:
+        yield "some of its experts are whole, others packed"
         return
-    if isinstance(up, QuantisedWeight) and (dtype != torch.bfloat16 or any(size % 128 for size in up.shape[1:])):
+    if not isinstance(up, Tensor) and (dtype != torch.bfloat16 or any(size % 128 for size in up.shape[1:])):
         yield "quantised experts in one call want bf16 and multiples of 128"

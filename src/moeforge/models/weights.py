@@ -11,16 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from moeforge.errors import UserError
-from moeforge.kernels.mixed import MixedWeight
-from moeforge.kernels.native.quantised import QuantisedWeight, linear_quantised, quantise
+from moeforge.kernels.native.quantised import Bits, PackedWeight, linear_quantised, quantise
 from moeforge.moe import MoE, Router
 from moeforge.moe.bank.base import Bank
 from moeforge.moe.bank.mlp import MLPBank
 from moeforge.moe.select.merged import Merged
 
 TYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
-BITS = {"int8": 8, "int4": 4}
-GROUP = {8: 128, 4: 32}
+BITS: dict[str, Bits] = {"int8": 8, "int4": 4}
+GROUP: dict[Bits, int] = {8: 128, 4: 32}
 """Values that share a scale: 4 bits need narrow groups to stay within a percent of the perplexity."""
 EXPERTS = ("gate_up_proj", "down_proj")
 """The matrices of an ``MLPBank``."""
@@ -31,7 +30,7 @@ READ_WHOLE = ("gate", "kv_b_proj")
 class HeldLinear(nn.Module):
     """``nn.Linear`` for inference with a quantised weight."""
 
-    def __init__(self, weight: QuantisedWeight, bias: Tensor | None) -> None:
+    def __init__(self, weight: PackedWeight, bias: Tensor | None) -> None:
         super().__init__()
         self.weight, self.bias = weight, bias
 
@@ -63,10 +62,10 @@ def hold(model: nn.Module, weights: str) -> dict[str, int]:
 
 def is_held(bank: MLPBank) -> bool:
     """Whether its matrices are in few bits already: quantised as it was opened, or stored so."""
-    return isinstance(bank.gate_up_proj, QuantisedWeight | MixedWeight)
+    return not isinstance(bank.gate_up_proj, Tensor)
 
 
-def _quantise(model: nn.Module, bits: int) -> int:
+def _quantise(model: nn.Module, bits: Bits) -> int:
     changed, stay = 0, []
     merging = [moe for moe in model.modules() if isinstance(moe, MoE) and isinstance(moe.config.router.select, Merged)]
     summed = {id(bank) for moe in merging for bank in moe.banks.children()}  # of new matrices for every group of tokens
@@ -86,7 +85,7 @@ def _quantise(model: nn.Module, bits: int) -> int:
             stay.append(path)
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear and name not in READ_WHOLE:
-                own = 8 if name == "output" else bits
+                own: Bits = 8 if name == "output" else bits
                 weight = quantise(child.weight.detach(), own, GROUP[own])
                 setattr(parent, name, HeldLinear(weight, None if child.bias is None else child.bias.detach()))
                 changed += 1
@@ -109,12 +108,12 @@ def bytes_by_class(model: nn.Module) -> dict[str, int]:
     return found
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor | QuantisedWeight | MixedWeight]]:
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor | PackedWeight]]:
     routers = {id(module) for router in model.modules() if isinstance(router, Router) for module in router.modules()}
     for name, module in model.named_modules():
         if isinstance(module, MLPBank):
             held = [getattr(module, name) for name in EXPERTS]
-            yield from (("experts", weight) for weight in held if isinstance(weight, QuantisedWeight | MixedWeight))
+            yield from (("experts", weight) for weight in held if not isinstance(weight, Tensor))
         if isinstance(module, HeldLinear):
             yield "dense", module.weight
         for parameter in module.parameters(recurse=False):

@@ -8,6 +8,7 @@ from moeforge.config import Config, Count, slot
 from moeforge.data.corpora import Corpus, Stdlib
 from moeforge.data.tokenizers import Bytes, TokenizerConfig
 from moeforge.models import ModelConfig
+from moeforge.train.distill import Distill
 from moeforge.train.phases import Phase
 
 
@@ -151,6 +152,8 @@ class RunConfig(Config):
     """Learning rate over time."""
     start_from: str | None = None
     """Folder of a run or a model whose weights this run starts with; null: as ``model.init`` says."""
+    distill: Distill | None = None
+    """A teacher, whose next tokens this run learns beside those of the text; null: none."""
     phases: tuple[Phase, ...] = ()
     """Taken in turn, again and again, each training a part of the weights; empty: all weights, at every step."""
 
@@ -159,6 +162,8 @@ class RunConfig(Config):
         if self.seq_len > self.model.max_seq_len:
             raise ValueError(f"seq_len = {self.seq_len} is more than model.max_seq_len = {self.model.max_seq_len}")
         blocks = {layer.moe.token_block or 1 for layer in self.model.all_layers if layer.moe}
+        if self.distill and not self.distill.acts(0, self.steps):
+            raise ValueError(f"distill.until = {self.distill.until} of {self.steps} steps is none of them")
         uneven = [block for block in blocks if self.seq_len % block]
         if uneven:
             raise ValueError(f"seq_len = {self.seq_len} cannot be cut into blocks of moe.token_block = {uneven[0]}")

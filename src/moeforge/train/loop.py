@@ -21,6 +21,7 @@ from moeforge.models import Decoder, ModelConfig
 from moeforge.parallel.ranks import ALONE, Ranks
 from moeforge.train.checkpoint import Progress, checkpoints, load_checkpoint, save_checkpoint, weights
 from moeforge.train.config import RunConfig
+from moeforge.train.distill import Teacher
 from moeforge.train.metrics import Line, Metrics, step_line
 from moeforge.train.optimizer import build_optimizer, learning_rate
 from moeforge.train.phases import check_phases, hold, phase_at
@@ -44,6 +45,8 @@ class Run:
         self.model.recompute_activations = config.recompute_activations
         if fresh and config.start_from:
             start_from(Path(config.start_from), self.model, data.tokenizer)
+        taught = config.distill
+        self.teacher = Teacher(taught, data.tokenizer, config.seq_len, self.device) if taught else None
         ranks.place(self.model)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.loader = Loader(data.train, config.batch_size, config.seq_len, config.seed)
@@ -67,7 +70,8 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         batches = [next(self.loader).to(self.device) for _ in range(config.accumulate)]
-        result = accumulate_gradients(self.model, batches, self.dtype, done, ranks)
+        teacher = self.teacher if config.distill and config.distill.acts(done, config.steps) else None
+        result = accumulate_gradients(self.model, batches, self.dtype, done, ranks, teacher)
         hold(self.model, phase_at(config.phases, done))
         apply_gradients(self.model, self.optimizer, result, config.optimizer.clip, done, ranks)
         seconds = time.perf_counter() - start
@@ -214,6 +218,9 @@ def _announce(run: Run, display: Display) -> None:
         f"{len(run.data.validation.ids):,} for validation, {run.config.tokens_per_step:,} per step, on {run.device}"
         + (f", {run.ranks.size} processes" if run.ranks.size > 1 else "")
     )
+    if (distill := run.config.distill) is not None:
+        last = round(distill.until * run.config.steps)
+        display.say(f"learning from {distill.teacher} too, up to step {last:,}, with weight {distill.weight:g}")
     routers = [router.config for router in run.model.routers.values()]
     losses = {f"{loss.type} x {loss.weight:g}" for router in routers for loss in router.losses}
     biases = {router.controller.type for router in routers if router.controller}

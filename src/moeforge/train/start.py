@@ -8,6 +8,7 @@ from moeforge.data.tokenizers import Tokenizer
 from moeforge.errors import UserError
 from moeforge.hub import load
 from moeforge.models import Decoder
+from moeforge.train.distill import check_tokenizer
 
 
 @torch.no_grad()
@@ -19,8 +20,7 @@ def start_from(folder: Path, model: Decoder, tokenizer: Tokenizer) -> None:
     place in the other.
     """
     source, its_tokenizer = load(folder)
-    if its_tokenizer.inner.to_str() != tokenizer.inner.to_str():
-        raise UserError(f"start_from: {folder} has another tokenizer: name it with --tokenizer.path={folder}")
+    check_tokenizer("start_from", folder, its_tokenizer, tokenizer)
     theirs, ours = source.state_dict(), dict(model.state_dict())
     origin = {name: name.replace(".prior", ".weight") for name in ours}
     missing = [name for name in ours if origin[name] not in theirs and ".attention.router." not in name]

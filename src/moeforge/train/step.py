@@ -15,6 +15,7 @@ from moeforge.models import Decoder, Output
 from moeforge.moe import Router
 from moeforge.parallel.ranks import ALONE, Ranks
 from moeforge.train.diagnose import first_broken_gradient, first_broken_module
+from moeforge.train.distill import Teacher
 
 
 @dataclass
@@ -22,7 +23,7 @@ class StepResult:
     """What one step measured."""
 
     losses: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    """``lm`` in nats per token, and each balance loss (unweighted, mean over routers)."""
+    """``lm`` in nats per token, with a teacher ``distill``, and each balance loss (mean over routers); unweighted."""
     tokens_per_expert: dict[str, Tensor] = field(default_factory=dict)
     """By router, as ``Decoder.routers`` names them, [E]."""
     dropped: dict[str, int] = field(default_factory=lambda: defaultdict(int))
@@ -34,11 +35,17 @@ class StepResult:
 
 
 def accumulate_gradients(
-    model: Decoder, batches: list[Batch], dtype: torch.dtype, step: int, ranks: Ranks = ALONE
+    model: Decoder,
+    batches: list[Batch],
+    dtype: torch.dtype,
+    step: int,
+    ranks: Ranks = ALONE,
+    teacher: Teacher | None = None,
 ) -> StepResult:
     """Adds the gradient of the whole step's loss; the same whether the step is one micro-batch or many.
 
-    Of several processes each takes rows of its own from every batch; the result is what it measured there.
+    ``teacher`` adds its part of the loss. Of several processes each takes rows of its own from every batch; the result
+    is what it measured there.
     Raises UserError naming the layer when the loss is not finite.
     """
     result = StepResult()
@@ -50,6 +57,11 @@ def accumulate_gradients(
         output = _run(model, batch, dtype, step)
         loss = summed_loss(output, batch.labels) / targets
         result.losses["lm"] += loss.item()
+        if teacher is not None:
+            with _autocast(output.logits.device, dtype):
+                divergence = teacher.loss(output.logits, batch) / targets
+            result.losses["distill"] += divergence.item()
+            loss = loss + teacher.config.weight * divergence
         routings = output.by_name
         if len(batches) == 1 and ranks.size > 1:
             counts = _over_ranks({where: routers[where].counts(routing) for where, routing in routings.items()}, ranks)
@@ -110,9 +122,12 @@ def _add_up(result: StepResult, ranks: Ranks) -> None:
 
 
 def _run(model: Decoder, batch: Batch, dtype: torch.dtype, step: int) -> Output:
-    device = batch.input_ids.device.type
-    with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+    with _autocast(batch.input_ids.device, dtype):
         return model(batch.input_ids, position=batch.position, document=batch.document, step=step, known=batch.known)
+
+
+def _autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 def _broken(model: Decoder, batch: Batch, dtype: torch.dtype, step: int, loss: float, ranks: Ranks) -> str:

@@ -1,4 +1,4 @@
-"""Weights of 8 and 4 bits: the format to the letter, products against the dequantised twin, bits and bad input."""
+"""Weights of 8 bits and fewer: the formats to the letter, products against the dequantised twin, bits and bad input."""
 
 from copy import deepcopy
 from pathlib import Path
@@ -11,10 +11,13 @@ from torch.nn import functional as F
 
 from moeforge.errors import UserError
 from moeforge.kernels.activation import activate
-from moeforge.kernels.native import build, engine, expert_mlp_quantised, linear_quantised, quantise, quantised
+from moeforge.kernels.native import build, engine, expert_mlp_quantised, formats, linear_quantised, quantise, quantised
 from moeforge.moe import Route
 
-FORMATS = [(bits, group) for bits in (8, 4) for group in (32, 64, 128)]
+FORMATS = [(bits, group) for bits in formats.FORMATS for group in (32, 64, 128)]
+WHOLE = [(bits, group) for bits, group in FORMATS if bits in (8, 4)]
+"""What the C++ packs as well."""
+LARGEST = {8: 127, 4: 7, 3: 7, 2: 3, "ternary": 1}
 ROWS = ["bf16", "int8"]
 
 
@@ -30,34 +33,56 @@ def test_the_format_is_what_the_docstring_says(bits: int, group: int) -> None:
     weight = torch.randn(2, 3, 200)
     made = quantise(weight, bits, group)
     assert made.scales.shape == (2, 3, 256 // group) and made.scales.dtype == torch.float16
-    largest = {8: 127, 4: 7}[bits]
+    largest = LARGEST[bits]
     for out, at in ((0, 0), (1, 70), (2, 199)):
         scale = float(made.scales[1, out, at // group])
         same_group = weight[1, out, at // group * group : (at // group + 1) * group]
         assert scale == float((same_group.abs().max() / largest).half())
-        code = round(float(weight[1, out, at]) / scale)
+        ratio = float(weight[1, out, at]) / scale
+        code = 2 * round((ratio - 1) / 2) + 1 if bits in (3, 2) else round(ratio)
         block, quarter, step, half = at // 128, at // 32 % 4, at // 8 % 4, at // 4 % 2
         byte = 16 * step + 4 * quarter + at % 4
         if bits == 8:
             assert made.packed.dtype == torch.int8 and int(made.packed[1, out, 128 * block + 64 * half + byte]) == code
         else:
-            assert (int(made.packed[1, out, 64 * block + byte]) >> 4 * half & 15) - 8 == code
+            assert code_at(made.packed[1, out].tolist(), bits, block, 64 * half + byte) == code
         assert float(made.dequantise()[1, out, at]) == pytest.approx(code * scale)
     error = (made.dequantise() - weight).abs()
-    assert error.shape == weight.shape and float(error.max()) <= 0.51 * float(weight.abs().max()) / largest
+    step = 2 if bits in (3, 2) else 1
+    assert error.shape == weight.shape and float(error.max()) <= 0.51 * step * float(weight.abs().max()) / largest
     assert made.nbytes == made.packed.nbytes + 2 * made.scales.numel()
 
 
+def code_at(packed: list[int], bits: int | str, block: int, at: int) -> int:
+    """The code that is ``at`` in the stored order of a block, as the docstring has it."""
+    if bits == 4:
+        return (packed[64 * block + at % 64] >> 4 * (at // 64) & 15) - 8
+    if bits == "ternary":
+        return packed[26 * block + at % 26] // 3 ** (at // 26) % 3 - 1
+    low = packed[{3: 48, 2: 32}[bits] * block + at % 32] >> 2 * (at // 32) & 3
+    return 2 * low - 3 if bits == 2 else 2 * (low + 4 * (packed[48 * block + 32 + at % 16] >> at // 16 & 1)) - 7
+
+
+@pytest.mark.parametrize("bits", formats.FORMATS)
+@given(st.integers(0, 3), st.integers(0, 2**31))
+def test_every_code_comes_back(bits: formats.Bits, blocks: int, seed: int) -> None:
+    form, draw = formats.FORMATS[bits], torch.Generator().manual_seed(seed)
+    levels = torch.randint(0, 2 * form.largest // form.step + 1, (2, 3, 128 * blocks), generator=draw)
+    codes = (levels * form.step - form.largest).to(torch.int8)
+    packed = formats.pack(codes, bits)
+    assert packed.shape == (2, 3, blocks * form.block) and torch.equal(formats.unpack(packed, bits), codes)
+
+
 def test_a_group_of_zeros_stays_zero() -> None:
-    weight = torch.randn(4, 256)
-    weight[1], weight[2, :32] = 0, 0
     for bits, group in FORMATS:
+        weight = torch.randn(4, 256)
+        weight[1], weight[2, :group] = 0, 0
         found = quantise(weight, bits, group).dequantise()
-        assert not found[1].any() and not found[2, :32].any() and bool(found[3].any())
+        assert not found[1].any() and not found[2, :group].any() and bool(found[3].any())
 
 
 @pytest.mark.skipif(engine.missing() is not None, reason="the native engine does not run here")
-@pytest.mark.parametrize(("bits", "group"), FORMATS)
+@pytest.mark.parametrize(("bits", "group"), WHOLE)
 @given(st.integers(1, 70), st.integers(1, 300), st.sampled_from([torch.float32, torch.bfloat16]), st.integers(-16, 8))
 def test_one_pass_makes_what_torch_makes(
     bits: int, group: int, out: int, width: int, dtype: torch.dtype, exponent: int
@@ -86,9 +111,9 @@ def test_a_copy_outlives_its_original() -> None:
     assert torch.equal(linear_quantised(x_TD, again), before)
 
 
-def integers(count: int, width: int, group: int, largest: int) -> torch.Tensor:
+def integers(count: int, width: int, group: int, largest: int, step: int = 1) -> torch.Tensor:
     """[count, width]: codes up to ``largest`` times 1 or 2 per group, so that a scale is exactly 1 or 2."""
-    codes = torch.randint(-largest, largest + 1, (count, -(-width // group), group))
+    codes = torch.randint(0, 2 * largest // step + 1, (count, -(-width // group), group)) * step - largest
     codes[..., 0] = largest
     return (codes * torch.randint(1, 3, codes.shape[:2])[..., None]).flatten(1)[:, :width].float()
 
@@ -96,7 +121,10 @@ def integers(count: int, width: int, group: int, largest: int) -> torch.Tensor:
 def exact_products(bits: int, group: int) -> None:
     """Sums of integers below 2**24 have no rounding: bit for bit what integers give."""
     for width in (32, 128, 300):
-        x_TD, weight = integers(6, width, group, 127), integers(21, width, group, {8: 127, 4: 7}[bits])
+        x_TD, weight = (
+            integers(6, width, group, 127),
+            integers(21, width, group, LARGEST[bits], 2 if bits in (3, 2) else 1),
+        )
         made = quantise(weight, bits, group)
         assert torch.equal(made.dequantise(), weight)
         exact = (x_TD.long() @ weight.long().T).float().bfloat16()
@@ -194,8 +222,10 @@ def test_no_token_and_no_edge() -> None:
 
 def test_bad_requests_are_refused() -> None:
     weight = torch.randn(4, 32)
-    for bits, group in ((3, 32), (8, 16)):
-        with pytest.raises(UserError, match=f"32, 64 or 128, not to {bits} in groups of {group}"):
+    for bits, group in ((5, 32), (8, 16)):
+        with pytest.raises(
+            UserError, match=f"8, 4, 3, 2, ternary bits in .* 64 or 128, not to {bits} in groups of {group}"
+        ):
             quantise(weight, bits, group)
     with pytest.raises(UserError, match="not finite"):
         quantise(weight / 0, 8, 32)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moeforge.hub.families.rotary import rotary
-from moeforge.hub.families.rows import At, Joint, Only, Row, Tree
+from moeforge.hub.families.rows import At, Joint, Only, Row, Settings, Tree
 from moeforge.hub.packed import METHODS
 
 ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu"}
@@ -50,8 +50,15 @@ def _weights() -> Joint:
 
 
 def heads(head_dim: int | None = None, kv_heads: int | None = None) -> tuple[Row, ...]:
-    """Multi-head or grouped-query attention."""
-    return (At("num_key_value_heads", kv_heads, "num_kv_heads"), At("head_dim", head_dim, "head_dim"))
+    """Multi-head or grouped-query attention. The number of key heads is written out: some classes take no null."""
+
+    def read(theirs: Mapping[str, Any]) -> Tree:
+        return {"num_kv_heads": theirs["num_key_value_heads"]}
+
+    def write(ours: Settings) -> Tree:
+        return {"num_key_value_heads": ours["num_kv_heads"] or ours["num_heads"]}
+
+    return (Joint({"num_key_value_heads": kv_heads}, read, write), At("head_dim", head_dim, "head_dim"))
 
 
 def biases(name: str, default: bool, paths: str = "attention.qkv_bias attention.o_bias") -> At:

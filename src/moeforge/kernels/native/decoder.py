@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moeforge.kernels.native import engine
-from moeforge.kernels.native.quantised import QuantisedWeight
+from moeforge.kernels.native.quantised import PackedWeight
 
 POINTERS = ctypes.c_void_p
 SCORES = {"softmax": 0, "sigmoid": 1, "logits": 2}
@@ -110,14 +110,14 @@ class Layers:
         return [(i[: len(x_TD) * k].view(-1, k) if k else i[:0].view(len(x_TD), 0), e[:n]) for i, e, k, n in taken]
 
 
-def matrix(weight: Tensor | QuantisedWeight, bias: Tensor | None, held: list[Any]) -> Matrix:
+def matrix(weight: Tensor | PackedWeight, bias: Tensor | None, held: list[Any]) -> Matrix:
     """A matrix for C++; what it points to is put into ``held``."""
     bias = None if bias is None else bias.detach().float().contiguous()
     held.append(bias)
     where = None if bias is None else bias.data_ptr()
-    if isinstance(weight, QuantisedWeight):
+    if not isinstance(weight, Tensor):
         held.append(weight)
-        return Matrix(ctypes.addressof(weight.matrix), where, *weight.shape, 1)
+        return Matrix(ctypes.addressof(weight.matrices), where, *weight.shape, 1)
     weight = weight.detach().contiguous()
     held.append(weight)
     return Matrix(weight.data_ptr(), where, *weight.shape, 0)

@@ -8,7 +8,7 @@
 #include <vector>
 
 struct Layer {
-    const void *x, *up, *down;  // for quantised experts the matrices are struct Quantised
+    const void *x, *up, *down;  // for quantised experts the matrices are struct Quantised, one per expert
     const int64_t* token;
     const float* weight;
     const int32_t* ends;

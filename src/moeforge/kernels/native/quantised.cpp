@@ -1,28 +1,17 @@
-// Experts with weights of 8 or 4 bits, for few tokens at a time: a row of weights is read once and multiplied along K
-// with each token, in bf16 (the weights widened in registers) or in int8 (the token quantised as well). The format is
-// described in quantised.py. A row's sum has one order whatever the number of tokens, so results never depend on who
-// their neighbours are.
-#include <cmath>
-
+// Experts with weights of 8 bits or fewer, each in a format of its own, for few tokens at a time: a row of weights is
+// read once and multiplied along K with each token, in bf16 (the weights widened in registers) or in int8 (the token
+// quantised as well). The formats are described in formats.py and coded.py; fewer than 4 bits become 4 first, row by row, in a
+// core's cache. A row's sum has one order whatever the number of tokens, so results never depend on who their
+// neighbours are.
 #include "activation.h"
 #include "layer.h"
+#include "narrow.h"
 #include "numbers.h"
 #include "quantised.h"
-
-// A block of a token, in the order in which weights come out of their registers: bf16, or int8 with scales.
-struct Halves {
-    uint16_t values[128];
-};
-
-struct Bytes {
-    int8_t codes[128];
-    int32_t offset[16];  // less what weights held as code + 128 or + 8 add to the lane's sum
-    float scales[4];     // of each 32 inputs
-};
+#include "rows.h"
 
 namespace {
 
-constexpr int BATCH = 4;     // tokens that share a widened block
 constexpr int TOGETHER = 4;  // rows that share a token's values
 constexpr int CACHED = 64;   // tokens whose values stay in a core's cache while rows pass
 constexpr int AHEAD = 8192;  // bytes: the processor's own prefetching ends at each page
@@ -65,72 +54,6 @@ inline void unpack(const uint8_t* p, __m512i w[2]) {
     w[0] = bits == 8 ? _mm512_xor_si512(low, sign) : _mm512_and_si512(low, nibble);
     w[1] = bits == 8 ? _mm512_xor_si512(_mm512_loadu_si512(p + 64), sign)
                      : _mm512_and_si512(_mm512_srli_epi16(low, 4), nibble);
-}
-
-// sum plus, in each lane of 32 bits, the products of four bytes.
-inline __m512i step(__m512i sum, __m512i is_unsigned, __m512i is_signed) {
-#ifdef __AVX512VNNI__
-    return _mm512_dpbusd_epi32(sum, is_unsigned, is_signed);
-#else
-    __m512i even = _mm512_srai_epi16(_mm512_slli_epi16(is_signed, 8), 8), odd = _mm512_srai_epi16(is_signed, 8);
-    even = _mm512_madd_epi16(_mm512_and_si512(is_unsigned, _mm512_set1_epi16(255)), even);
-    odd = _mm512_madd_epi16(_mm512_srli_epi16(is_unsigned, 8), odd);
-    return _mm512_add_epi32(sum, _mm512_add_epi32(even, odd));
-#endif
-}
-
-// Where each value of a Halves comes from. A shift of 4 bits leaves one byte of two: even ones come first.
-struct Order {
-    uint16_t from[128];
-    explicit Order(int bits) {
-        for (int i = 0; i < 128; i++) from[i] = input_of(bits == 8 ? i : 64 * (i / 32 % 2) + i % 32 * 2 + i / 64);
-    }
-};
-
-void arrange(const Quantised& q, const uint16_t* x, Halves* row) {
-    static const Order orders[2] = {Order(4), Order(8)};
-    const uint16_t* from = orders[q.bits == 8].from;
-    for (Halves* to = row; to < row + q.blocks; to++, x += 128) {
-        __m512i in[4];
-        for (int j = 0; j < 4; j++) in[j] = _mm512_loadu_si512(x + 32 * j);
-        for (int j = 0; j < 4; j++) {
-            __m512i at = _mm512_loadu_si512(from + 32 * j);
-            __m512i low = _mm512_permutex2var_epi16(in[0], at, in[1]);
-            __m512i high = _mm512_permutex2var_epi16(in[2], at, in[3]);
-            __mmask32 second = _mm512_cmpge_epu16_mask(at, _mm512_set1_epi16(64));
-            _mm512_storeu_si512(to->values + 32 * j, _mm512_mask_mov_epi16(low, second, high));
-        }
-    }
-}
-
-// One group: to nearest, ties to even. A value that is not a number makes the scale, and with it the row's sums, one.
-inline float to_codes(const uint16_t* x, int group, int8_t* codes) {
-    __m512 most = _mm512_setzero_ps();
-    __mmask16 nan = 0;
-    for (int k = 0; k < group; k += VECTOR) {
-        __m512 v = Bf16::load(x + k, first(VECTOR));
-        nan |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-        most = _mm512_max_ps(most, _mm512_abs_ps(v));
-    }
-    float scale = nan ? NAN : _mm512_reduce_max_ps(most) / 127;
-    for (int k = 0; k < group; k += VECTOR) {
-        __m512 v = _mm512_maskz_div_ps(first(scale > 0 ? VECTOR : 0), Bf16::load(x + k, first(VECTOR)), splat(scale));
-        v = _mm512_max_ps(_mm512_min_ps(v, splat(127)), splat(-127));  // a scale of few bits may be too small
-        _mm_storeu_si128((__m128i*)(codes + k), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
-    }
-    return scale;
-}
-
-void arrange(const Quantised& q, const uint16_t* x, Bytes* row) {
-    for (Bytes* to = row; to < row + q.blocks; to++, x += 128) {
-        int8_t codes[128];
-        for (int k = 0; k < 128; k += q.group)
-            std::fill_n(to->scales + k / 32, q.group / 32, to_codes(x + k, q.group, codes + k));
-        for (int i = 0; i < 128; i += 4) std::memcpy(to->codes + i, codes + input_of(i), 4);
-        __m512i added = _mm512_setzero_si512(), code = _mm512_set1_epi8(q.bits == 8 ? -128 : 8);
-        for (int j = 0; j < 2; j++) added = step(added, code, _mm512_loadu_si512(to->codes + 64 * j));
-        _mm512_storeu_si512(to->offset, _mm512_sub_epi32(_mm512_setzero_si512(), added));
-    }
 }
 
 // The scales of the block's quarters, again and again; `parts` quarters share one.
@@ -198,10 +121,21 @@ struct Packed {
     const uint8_t* packed[TOGETHER];
     const uint16_t* scales[TOGETHER];
 
-    Packed(const Quantised& q, const size_t* rows) {
+    Packed(const Quantised& q, const int* rows) {
         for (int i = 0; i < TOGETHER; i++) {
-            packed[i] = q.packed + rows[i] * q.blocks * (16 * bits);
-            scales[i] = q.scales + rows[i] * q.blocks * (4 / parts);
+            packed[i] = q.packed + size_t(rows[i]) * q.blocks * (16 * bits);
+            scales[i] = q.scales + size_t(rows[i]) * q.blocks * (4 / parts);
+        }
+        if (q.bits >= 4) return;
+        const size_t size = widened(q) + q.blocks * 2;
+        auto* made = (uint8_t*)scratch<3>((TOGETHER * size + 3) / 4);
+        for (int i = 0; i < TOGETHER; i++, made += size) {
+            packed[i] = made;
+            widen_row(q, rows[i], made);
+            if (q.bits != coded) continue;
+            auto* scale = (uint16_t*)(made + widened(q));  // the row's one, for every block
+            std::fill_n(scale, q.blocks, q.scales[rows[i]]);
+            scales[i] = scale;
         }
     }
     Ready<X> operator()(int b, int i) const {
@@ -249,7 +183,7 @@ void rows_of(const Quantised& q, int from, int end, int count, Token token, Put 
     auto again = [=](int b, int i) -> const Ready<X>& { return kept[b * TOGETHER + i]; };
     for (int low = 0; low < count; low += CACHED)
         for (int r = from; r < end; r += TOGETHER) {
-            size_t rows[TOGETHER];
+            int rows[TOGETHER];
             for (int i = 0; i < TOGETHER; i++) rows[i] = std::min(r + i, end - 1);
             const Packed<bits, parts, X> packed(q, rows);
             int high = std::min(count, low + CACHED);
@@ -283,38 +217,23 @@ void rows_against(const Quantised& q, int from, int end, int count, Token token,
     (q.bits == 8 ? by_group<8, Token, Put> : by_group<4, Token, Put>)(q, from, end, count, token, put);
 }
 
-// What a matrix is multiplied with: `count` rows of bf16, padded with zeros, arranged for its format.
-template <class X>
-struct Rows {
-    std::unique_ptr<X[]> first;
-    size_t blocks;
-
-    Rows(const Quantised& q, const uint16_t* x, int64_t count, int threads)
-        : first(new X[count * q.blocks]), blocks(q.blocks) {
-        on_threads((count + BATCH - 1) / BATCH, count > BATCH ? threads : 1, [&](int batch) {
-            for (int64_t t = int64_t(batch) * BATCH; t < std::min(count, (int64_t(batch) + 1) * BATCH); t++)
-                arrange(q, x + t * blocks * 128, first.get() + t * blocks);
-        });
-    }
-    const X* operator[](size_t row) const { return first.get() + row * blocks; }
-};
-
 // hidden [edges, stride] bf16: zero in its padding, filled here.
 template <class X>
-void project(const Layer& l, const Quantised& up, const Rows<X>& x, uint16_t* hidden, size_t stride) {
+void project(const Layer& l, const Quantised* up, const Rows<X>& x, uint16_t* hidden, size_t stride) {
     const int rows = share(l.d_expert, l.threads), shares = (l.d_expert + rows - 1) / rows;
     on_threads(l.experts * shares, l.threads, [&](int task) {
         int e = task / shares, from = e ? l.ends[e - 1] : 0, count = l.ends[e] - from;
         if (!count) return;
         int begin = task % shares * rows, end = std::min(begin + rows, l.d_expert);
-        const Quantised own = up.of(e);
+        const Quantised& own = up[e];
         float *gate = scratch<0>(size_t(count) * rows), *linear = scratch<1>(size_t(count) * rows);
-        auto token = [&](int m) { return x[l.token[from + m]]; };
-        auto into = [&](float* all) {
-            return [=](int r, int m, __m128 v) { _mm_storeu_ps(all + m * rows + r - begin, v); };
+        auto token = [&](int m) { return x(own, l.token[from + m]); };
+        auto into = [&](float* all, int zero) {
+            return [=](int r, int m, __m128 v) { _mm_storeu_ps(all + m * rows + r - zero, v); };
         };
-        rows_against(own, begin, end, count, token, into(gate));
-        if (l.gated) rows_against(own.from(l.d_expert), begin, end, count, token, into(linear));
+        rows_against(own, begin, end, count, token, into(gate, begin));
+        int after = l.d_expert;
+        if (l.gated) rows_against(own, after + begin, after + end, count, token, into(linear, after + begin));
         for (int m = 0; m < count; m++)
             for (int r = 0; r < end - begin; r += VECTOR) {
                 __m512 a = activate(_mm512_loadu_ps(gate + m * rows + r), Pointwise(l.pointwise)).value;
@@ -325,7 +244,7 @@ void project(const Layer& l, const Quantised& up, const Rows<X>& x, uint16_t* hi
 }
 
 template <class X>
-void combine(const Layer& l, const Quantised& down, const Rows<X>& hidden, uint16_t* y) {
+void combine(const Layer& l, const Quantised* down, const Rows<X>& hidden, uint16_t* y) {
     const int fit = (256 << 10) / 4 / std::max<int64_t>(l.tokens, 1) / VECTOR * VECTOR;  // sums stay in a core's cache
     const int rows = std::min(share(l.d_model, l.threads), std::max(fit, 2 * VECTOR));
     on_threads((l.d_model + rows - 1) / rows, l.threads, [&](int task) {
@@ -334,7 +253,7 @@ void combine(const Layer& l, const Quantised& down, const Rows<X>& hidden, uint1
         std::fill_n(sums, l.tokens * rows, 0.f);
         for (int e = 0, edge = 0; e < l.experts; edge = l.ends[e++])
             rows_against(
-                down.of(e), from, end, l.ends[e] - edge, [&](int m) { return hidden[edge + m]; },
+                down[e], from, end, l.ends[e] - edge, [&](int m) { return hidden(down[e], edge + m); },
                 [&](int r, int m, __m128 v) {
                     float* sum = sums + l.token[edge + m] * rows + r - from;
                     _mm_storeu_ps(sum, _mm_fmadd_ps(_mm_set1_ps(l.weight[edge + m]), v, _mm_loadu_ps(sum)));
@@ -347,20 +266,20 @@ void combine(const Layer& l, const Quantised& down, const Rows<X>& hidden, uint1
 
 template <class X>
 void layer(const Layer& l, uint16_t* y) {
-    const auto &up = *(const Quantised*)l.up, &down = *(const Quantised*)l.down;
-    const size_t stride = size_t(down.blocks) * 128;
+    const auto *up = (const Quantised*)l.up, *down = (const Quantised*)l.down;  // of each expert
+    const size_t stride = size_t(down->blocks) * 128;
     std::vector<uint16_t> hidden(l.edges * stride);
-    project<X>(l, up, {up, (const uint16_t*)l.x, l.tokens, l.threads}, hidden.data(), stride);
-    combine<X>(l, down, {down, hidden.data(), l.edges, l.threads}, y);
+    project<X>(l, up, {up, l.experts, (const uint16_t*)l.x, l.tokens, l.threads}, hidden.data(), stride);
+    combine<X>(l, down, {down, l.experts, hidden.data(), l.edges, l.threads}, y);
 }
 
 template <class X>
 void linear(const Quantised& q, const uint16_t* x_TK, int64_t tokens, int threads, uint16_t* y) {
-    const Rows<X> x(q, x_TK, tokens, threads);
+    const Rows<X> x(&q, 1, x_TK, tokens, threads);
     const int rows = share(q.rows, threads);
     on_threads((q.rows + rows - 1) / rows, threads, [&](int task) {
         rows_against(
-            q, task * rows, std::min((task + 1) * rows, q.rows), tokens, [&](int m) { return x[m]; },
+            q, task * rows, std::min((task + 1) * rows, q.rows), tokens, [&](int m) { return x(q, m); },
             [&](int r, int m, __m128 v) {
                 __mmask16 mask = first(std::min(TOGETHER, q.rows - r));
                 Bf16::store(y + size_t(m) * q.rows + r, mask, _mm512_castps128_ps512(v));

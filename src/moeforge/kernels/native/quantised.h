@@ -1,24 +1,15 @@
-// Weights of 8 or 4 bits as they lie: the format that quantised.py describes.
+// A matrix in few bits as it lies: the formats that formats.py and coded.py describe.
 #pragma once
-#include <cstddef>
 #include <cstdint>
+
+enum Format { coded = 0, ternary = 1 };  // in place of a number of bits
 
 struct Quantised {
     const uint8_t* packed;
-    const uint16_t* scales;  // float16
-    int64_t packed_stride, scales_stride;  // from one expert to the next, in values
-    int32_t bits, group, rows, blocks;  // rows of one expert, of so many blocks of 128 inputs
-
-    Quantised of(size_t expert) const {
-        Quantised own = *this;
-        own.packed += expert * packed_stride, own.scales += expert * scales_stride;
-        return own;
-    }
-    Quantised from(size_t row) const {  // of one expert
-        Quantised own = *this;
-        own.packed += row * blocks * 16 * bits, own.scales += row * blocks * (128 / group);
-        return own;
-    }
+    const uint16_t* scales;   // float16
+    const int32_t* ends;      // of each row's code words
+    const uint64_t* entries;  // what a code word stands for
+    int32_t bits, group, rows, blocks;  // rows of so many blocks of 128 inputs
 };
 
 // Value `at` of a block as stored is input input_of(at): four neighbours of each quarter in turn.

@@ -14,7 +14,8 @@ from moeforge.moe.select.selector import PerToken, Selection, Selector, check_k,
 class Confident(PerToken):
     """Top-k without the choices that a token does not need: those far behind its best one.
 
-    By difference as in arXiv:2310.07188, by ratio as in arXiv:2402.14800.
+    By difference as in arXiv:2310.07188, by ratio as in arXiv:2402.14800; the tokens that matter most may be spared
+    (arXiv:2410.06270).
     """
 
     type: Literal["confident"] = "confident"
@@ -23,8 +24,21 @@ class Confident(PerToken):
     """Further choices stay while the best score is ahead by no more than this."""
     min_ratio: float = Field(0.0, ge=0, le=1)
     """Further choices stay while their score is at least this share of the best."""
+    spared: float = Field(0.0, ge=0, lt=1)
+    """Share of the tokens, those that get most attention, that keep all k. Attention comes from later tokens: not for
+    decoding."""
     typical: float = Field(1.5, ge=1)
     """Experts per token that sizes and FLOPs are counted with."""
+
+    @property
+    def reads_importance(self) -> bool:  # type: ignore[override]
+        """Where some are spared."""
+        return self.spared > 0
+
+    @property
+    def leaks(self) -> bool:  # type: ignore[override]
+        """Where some are spared, by what later tokens look at."""
+        return self.spared > 0
 
     @model_validator(mode="after")
     def _does_something(self) -> Self:
@@ -43,6 +57,10 @@ class Confident(PerToken):
         best_T1 = chosen_TK[:, :1]
         keep_TK = (best_T1 - chosen_TK <= self.max_gap) & (chosen_TK >= self.min_ratio * best_T1)
         keep_TK[:, 0] = True
+        if self.spared:
+            if context.importance is None:
+                raise ValueError("select: confident with spared needs the attention that rows get in the context")
+            keep_TK[top_k(context.importance[None], round(self.spared * len(keep_TK)))[0]] = True
         return Selection(mask=mask_of(ids_TK, keep_TK, scores_TE), most=self.k)
 
 
