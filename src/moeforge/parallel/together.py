@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from importlib.metadata import version
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from moeforge import __version__
 from moeforge.data.packing import Batch
 from moeforge.errors import UserError
 from moeforge.models import Decoder
@@ -139,7 +139,7 @@ def join(layout: Layout) -> Iterator[Together]:
 
 def check_alike(layout: Layout, group: ProcessGroup | None) -> None:
     """Raises UserError, on all processes, unless all run the same software with the same options. Collective."""
-    mine = f"moeforge {__version__} on torch {torch.__version__} with {' '.join(layout.flags) or 'no options'}"
+    mine = f"moeforge {version('moeforge')} on torch {torch.__version__} with {' '.join(layout.flags) or 'no options'}"
     told: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(told, mine, group=group)
     for rank, other in enumerate(told):
