@@ -21,7 +21,7 @@ def of_two_minds() -> str:
 def of_two_versions() -> str:
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank():
-            patch.setattr(together, "__version__", "0.0.1")
+            patch.setattr(together, "version", lambda package: "0.0.1")
         with pytest.raises(UserError) as raised:
             together.check_alike(Layout(), None)
     return str(raised.value)
