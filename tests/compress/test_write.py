@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from moeforge.cli.convert import convert
 from moeforge.compress.merge import merge
 from moeforge.compress.plan import Plan, Row, packable
 from moeforge.compress.stream import Streamed
 from moeforge.compress.write import Job
 from moeforge.errors import UserError
 from moeforge.hub import load
+from moeforge.hub.experts import experts
 from moeforge.hub.folder import open_model
 from moeforge.kernels.mixed import MixedWeight
 from moeforge.kernels.native.quantised import QuantisedWeight
@@ -207,6 +209,19 @@ def test_a_packed_model_is_not_saved_as_a_whole_one(folder: Path, tmp_path: Path
     with pytest.raises(UserError, match="few bits"):
         model.save_pretrained(tmp_path / "again")
     assert not (tmp_path / "again").exists()
+    with pytest.raises(UserError, match="few bits"):
+        experts(model)
+
+
+def test_one_that_a_public_family_could_say_is_not_converted_without_its_experts(tmp_path: Path) -> None:
+    olmoe = {"qk_norm": "whole", "first_dense_layers": 0, "layers": {}}
+    streamed = Streamed(model_folder(tmp_path / "m", **olmoe))
+    plan = [Row(layer=at, expert=expert, bits=4, group=32) for at, expert in packable(streamed.config)]
+    Job(streamed, Plan(rows=tuple(plan))).run(tmp_path / "out")
+    for target in ("again", "again.gguf"):
+        with pytest.raises(UserError, match=r"few bits|gguf package"):
+            convert(tmp_path / "out", tmp_path / target)
+        assert not (tmp_path / target).exists()
 
 
 def test_a_folder_whose_records_do_not_fit_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -32,16 +32,17 @@ def write_report(records: Sequence[Record], out: Path, command: str) -> None:
     Raises UserError when matplotlib or jinja2 is missing or the file cannot be written.
     """
     page = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
-    write_text(out, _environment().from_string(page).render(_content(records, command)))
+    write_text(out, environment().from_string(page).render(_content(records, command)))
 
 
 def check_packages() -> None:
     """Raises UserError when a package that reports need is missing: ask before a long computation, not after it."""
-    _environment()
+    environment()
     figures.library()
 
 
-def _environment() -> "Environment":
+def environment() -> "Environment":
+    """What pages are made with. Raises UserError where jinja2 is missing."""
     try:
         from jinja2 import Environment, StrictUndefined
     except ImportError as error:

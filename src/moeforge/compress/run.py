@@ -9,9 +9,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from moeforge.analyze.report import environment
 from moeforge.compress.dense import How, shares, to_dense
 from moeforge.compress.measure import Quality, Reference, bytes_on_disk, reopen, tokens_per_second
 from moeforge.compress.merge import join
+from moeforge.compress.page import page
 from moeforge.compress.plan import Plan, Row, packable
 from moeforge.compress.profile import FORMATS, Profile, profile
 from moeforge.compress.prune import drop
@@ -184,7 +186,8 @@ class Task:
             yield f"layer {layer:>3}  {counts or 'experts stay as stored: no plain MLPs'}"
 
     def write(self, job: Job, target: Path) -> Tree:
-        """Writes the folder, reloads it, measures, and leaves ``report.json`` in it. Raises UserError."""
+        """Writes the folder, reloads it, measures, and leaves a report in it as JSON and HTML. Raises UserError."""
+        environment()  # a package that the page needs is asked for before the work
         predicted, reference = job.bytes_by_class(), self.reference
         job.run(target)
         found = bytes_on_disk(target)
@@ -203,6 +206,7 @@ class Task:
             "scarce_experts": self.profile.scarce,
         }
         write_text(target / "report.json", json.dumps(report, indent=2) + "\n")
+        write_text(target / "report.html", page(report, job.plan, target.name))
         return report
 
     def write_dense(self, how: How, target: Path) -> Tree:

@@ -15,6 +15,7 @@ from moeforge.hub.layout import plan
 from moeforge.hub.pretrained import Pretrained
 from moeforge.kernels.activation import is_gated
 from moeforge.models import Decoder
+from moeforge.models.weights import check_whole
 from moeforge.moe import MoE
 from moeforge.moe.bank.mlp import MLPBank
 
@@ -99,6 +100,7 @@ def _banks(moe: MoE, name: str, held: dict[str, tuple[str, ...]]) -> Iterator[St
         on_disk = {parameter: held[parameter] for parameter in names}
         matrices: dict[str, Tensor | None] = {}
         if isinstance(bank, MLPBank):
+            check_whole(bank)
             gate, up = _halves(bank.gate_up_proj.detach(), bank.config.activation)
             matrices = {"gate": gate, "up": up, "down": bank.down_proj.detach()}
             if bank.gate_up_bias is not None and bank.down_bias is not None:

@@ -23,8 +23,7 @@ from moeforge.hub.versions import model_config
 from moeforge.hub.whole import write_whole
 from moeforge.models import Decoder, ModelConfig
 from moeforge.models.init import without_memory
-from moeforge.models.weights import is_held
-from moeforge.moe.bank.mlp import MLPBank
+from moeforge.models.weights import check_whole
 
 MODEL_TYPE = "moeforge"
 
@@ -70,8 +69,7 @@ def _write_own(
     max_shard_size: int | str = MAX_SHARD_SIZE,
 ) -> None:
     """A folder of our own type: ``fields`` go into its config.json too, ``beside`` writes what else lies there."""
-    if any(isinstance(bank, MLPBank) and is_held(bank) for bank in model.modules()):
-        raise UserError(f"{folder}: the model's experts are held in few bits, and a folder of this kind has them whole")
+    check_whole(model)
     tensors = model.state_dict()
 
     def contents(fresh: Path) -> None:

@@ -24,6 +24,7 @@ from moeforge.hub.pretrained import Pretrained
 from moeforge.hub.rotary import paired
 from moeforge.hub.whole import write_file
 from moeforge.models import Decoder, LayerConfig, ModelConfig
+from moeforge.models.weights import check_whole
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ def save(model: Decoder, tokenizer: Tokenizer, path: Path, verify: bool = False)
     import gguf
     import numpy
 
+    check_whole(model)
     architecture = _architecture(model)
     quantization = gguf.GGMLQuantizationType
     types = {torch.float32: quantization.F32, torch.float16: quantization.F16, torch.bfloat16: quantization.BF16}

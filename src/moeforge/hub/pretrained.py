@@ -24,6 +24,7 @@ from moeforge.hub.whole import write_whole
 from moeforge.kernels.allocator import ask_for_huge_pages
 from moeforge.models import Decoder, ModelConfig
 from moeforge.models.init import without_memory
+from moeforge.models.weights import check_whole
 
 CARRIED = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*"),
@@ -89,6 +90,8 @@ def contents(
     experts: PackedExperts | None = None,
 ) -> Callable[[Path], None]:
     """What fills a folder as ``save_as`` does; ``name`` is the model's. ``experts``, where given, stand for theirs."""
+    if experts is None:
+        check_whole(model)
     config_json = family.write(model.config, origin.config_json if origin else None)
     dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
     config_json["torch_dtype" if "torch_dtype" in config_json else "dtype"] = dtype

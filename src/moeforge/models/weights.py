@@ -65,6 +65,12 @@ def is_held(bank: MLPBank) -> bool:
     return not isinstance(bank.gate_up_proj, Tensor)
 
 
+def check_whole(model: nn.Module) -> None:
+    """Raises UserError where experts are in few bits, for what needs all their matrices."""
+    if any(isinstance(bank, MLPBank) and is_held(bank) for bank in model.modules()):
+        raise UserError("experts are held in few bits: start from the model that this was made of")
+
+
 def _quantise(model: nn.Module, bits: Bits) -> int:
     changed, stay = 0, []
     merging = [moe for moe in model.modules() if isinstance(moe, MoE) and isinstance(moe.config.router.select, Merged)]
