@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from moeforge.cli.main import main
+from moeforge.hub import load
 from tests.compress.small import model_folder
 
 TEXT = "".join(f"def f{i}(x):\n    return x * {i} + {i % 7}\n" for i in range(400))
@@ -44,7 +45,14 @@ def test_a_budget_is_kept_and_the_cost_measured(place: Path, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize(
-    "wish", [["--bits-per-weight=9"], ["--drop=25%"], ["--drop=25%", "--bits-per-weight=9"], ["--max-loss=+50%"]]
+    "wish",
+    [
+        ["--bits-per-weight=9"],
+        ["--merge=50%"],
+        ["--drop=25%"],
+        ["--drop=25%", "--bits-per-weight=9"],
+        ["--max-loss=+50%"],
+    ],
 )
 @pytest.mark.parametrize("granularity", ["expert", "layer"])
 def test_every_way_to_say_how_large(place: Path, wish: list[str], granularity: str) -> None:
@@ -97,3 +105,13 @@ def test_an_existing_folder_is_left_alone(place: Path, capsys: pytest.CaptureFix
     (place / "mine").mkdir()
     assert run(place, "--fit=95kB", f"--out={place / 'mine'}") == 2
     assert "--force" in capsys.readouterr().err and not list((place / "mine").iterdir())
+
+
+@pytest.mark.parametrize("how", ["mean", "units"])
+def test_a_dense_model_is_written_and_trains_on(place: Path, how: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(place, f"--to-dense={how}", f"--out={place / how}", "--json") == 0
+    quality = json.loads(capsys.readouterr().out)
+    model, _ = load(place / how)
+    assert not model.moe_layers and quality["kl"] > 0
+    assert run(place, f"--to-dense={how}", "--drop=25%", f"--out={place / 'no'}") == 2
+    assert "leaves no experts to pack" in capsys.readouterr().err and not (place / "no").exists()

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -30,6 +30,9 @@ def compress(
     drop: Annotated[str | None, typer.Option(help="Share of each layer's experts to drop first: 25%.")] = None,
     drop_by: Annotated[str, typer.Option(help="frequency, weight, reap or router_norm.")] = "reap",
     merge: Annotated[str | None, typer.Option(help="Share of each layer's experts to merge into others: 50%.")] = None,
+    to_dense: Annotated[
+        Literal["mean", "units"] | None, typer.Option(help="One MLP a layer: the experts' mean, or their best units.")
+    ] = None,
     granularity: Annotated[
         Literal["expert", "layer", "model"], typer.Option(help="What shares one format.")
     ] = "expert",
@@ -49,13 +52,8 @@ def compress(
     from moeforge.compress.run import Task, Wish
 
     check(context.obj)
-    wishes = {"--fit": fit, "--bits-per-weight": bits_per_weight, "--max-loss": max_loss, "--plan": plan}
-    named = [name for name, value in wishes.items() if value is not None]
-    fewer = [name for name, value in {"--drop": drop, "--merge": merge}.items() if value is not None]
-    if len(named) > 1 or len(fewer) > 1 or (plan is not None and fewer):
-        raise UserError(f"{' and '.join([*named, *fewer][-2:])} say the same thing twice: leave one out")
-    if not named and not fewer:
-        raise UserError("say how large it may be: --fit 3GiB, --bits-per-weight 3, --max-loss +2%, or --plan FILE")
+    sizes = {"--fit": fit, "--bits-per-weight": bits_per_weight, "--max-loss": max_loss, "--plan": plan}
+    _check_wishes(sizes, {"--drop": drop, "--merge": merge}, to_dense is not None, dry_run)
     target = out or model.with_name(f"{model.name}-compressed")
     if target.exists() and not (force or dry_run):
         raise UserError(f"{target} exists: name another with --out, or add --force to write over it")
@@ -71,6 +69,8 @@ def compress(
     )
     task = Task(model, count(tokens), count(held_out), profile)
     task.read_text(text_settings(model, task.streamed.config, context.obj))
+    if to_dense:
+        return _say_dense(task.write_dense(to_dense, target), target, as_json)
     job = task.plan(wish)
     if dry_run:
         _show(task, job, as_json)
@@ -79,13 +79,32 @@ def compress(
     print(json.dumps(report)) if as_json else _say(report, target)
 
 
+def _check_wishes(sizes: "dict[str, Any]", counts: "dict[str, Any]", alone: bool, dry_run: bool) -> None:
+    """Raises UserError unless one size is named, or fewer experts, or both; or neither where no experts are left."""
+    named, fewer = ([name for name, value in wishes.items() if value is not None] for wishes in (sizes, counts))
+    if len(named) > 1 or len(fewer) > 1 or ("--plan" in named and fewer):
+        raise UserError(f"{' and '.join([*named, *fewer][-2:])} say the same thing twice: leave one out")
+    if alone and (named or fewer or dry_run):
+        raise UserError("--to-dense leaves no experts to pack, drop or plan for: leave the other wishes out")
+    if not (named or fewer or alone):
+        raise UserError("say how large it may be: --fit 3GiB, --bits-per-weight 3, --max-loss +2%, or --plan FILE")
+
+
 def _say(report: dict, target: Path) -> None:
     quality, sizes = report["quality"], report["bytes"]
     before, after = sum(report["bytes_before"].values()), sum(sizes.values())
     print(f"{target}: {in_bytes(after)} of {in_bytes(before)}, experts {in_bytes(sizes['experts'])}")
+    print(_lost(quality))
+
+
+def _say_dense(quality: "dict[str, Any]", target: Path, as_json: bool) -> None:
+    print(json.dumps(quality) if as_json else f"{target}: dense, {_lost(quality)}")
+
+
+def _lost(quality: "dict[str, Any]") -> str:
     grown = quality["bits_after"] / quality["bits_before"] - 1
     bits = f"{quality['bits_before']:.4f} -> {quality['bits_after']:.4f} bits per byte ({grown:+.2%})"
-    print(f"{bits}, KL {quality['kl']:.4f} nats per token, on {quality['tokens']:,} held-out tokens")
+    return f"{bits}, KL {quality['kl']:.4f} nats per token, on {quality['tokens']:,} held-out tokens"
 
 
 def _show(task: "Task", job: "Job", as_json: bool) -> None:

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from moeforge.analyze.report import environment
+from moeforge.compress.dense import How, shares, to_dense
 from moeforge.compress.measure import Quality, Reference, bytes_on_disk, reopen, tokens_per_second
 from moeforge.compress.merge import join
 from moeforge.compress.page import page
@@ -23,6 +24,7 @@ from moeforge.config import Tree
 from moeforge.data.corpora import split
 from moeforge.data.packing import Batch, evaluation_batches, pack
 from moeforge.errors import UserError
+from moeforge.hub import load, save
 from moeforge.hub.folder import open_tokenizer
 from moeforge.hub.store import Format, record
 from moeforge.hub.whole import write_text
@@ -206,6 +208,12 @@ class Task:
         write_text(target / "report.json", json.dumps(report, indent=2) + "\n")
         write_text(target / "report.html", page(report, job.plan, target.name))
         return report
+
+    def write_dense(self, how: How, target: Path) -> Tree:
+        """Writes the model without experts, to be tuned with itself as a teacher, and measures it. Raises UserError."""
+        model, tokenizer = load(self.streamed.folder)
+        save(to_dense(model, how, shares(model, self.calibration)), tokenizer, target)
+        return asdict(self.reference.compare(reopen(target)))
 
 
 def place(row: Row) -> tuple[int, int]:
