@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,10 @@ def _serve(rank: int, size: int, store: str, end: Connection) -> None:
     import torch
     import torch.distributed as dist
 
+    from moeforge.parallel.mesh import Mesh
+
     torch.set_num_threads(1)
+    Mesh.build = cache(Mesh.build)  # type: ignore[method-assign]  # the threads of a new one's groups would never end
     patience = timedelta(seconds=20)  # for the others, when a test fails on one rank
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=patience)
     while (call := end.recv()) is not None:
