@@ -12,13 +12,14 @@ from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
-from moeforge.compress.measure import bytes_on_disk, reopen
+from moeforge.compress.measure import bytes_on_disk
 from moeforge.compress.plan import Row, packable
 from moeforge.compress.profile import FORMATS
 from moeforge.compress.prune import ORDERS, drop
 from moeforge.compress.run import Task
 from moeforge.compress.solve import solve
 from moeforge.config import build, read_yaml
+from moeforge.hub.folder import open_model
 from moeforge.train import RunConfig
 
 SHARES = (0.125, 0.25, 0.5)
@@ -51,7 +52,7 @@ def measured(task: Task, rows: list[Row]) -> dict[str, Any]:
         target = Path(place) / "model"
         task.job(rows).run(target)
         sizes = bytes_on_disk(target)
-        quality = task.reference.compare(reopen(target))
+        quality = task.reference.compare(open_model(target))
     bits = 8 * sizes["experts"] / task.num_weights
     found = {"bits_per_weight": bits, "bytes": sum(sizes.values()), "bits_per_byte": quality.bits_after}
     return {**found, "original": quality.bits_before, "kl": quality.kl}

@@ -11,6 +11,7 @@ import torch
 from moeforge.cli.convert import convert
 from moeforge.compress.merge import merge
 from moeforge.compress.plan import Plan, Row, packable
+from moeforge.compress.profile import profile
 from moeforge.compress.stream import Streamed
 from moeforge.compress.write import Job
 from moeforge.errors import UserError
@@ -21,7 +22,7 @@ from moeforge.kernels.mixed import MixedWeight
 from moeforge.kernels.native.quantised import QuantisedWeight
 from moeforge.models import Decoder
 from moeforge.models.weights import bytes_by_class, hold
-from tests.compress.small import model_folder
+from tests.compress.small import batches, model_folder
 
 IDS = torch.arange(40)[None] * 7 % 257
 
@@ -139,6 +140,23 @@ def test_an_interrupted_run_goes_on_where_it_was(folder: Path, tmp_path: Path) -
     assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in half} == half
     Job(Streamed(folder), plan).run(tmp_path / "whole")
     for file in (tmp_path / "whole").glob("*.*"):
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_what_was_made_from_other_calibration_is_not_used(folder: Path, tmp_path: Path) -> None:
+    streamed, plan, made = Streamed(folder), Plan(rows=tuple(rows(mixed))), list[object]()
+    seen, other = (profile(streamed, batches(length)) for length in (600, 700))
+    assert seen.fingerprint == profile(streamed, batches()).fingerprint != other.fingerprint
+
+    def stop(part: object) -> None:
+        if part == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Job(streamed, plan, seen).run(tmp_path / "out", stop)
+    Job(streamed, plan, other).run(tmp_path / "out", made.append)
+    Job(streamed, plan, other).run(tmp_path / "whole")
+    for file in (tmp_path / "whole").glob("*.safetensors"):
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes(), file.name
 
 

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from rich.console import Console
+from rich.status import Status
 
 from moeforge.cli.amounts import in_bytes
 from moeforge.cli.held_out import check, count, text_settings
@@ -57,26 +59,27 @@ def compress(
     target = out or model.with_name(f"{model.name}-compressed")
     if target.exists() and not (force or dry_run):
         raise UserError(f"{target} exists: name another with --out, or add --force to write over it")
-    wish = Wish(
-        fit=None if fit is None else _bytes(fit),
-        bits_per_weight=bits_per_weight,
-        max_loss=None if max_loss is None else _share(max_loss, "--max-loss"),
-        plan=plan,
-        drop=None if drop is None else _share(drop, "--drop"),
-        drop_by=drop_by,
-        merge=None if merge is None else _share(merge, "--merge"),
-        granularity=granularity,
-    )
-    task = Task(model, count(tokens), count(held_out), profile)
-    task.read_text(text_settings(model, task.streamed.config, context.obj))
-    if to_dense:
-        return _say_dense(task.write_dense(to_dense, target), target, as_json)
-    job = task.plan(wish)
-    if dry_run:
+    shares = {"max_loss": max_loss, "drop": drop, "merge": merge}
+    told = {name: _share(share, f"--{name.replace('_', '-')}") for name, share in shares.items() if share is not None}
+    size = None if fit is None else _bytes(fit)
+    wish = Wish(size, bits_per_weight, plan=plan, drop_by=drop_by, granularity=granularity, **told)
+    with Console(stderr=True).status("reading text") as status:
+        task = Task(model, count(tokens), count(held_out), profile, lambda what, layers: _tell(status, what, layers))
+        task.read_text(text_settings(model, task.streamed.config, context.obj))
+        dense = task.write_dense(to_dense, target) if to_dense else None
+        job = None if dense else task.plan(wish)
+        report = task.write(job, target) if job and not dry_run else None
+    if dense:
+        _say_dense(dense, target, as_json)
+    elif report:
+        _say(report, target, as_json)
+    elif job:
         _show(task, job, as_json)
-        return
-    report = task.write(job, target)
-    print(json.dumps(report)) if as_json else _say(report, target)
+
+
+def _tell(status: Status, what: str, layers: int) -> None:
+    """In a terminal; elsewhere nothing is drawn."""
+    status.update(f"{what}: {layers} layers done")
 
 
 def _check_wishes(sizes: "dict[str, Any]", counts: "dict[str, Any]", alone: bool, dry_run: bool) -> None:
@@ -90,7 +93,10 @@ def _check_wishes(sizes: "dict[str, Any]", counts: "dict[str, Any]", alone: bool
         raise UserError("say how large it may be: --fit 3GiB, --bits-per-weight 3, --max-loss +2%, or --plan FILE")
 
 
-def _say(report: dict, target: Path) -> None:
+def _say(report: "dict[str, Any]", target: Path, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(report))
+        return
     quality, sizes = report["quality"], report["bytes"]
     before, after = sum(report["bytes_before"].values()), sum(sizes.values())
     print(f"{target}: {in_bytes(after)} of {in_bytes(before)}, experts {in_bytes(sizes['experts'])}")

@@ -135,7 +135,7 @@ def open_remote(url: str, key: str | None) -> Callable[[], Talk]:
 
 
 def _has_template(client: Any, model: str) -> bool:
-    """A server of ours says so when asked for nothing; of others it is taken for granted."""
+    """Asks for one token: a server of ours says when there is none; of others it is taken for granted."""
     import openai
 
     try:

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moeforge.compress.stream import Streamed, Text
+from moeforge.compress.stream import Streamed, Tell, Text, silent
 from moeforge.compress.write import kind_of
 from moeforge.data.packing import IGNORED, Batch
 from moeforge.errors import UserError
-from moeforge.hub.folder import open_model
 from moeforge.hub.shards import Shards
 from moeforge.models import Decoder
 from moeforge.models.decoder import Cache
@@ -45,7 +44,7 @@ class Quality:
 class Reference:
     """The original's last hidden states over a text, made layer by layer."""
 
-    def __init__(self, streamed: Streamed, batches: Sequence[Batch]) -> None:
+    def __init__(self, streamed: Streamed, batches: Sequence[Batch], tell: Tell = silent) -> None:
         if not batches:
             raise UserError("there is no text to measure on")
         outside = streamed.outside()
@@ -54,6 +53,7 @@ class Reference:
         for index in range(streamed.config.num_layers):
             for _ in text.pass_layer(streamed.block(streamed.layer(index), index), streamed.config):
                 pass
+            tell(index)
         self.x = text.x
 
     @torch.no_grad()
@@ -102,8 +102,3 @@ def tokens_per_second(model: Decoder) -> float:
     for _ in range(WRITTEN):
         model(ids[:, :1], cache=cache)
     return WRITTEN / (time.perf_counter() - start)
-
-
-def reopen(folder: Path) -> Decoder:
-    """The compressed model as every other command opens it."""
-    return open_model(folder)

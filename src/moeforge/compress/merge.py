@@ -18,21 +18,16 @@ def join(profile: Profile, rows: Sequence[Row], share: float, config: ModelConfi
     """
     into: dict[tuple[int, int], int] = {}
     for layer, seen in profile.layers.items():
-        moe, first = config.all_layers[layer].moe, 0
-        for bank in moe.experts if moe else ():
-            own = [row.expert for row in rows if row.layer == layer and first <= row.expert < first + bank.num_experts]
-            first += bank.num_experts
+        moe = config.all_layers[layer].moe
+        for span in moe.spans if moe else ():
+            own = [row.expert for row in rows if row.layer == layer and row.expert in span]
             keep = len(own) - round(share * len(own))
             if 0 < keep < len(own):
                 found = groups(seen.count[own], seen.correlation[own][:, own], keep)
                 into |= {(layer, own[at]): own[to] for at, to in enumerate(found) if at != to}
     if not into:
         raise UserError(f"a share of {share:.3g} merges no expert of any layer")
-    places = [(row.layer, row.expert) for row in rows]
-    return [
-        row.replace(action="merge_into", into=into[place]) if place in into else row
-        for row, place in zip(rows, places, strict=True)
-    ]
+    return [row.replace(action="merge_into", into=into[row.place]) if row.place in into else row for row in rows]
 
 
 def groups(use_E: Tensor, likeness_EE: Tensor, keep: int) -> list[int]:

@@ -20,7 +20,7 @@ def page(report: Tree, plan: Plan, title: str) -> str:
     cost = f"{grown:+.2%} bits per byte" if abs(grown) >= 5e-5 else "bits per byte as before"
     table = [(name, before[name], after[name]) for name in after] + [("all", whole_before, whole_after)]
     layers: dict[int, list[Row]] = {}
-    for row in sorted(plan.rows, key=lambda row: (row.layer, row.expert)):
+    for row in sorted(plan.rows, key=lambda row: row.place):
         layers.setdefault(row.layer, []).append(row)
     content: dict[str, Any] = {
         "title": title,

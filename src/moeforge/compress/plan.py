@@ -40,6 +40,11 @@ class Row(Config):
         return self
 
     @property
+    def place(self) -> tuple[int, int]:
+        """(layer, expert)."""
+        return self.layer, self.expert
+
+    @property
     def format(self) -> Format:
         """Of a kept expert."""
         return Format(self.bits, self.group)
@@ -73,8 +78,8 @@ class Plan(Config):
 
     def check(self, config: ModelConfig) -> None:
         """Raises UserError unless the rows are the model's experts, one each, and say something to do."""
-        wanted = {(layer, expert) for layer, expert in packable(config)}
-        named = [(row.layer, row.expert) for row in self.rows]
+        wanted = {*packable(config)}
+        named = [row.place for row in self.rows]
         for what, problem in (
             ("names absent experts", set(named) - wanted),
             (
@@ -88,7 +93,7 @@ class Plan(Config):
                 raise UserError(f"the plan {what}: {some}{' ...' if len(problem) > 8 else ''} (layer.expert)")
         if all(row.action == "keep" and row.bits == 16 for row in self.rows):
             raise UserError("the plan does nothing: it keeps all experts at 16 bits")
-        kept = {(row.layer, row.expert) for row in self.rows if row.action == "keep"}
+        kept = {row.place for row in self.rows if row.action == "keep"}
         lost = [
             f"{row.layer}.{row.expert}"
             for row in self.rows
@@ -117,10 +122,9 @@ def _without(index: int, layer: LayerConfig, gone: set[int]) -> LayerConfig:
         raise UserError(
             f"layer {index}: experts are dropped from linear gates, whose rows are theirs, not from {gate.type}"
         )
-    experts, first = [], 0
-    for bank in layer.moe.experts:
-        stay = bank.num_experts - len(gone & set(range(first, first + bank.num_experts)))
-        first += bank.num_experts
+    experts = []
+    for bank, span in zip(layer.moe.experts, layer.moe.spans, strict=True):
+        stay = bank.num_experts - len(gone.intersection(span))
         if not stay:
             raise UserError(f"layer {index}: a bank would have no expert left")
         experts.append(bank.replace(num_experts=stay) if stay < bank.num_experts else bank)
@@ -133,11 +137,9 @@ def _without(index: int, layer: LayerConfig, gone: set[int]) -> LayerConfig:
 def packable(config: ModelConfig) -> Iterator[tuple[int, int]]:
     """(layer, expert) of the experts that a plan has rows for."""
     for index, layer in enumerate(config.all_layers):
-        first = 0
-        for bank in layer.moe.experts if layer.moe else ():
+        for bank, span in zip(layer.moe.experts, layer.moe.spans, strict=True) if layer.moe else ():
             if can_pack(bank, layer):
-                yield from ((index, first + expert) for expert in range(bank.num_experts))
-            first += bank.num_experts
+                yield from ((index, expert) for expert in span)
 
 
 def can_pack(bank: Config, layer: LayerConfig) -> bool:

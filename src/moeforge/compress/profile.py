@@ -1,5 +1,6 @@
 """What calibration saw of every expert: one streaming pass over a text, the numbers that all plans are made from."""
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moeforge.compress.rounding import to_format
-from moeforge.compress.stream import Streamed, Text
+from moeforge.compress.stream import Streamed, Tell, Text, silent
 from moeforge.data.packing import Batch
 from moeforge.errors import UserError
 from moeforge.hub.folder import read_tensors
@@ -72,13 +73,22 @@ class Profile:
 
     layers: dict[int, Seen]
     about: dict[str, Any] = field(default_factory=dict)
-    """``tokens``, ``source`` (the model's folder), ``text`` (fingerprint of the calibration tokens), ``d_expert``."""
+    """``tokens`` of the calibration text, ``source``: the model's folder."""
 
     @property
     def scarce(self) -> dict[int, list[int]]:
         """By layer, experts with too few tokens for statistics of their own; layers without any are left out."""
         few = {layer: (seen.count < FLOOR).nonzero().flatten().tolist() for layer, seen in self.layers.items()}
         return {layer: experts for layer, experts in few.items() if experts}
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all numbers."""
+        found = hashlib.sha256()
+        for layer, seen in sorted(self.layers.items()):
+            for name, tensor in vars(seen).items():
+                found.update(f"{layer}.{name}".encode() + tensor.contiguous().numpy().tobytes())
+        return found.hexdigest()
 
     def save(self, folder: Path) -> None:
         """``profile.safetensors`` and ``profile.json``, whole or not at all. Raises UserError."""
@@ -151,7 +161,7 @@ def mask_of(route: Route) -> Tensor:
 
 
 @torch.no_grad()
-def profile(streamed: Streamed, batches: list[Batch], tell: Any = None) -> Profile:
+def profile(streamed: Streamed, batches: list[Batch], tell: Tell = silent) -> Profile:
     """One pass over ``batches``; ``tell(layer)`` is called after each layer.
 
     Raises UserError where experts are no banks of MLPs, or the text is too short to say anything.
@@ -173,8 +183,7 @@ def profile(streamed: Streamed, batches: list[Batch], tell: Any = None) -> Profi
                 last = max(layers)
                 layers[last].next_together = before_TE.T @ mask_TE
             layers[index], before_TE = seen, mask_TE
-        if tell is not None:
-            tell(index)
+        tell(index)
     about = {"tokens": text.num_tokens, "source": str(streamed.folder)}
     return Profile(layers, about)
 

@@ -34,4 +34,4 @@ def drop(profile: Profile, rows: Sequence[Row], share: float, order: str) -> lis
         gone |= {(layer, own[at]) for at in worth.argsort(stable=True)[:count].tolist()}
     if not gone:
         raise UserError(f"a share of {share:.3g} drops no expert of any layer")
-    return [row.replace(action="drop") if (row.layer, row.expert) in gone else row for row in rows]
+    return [row.replace(action="drop") if row.place in gone else row for row in rows]

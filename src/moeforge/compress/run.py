@@ -2,36 +2,41 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from moeforge.analyze.report import environment
 from moeforge.compress.dense import How, shares, to_dense
-from moeforge.compress.measure import Quality, Reference, bytes_on_disk, reopen, tokens_per_second
+from moeforge.compress.measure import Quality, Reference, bytes_on_disk, tokens_per_second
 from moeforge.compress.merge import join
 from moeforge.compress.page import page
 from moeforge.compress.plan import Plan, Row, packable
 from moeforge.compress.profile import FORMATS, Profile, profile
 from moeforge.compress.prune import drop
 from moeforge.compress.solve import WHOLE, Granularity, solve
-from moeforge.compress.stream import Streamed
+from moeforge.compress.stream import Streamed, Tell, silent
 from moeforge.compress.write import Job
 from moeforge.config import Tree
 from moeforge.data.corpora import split
 from moeforge.data.packing import Batch, evaluation_batches, pack
 from moeforge.errors import UserError
 from moeforge.hub import load, save
-from moeforge.hub.folder import open_tokenizer
+from moeforge.hub.folder import open_model, open_tokenizer
 from moeforge.hub.store import Format, record
 from moeforge.hub.whole import write_text
 from moeforge.models.weights import EXPERTS
 
 SEARCHED = 6
 """Budgets that are tried, written and measured, for a largest loss."""
+
+
+Progress = Callable[[str, int], None]
+"""What is under way, and how many of the model's layers it has behind it."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +57,10 @@ class Wish:
 class Task:
     """One model and the texts that it is calibrated and judged by."""
 
-    def __init__(self, folder: Path, tokens: int, held_out: int, kept_profile: Path | None = None) -> None:
-        self.streamed = Streamed(folder)
+    def __init__(
+        self, folder: Path, tokens: int, held_out: int, kept_profile: Path | None = None, tell: Progress | None = None
+    ) -> None:
+        self.streamed, self.tell = Streamed(folder), tell
         self.tokens, self.held_out, self.kept_profile = tokens, held_out, kept_profile
 
     def read_text(self, settings: Any) -> None:
@@ -70,6 +77,11 @@ class Task:
 
         self.calibration, self.validation = batches(train, self.tokens), batches(validation, self.held_out)
 
+    def _pass(self, what: str) -> Tell:
+        """Counts the steps of one pass over the model."""
+        tell, numbers = self.tell, count(1)
+        return silent if tell is None else lambda _: tell(what, next(numbers))
+
     @cached_property
     def profile(self) -> Profile:
         """Made, or read where there is one."""
@@ -78,7 +90,7 @@ class Task:
             found = Profile.load(kept)
             found.check(self.streamed)
             return found
-        found = profile(self.streamed, self.calibration)
+        found = profile(self.streamed, self.calibration, self._pass("profile"))
         if kept is not None:
             found.save(kept)
         return found
@@ -86,7 +98,7 @@ class Task:
     @cached_property
     def reference(self) -> Reference:
         """The original on the held-out text."""
-        return Reference(self.streamed, self.validation)
+        return Reference(self.streamed, self.validation, self._pass("original on held-out text"))
 
     def plan(self, wish: Wish) -> Job:
         """The job that is wished for. Raises UserError, with the smallest size, where a budget is too small."""
@@ -124,15 +136,15 @@ class Task:
     def _smallest(self, rows: list[Row], wish: Wish) -> Job:
         """The smallest of several plans, each written and measured, that loses no more than ``wish.max_loss``."""
         assert wish.max_loss is not None
-        low, high = self._smallest_bytes(rows), sum(self.record_bytes(*place(row), WHOLE) for row in rows)
+        low, high = self._smallest_bytes(rows), sum(self.record_bytes(*row.place, WHOLE) for row in rows)
         best: Job | None = None
         with TemporaryDirectory() as folder:
             for number in range(SEARCHED):
                 middle = int((low * high) ** 0.5)
                 job = self.solved(rows, middle, wish.granularity)
                 tried = Path(folder) / f"{number}"
-                job.run(tried)
-                lost = self.reference.compare(reopen(tried)).loss
+                job.run(tried, self._pass(f"plan {number + 1} of {SEARCHED}"))
+                lost = self.reference.compare(open_model(tried)).loss
                 shutil.rmtree(tried)
                 if lost <= wish.max_loss:
                     best, high = job, middle
@@ -145,7 +157,7 @@ class Task:
         return best
 
     def _smallest_bytes(self, rows: list[Row]) -> int:
-        kept = [place(row) for row in rows if row.action == "keep"]
+        kept = [row.place for row in rows if row.action == "keep"]
         return sum(min(self.record_bytes(*where, format) for format in FORMATS) for where in kept)
 
     def job(self, rows: list[Row]) -> Job:
@@ -164,12 +176,10 @@ class Task:
     def _shapes(self) -> dict[tuple[int, int], tuple[tuple[int, int], ...]]:
         meta, found = self.streamed.model.state_dict(), {}
         for layer, expert in packable(self.streamed.config):
-            config, first = self.streamed.config.all_layers[layer].moe, 0
-            for index, bank in enumerate(config.experts if config else ()):
-                if first <= expert < first + bank.num_experts:
-                    stacks = (meta[f"blocks.{layer}.moe.banks.{index}.{name}"] for name in EXPERTS)
-                    found[layer, expert] = tuple((stack.shape[1], stack.shape[2]) for stack in stacks)
-                first += bank.num_experts
+            moe = self.streamed.config.all_layers[layer].moe
+            (index,) = (number for number, span in enumerate(moe.spans if moe else ()) if expert in span)
+            stacks = (meta[f"blocks.{layer}.moe.banks.{index}.{name}"] for name in EXPERTS)
+            found[layer, expert] = tuple((stack.shape[1], stack.shape[2]) for stack in stacks)
         return found
 
     @property
@@ -189,11 +199,11 @@ class Task:
         """Writes the folder, reloads it, measures, and leaves a report in it as JSON and HTML. Raises UserError."""
         environment()  # a package that the page needs is asked for before the work
         predicted, reference = job.bytes_by_class(), self.reference
-        job.run(target)
+        job.run(target, self._pass("pack"))
         found = bytes_on_disk(target)
         if found != predicted:
             raise UserError(f"{target} has {found} bytes on disk, {predicted} were planned: please report this")
-        model = reopen(target)
+        model = open_model(target)
         quality: Quality = reference.compare(model)
         report: Tree = {
             "source": str(self.streamed.folder),
@@ -213,9 +223,4 @@ class Task:
         """Writes the model without experts, to be tuned with itself as a teacher, and measures it. Raises UserError."""
         model, tokenizer = load(self.streamed.folder)
         save(to_dense(model, how, shares(model, self.calibration)), tokenizer, target)
-        return asdict(self.reference.compare(reopen(target)))
-
-
-def place(row: Row) -> tuple[int, int]:
-    """(layer, expert)."""
-    return row.layer, row.expert
+        return asdict(self.reference.compare(open_model(target)))

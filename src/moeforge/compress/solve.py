@@ -61,17 +61,15 @@ def solve(
     losses = {layer: objective.losses(profile, layer)[:, columns] for layer in profile.layers}
     units: dict[object, list[Row]] = {}
     for row in kept:
-        key = {"expert": (row.layer, row.expert), "layer": row.layer, "model": 0}[granularity]
+        key = {"expert": row.place, "layer": row.layer, "model": 0}[granularity]
         units.setdefault(key, []).append(row)
     groups = list(units.values())
-    cost = [[sum(bytes_of(row.layer, row.expert, f) for row in group) for f in among] for group in groups]
+    cost = [[sum(bytes_of(*row.place, f) for row in group) for f in among] for group in groups]
     loss = [[float(sum(losses[r.layer][r.expert, f] for r in group)) for f in range(len(among))] for group in groups]
     chosen = choose(loss, cost, budget)
-    change = {(r.layer, r.expert): among[c] for group, c in zip(groups, chosen, strict=True) for r in group}
+    change = {r.place: among[c] for group, c in zip(groups, chosen, strict=True) for r in group}
     return [
-        row.replace(bits=change[row.layer, row.expert].bits, group=change[row.layer, row.expert].group)
-        if row.action == "keep"
-        else row
+        row.replace(bits=change[row.place].bits, group=change[row.place].group) if row.action == "keep" else row
         for row in rows
     ]
 

@@ -1,6 +1,6 @@
 """A model run layer by layer: one layer's weights in memory, every text's residual stream beside it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +15,13 @@ from moeforge.models import Decoder, ModelConfig
 from moeforge.models.attention import locate
 from moeforge.models.block import Block, scaled
 from moeforge.moe import Context
+
+Tell = Callable[[object], None]
+"""Called after each layer, or file, of a pass."""
+
+
+def silent(_: object) -> None:
+    """Tells nobody."""
 
 
 class Streamed:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,14 @@ from moeforge.compress.merge import merge
 from moeforge.compress.plan import Plan, Row, can_pack
 from moeforge.compress.profile import Profile, Seen
 from moeforge.compress.rounding import to_format
-from moeforge.compress.stream import Streamed
+from moeforge.compress.stream import Streamed, Tell, silent
 from moeforge.config import Tree
 from moeforge.errors import UserError
 from moeforge.hub.folder import MODEL_TYPE, config_json, write_own_config
 from moeforge.hub.pretrained import SPECIAL, carry_files
 from moeforge.hub.shards import SAFE
-from moeforge.hub.store import PACKED, Format, header, record, to_record, write_file
+from moeforge.hub.store import PACKED, Format, Layout, header, record, to_record, write_file
 from moeforge.hub.whole import replace_folder
-
-Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 def parts_of(rows: Mapping[int, Row]) -> list[tuple[Format, list[list[int]]]]:
@@ -65,19 +63,18 @@ class Job:
 
     def banks(self, layer: int) -> list[tuple[str, int, list[tuple[Format, list[list[int]]]]]]:
         """Of each bank that is packed: its name, the number of its first expert, its formats and records."""
-        config, rows, first, found = self.streamed.config.all_layers[layer], self.plan.of_layer(layer), 0, []
-        for index, bank in enumerate(config.moe.experts if config.moe else ()):
-            if can_pack(bank, config):
-                own = {expert: rows[first + expert] for expert in range(bank.num_experts)}
-                found.append((f"blocks.{layer}.moe.banks.{index}", first, parts_of(own)))
-            first += bank.num_experts
+        config, rows, found = self.streamed.config.all_layers[layer], self.plan.of_layer(layer), []
+        for index, span in enumerate(config.moe.spans if config.moe else ()):
+            if config.moe and can_pack(config.moe.experts[index], config):
+                own = {expert - span.start: rows[expert] for expert in span}
+                found.append((f"blocks.{layer}.moe.banks.{index}", span.start, parts_of(own)))
         return found
 
     def layout(self, layer: int | None) -> Layout:
         """The tensors of a file."""
         prefix = f"blocks.{layer}." if layer is not None else ""
         names = [name for name in self.meta if (name.startswith(prefix) if prefix else not name.startswith("blocks."))]
-        found: Layout = {}
+        found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         gone = self._dropped(layer)
         packed = self.banks(layer) if layer is not None else []
         for bank, _, parts in packed:
@@ -116,10 +113,11 @@ class Job:
 
     @property
     def fingerprint(self) -> str:
-        """Of the model's files and the plan: what an interrupted run must have been started with to go on."""
+        """Of the model's files, the plan and what calibration saw: what an interrupted run has to have in common."""
         files = sorted(self.streamed.folder.glob("*"))
         facts = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
-        return hashlib.sha256(json.dumps([facts, self.plan.model_dump()]).encode()).hexdigest()
+        seen = self.profile.fingerprint if self.profile else None
+        return hashlib.sha256(json.dumps([facts, self.plan.model_dump(), seen]).encode()).hexdigest()
 
     def tensors(self, layer: int | None) -> dict[str, Tensor]:
         """Of one file, made."""
@@ -164,7 +162,7 @@ class Job:
             rows.append(to_record(format, [to_format(w, format, m) for w, m in zip(weights, moments, strict=True)]))
         return torch.cat(rows)
 
-    def run(self, folder: Path, tell: Callable[[int | None], None] | None = None) -> None:
+    def run(self, folder: Path, tell: Tell = silent) -> None:
         """Writes ``folder``, whole or not at all; what an interrupted run has done of the same job is kept.
 
         Raises UserError when it cannot be written.
@@ -178,8 +176,7 @@ class Job:
                     half = path.with_suffix(".part")
                     write_file(half, self.tensors(part))
                     half.replace(path)
-                if tell is not None:
-                    tell(part)
+                tell(part)
             self._finish(fresh)
             replace_folder(fresh, folder)
         except (OSError, SafetensorError) as error:

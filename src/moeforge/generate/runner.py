@@ -86,7 +86,7 @@ class BlockRunner:
         if any(layer.moe and layer.moe.router.select.reads_importance for layer in model.config.all_layers):
             raise UserError("this model's routers go by the attention that a token gets from later ones")
         self.model, self.domain, self.block_size = model, domain, settings.block_size
-        self._strong = Paged(model, blocks, self.block_size, domain)
+        self.blocks, self._strong = blocks, Paged(model, blocks, self.block_size, domain)
         self._weak: dict[int, Paged] = {}
         self.unfused = self._strong.unfused
         self.bytes = bytes_by_class(model)
@@ -124,8 +124,7 @@ class BlockRunner:
     def _weak_of(self, rank: int) -> "Paged":
         """Made when first asked for: its keys and values take as much memory again, where they are used."""
         if rank not in self._weak:
-            blocks = next(iter(self._strong.cache.layers.values())).pools[0].shape[0]
-            self._weak[rank] = Paged(weaker(self.model, rank), blocks, self.block_size, self.domain)
+            self._weak[rank] = Paged(weaker(self.model, rank), self.blocks, self.block_size, self.domain)
         return self._weak[rank]
 
     def _weight_bytes(self, counts: dict[int, Tensor]) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, field_serializer, field_validator, model_validator
@@ -104,6 +105,12 @@ class MoEConfig(Config):
     def num_experts(self) -> int:
         """Experts of all banks together."""
         return sum(bank.num_experts for bank in self.experts)
+
+    @property
+    def spans(self) -> list[range]:
+        """The experts of each bank, as the router numbers them."""
+        ends = list(accumulate(bank.num_experts for bank in self.experts))
+        return [range(end - bank.num_experts, end) for end, bank in zip(ends, self.experts, strict=True)]
 
     def costs(self, d_model: int) -> list[int]:
         """Multiplications per row of width ``d_model``, of each expert."""

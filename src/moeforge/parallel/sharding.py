@@ -91,11 +91,11 @@ def dealt(config: ModelConfig, layout: Layout) -> dict[str, Placement]:
 
 
 def _dealt_layer(layer: MoEConfig, depth: int, layout: Layout, entries: list[Any] | None) -> dict[str, Placement]:
-    where, found, low = f"layer {depth}", {}, 0
+    where, found = f"layer {depth}", {}
     if entries is not None and len(entries) != layer.num_experts:
         raise UserError(f"{layout.placement}: {where} has {layer.num_experts} experts, not {len(entries)}")
-    for number, bank in enumerate(layer.experts):
-        name, high = f"blocks.{depth}.moe.banks.{number}", low + bank.num_experts
+    for number, (bank, span) in enumerate(zip(layer.experts, layer.spans, strict=True)):
+        name, low, high = f"blocks.{depth}.moe.banks.{number}", span.start, span.stop
         if not isinstance(bank, DEALT):
             if entries is not None and any(entry is not None for entry in entries[low:high]):
                 raise UserError(f"{layout.placement}: {where}: experts of type {bank.type} are everywhere: say null")
@@ -104,7 +104,6 @@ def _dealt_layer(layer: MoEConfig, depth: int, layout: Layout, entries: list[Any
         else:
             check_experts(bank.num_experts, layout.ep, where, layout.uneven)
             found[name] = Placement.in_order(bank.num_experts, layout.ep)
-        low = high
     return found
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
 from math import ceil
 
 import torch
@@ -150,8 +149,7 @@ def nbytes(parameters: list[nn.Parameter], parts: int = 1) -> int:
 
 def experts_of(layer: LayerConfig) -> list[slice]:
     """The experts of each bank of a layer, as the router numbers them."""
-    ends = list(accumulate(bank.num_experts for bank in layer.moe.experts)) if layer.moe else []
-    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+    return [slice(span.start, span.stop) for span in layer.moe.spans] if layer.moe else []
 
 
 def skewed(num_experts: int, imbalance: float) -> Tensor:
