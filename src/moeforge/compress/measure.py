@@ -13,12 +13,13 @@ from torch.nn import functional as F
 from moeforge.compress.stream import Streamed, Tell, Text, silent
 from moeforge.compress.write import kind_of
 from moeforge.data.packing import IGNORED, Batch
+from moeforge.data.tokenizers import Tokenizer
 from moeforge.errors import UserError
+from moeforge.generate import ALONE, Sampling, Token, engine_for
 from moeforge.hub.shards import Shards
 from moeforge.models import Decoder
-from moeforge.models.decoder import Cache
 
-WRITTEN = 32
+WRITTEN = 64
 """Tokens that are written to measure how fast."""
 
 
@@ -91,14 +92,17 @@ def bytes_on_disk(folder: Path) -> dict[str, int]:
     return sums
 
 
-@torch.no_grad()
-def tokens_per_second(model: Decoder) -> float:
-    """Of one text being written, after a first pass."""
-    ids, cache = torch.arange(8)[None] % model.embedding.num_embeddings, Cache(model, 1, 8 + 2 * WRITTEN)
-    model(ids, cache=cache)
-    for _ in range(WRITTEN // 4):
-        model(ids[:, :1], cache=cache)
-    start = time.perf_counter()
-    for _ in range(WRITTEN):
-        model(ids[:, :1], cache=cache)
-    return WRITTEN / (time.perf_counter() - start)
+def tokens_per_second(model: Decoder, tokenizer: Tokenizer) -> float | None:
+    """Of one text that the engine writes, after a first one; None for models that it refuses, as they read ahead."""
+    settings = ALONE.replace(unsafe_batch_dependent=True)
+    try:
+        engine = engine_for(model, tokenizer, settings, next(iter(model.config.domains), None))
+    except UserError:
+        return None
+    with engine:
+        sampling = Sampling(temperature=0, max_tokens=min(WRITTEN, engine.max_len - 1), ignore_end=True)
+        rate = 0.0
+        for _ in range(2):
+            moments = [time.perf_counter() for event in engine.write([0], sampling) if isinstance(event, Token)]
+            rate = (len(moments) - 1) / (moments[-1] - moments[0])
+        return rate

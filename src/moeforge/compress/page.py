@@ -34,7 +34,7 @@ def page(report: Tree, plan: Plan, title: str) -> str:
         "after": f"{quality['bits_after']:.4f} ({grown:+.2%})",
         "kl": f"{quality['kl']:.4f}",
         "agreement": f"{quality['agreement']:.1%}",
-        "speed": f"{report['tokens_per_second']:,.0f}",
+        "speed": f"{speed:,.0f}" if (speed := report["tokens_per_second"]) else "not written by the engine",
         "tokens": f"{quality['tokens']:,}",
         "calibration": f"{report['calibration_tokens']:,}",
         "scarce": ", ".join(f"{layer}.{e}" for layer, some in report["scarce_experts"].items() for e in some),

@@ -211,7 +211,7 @@ class Task:
             "bytes_before": bytes_on_disk(self.streamed.folder),
             "bits_per_weight": 8 * found["experts"] / self.num_weights,
             "quality": asdict(quality),
-            "tokens_per_second": tokens_per_second(model),
+            "tokens_per_second": tokens_per_second(model, open_tokenizer(target)),
             "calibration_tokens": self.profile.about["tokens"],
             "scarce_experts": self.profile.scarce,
         }
