@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from moeforge.config import Config
-from moeforge.data.packing import Batch
+from moeforge.data.packing import IGNORED, Batch
 from moeforge.data.tokenizers import Tokenizer
 from moeforge.errors import UserError
 from moeforge.hub import load
@@ -54,7 +54,7 @@ class Teacher:
         with torch.no_grad():
             known, place = batch.known, {"position": batch.position, "document": batch.document}
             teacher_BLV = self.model(batch.input_ids, **place, known=known).logits
-        temperature, seen = self.config.temperature, batch.labels != -100
+        temperature, seen = self.config.temperature, batch.labels != IGNORED
         log_student, log_teacher = (
             (logits[seen].to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(-1)
             for logits in (logits_BLV, teacher_BLV[..., : logits_BLV.shape[-1]])
