@@ -19,6 +19,7 @@ from moeforge.hub.folder import read_tensors
 from moeforge.hub.store import Format
 from moeforge.hub.whole import write_whole
 from moeforge.kernels.activation import activate
+from moeforge.kernels.allocator import return_freed_memory
 from moeforge.models.block import Block
 from moeforge.moe import Routing
 from moeforge.moe.bank.mlp import MLPBank
@@ -147,6 +148,7 @@ class _Watch:
         """All rows [T, D] and one route over them."""
         self.hook.remove()
         rows_TD, starts = torch.cat(self.rows), torch.tensor([0, *(len(r) for r in self.rows)]).cumsum(0)
+        self.rows.clear()
         token_N = torch.cat([route.token + start for route, start in zip(self.routes, starts, strict=False)])
         expert_N = torch.cat([route.expert for route in self.routes])
         weight_N = torch.cat([route.weight for route in self.routes])
@@ -183,6 +185,8 @@ def profile(streamed: Streamed, batches: list[Batch], tell: Tell = silent) -> Pr
                 last = max(layers)
                 layers[last].next_together = before_TE.T @ mask_TE
             layers[index], before_TE = seen, mask_TE
+        del block  # before there is the next one
+        return_freed_memory()
         tell(index)
     about = {"tokens": text.num_tokens, "source": str(streamed.folder)}
     return Profile(layers, about)
@@ -193,18 +197,17 @@ def _see_layer(block: Block, text: Text, streamed: Streamed) -> tuple[Seen, Tens
     banks: list[Any] = list(block.moe.banks)
     if not all(isinstance(bank, MLPBank) for bank in banks):
         raise UserError("only experts that are MLPs with matrices of their own can be profiled")
-    early = [
-        block.moe.decide(block.moe.split(block.mlp_norm(x).flatten(0, -2)), context)
-        for x, context in zip(text.x, text.contexts, strict=True)
-    ]
-    watches, routings = [_Watch(bank) for bank in banks], []
-    hook = block.moe.router.register_forward_hook(lambda module, inputs, output: routings.append(output))
+    decisions = _Decisions()  # of all that a router says, what is needed: a text may have many tokens
+    for x, context in zip(text.x, text.contexts, strict=True):
+        decisions.add(block.moe.decide(block.moe.split(block.mlp_norm(x).flatten(0, -2)), context))
+    early_TE, decisions = torch.cat(decisions.masks), _Decisions()
+    watches = [_Watch(bank) for bank in banks]
+    hook = block.moe.router.register_forward_hook(lambda module, inputs, output: decisions.add(output))
     for _ in text.pass_layer(block, streamed.config):
         pass
     hook.remove()
     parts = [_of_bank(bank, *watch.done()) for bank, watch in zip(banks, watches, strict=True)]
-    mask_TE = torch.cat([mask_of(routing.route) for routing in routings])
-    early_TE = torch.cat([mask_of(routing.route) for routing in early if isinstance(routing.route, Route)])
+    mask_TE = torch.cat(decisions.masks)
     energy = sum(float(x.float().square().sum()) for x in text.x) / text.num_tokens
     gate = getattr(block.moe.router.gate, "weight", None)
     has_rows = isinstance(gate, Tensor) and gate.dim() == 2 and len(gate) == mask_TE.shape[1]
@@ -215,17 +218,34 @@ def _see_layer(block: Block, text: Text, streamed: Streamed) -> tuple[Seen, Tens
             part["hidden_moment"], (0, widest - part["hidden_moment"].shape[1])
         )
     joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    together = {"together": mask_TE.T @ mask_TE, "correlation": _correlation(routings), "router_norm": norm.detach()}
+    together = {
+        "together": mask_TE.T @ mask_TE,
+        "correlation": _correlation(decisions.logits, mask_TE.shape[1]),
+        "router_norm": norm.detach(),
+    }
     facts = {"energy": torch.tensor(energy), "predicted": (mask_TE * early_TE).sum() / mask_TE.sum()}
     return Seen(**joined, **together, **facts, next_together=torch.zeros(0)), mask_TE
 
 
-def _correlation(routings: list[Routing]) -> Tensor:
-    if any(routing.logits is None for routing in routings):
-        count = routings[0].route.num_experts  # type: ignore[union-attr]
-        return torch.zeros(count, count)
-    logits_TE = torch.cat([routing.logits.float() for routing in routings if routing.logits is not None])
-    return torch.corrcoef(logits_TE.T).nan_to_num(0.0)
+class _Decisions:
+    """Who goes where, and by which logits, batch by batch."""
+
+    def __init__(self) -> None:
+        self.masks: list[Tensor] = []
+        self.logits: list[Tensor | None] = []
+
+    def add(self, routing: Routing) -> None:
+        """Of one batch. Routes without edges are for ``_Watch`` to refuse."""
+        if isinstance(routing.route, Route):
+            self.masks.append(mask_of(routing.route))
+        self.logits.append(routing.logits)
+
+
+def _correlation(logits: list[Tensor | None], num_experts: int) -> Tensor:
+    known = [some_TE.float() for some_TE in logits if some_TE is not None]
+    if len(known) < len(logits):
+        return torch.zeros(num_experts, num_experts)
+    return torch.corrcoef(torch.cat(known).T).nan_to_num(0.0)
 
 
 def _of_bank(bank: MLPBank, rows_TD: Tensor, route: Route) -> dict[str, Tensor]:

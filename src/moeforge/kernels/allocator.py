@@ -26,6 +26,13 @@ def keep_freed_memory() -> bool:
     return all([mallopt(name, value) == 1 for name, value in settings])
 
 
+def return_freed_memory() -> None:
+    """Gives what is free, and what small blocks in use have kept from being returned so far, back to the system."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def ask_for_huge_pages(fresh: Tensor) -> Tensor:
     """The tensor, its memory to come in huge pages where the system grants them; ask before anything is written to it.
 
