@@ -8,6 +8,7 @@
 
 namespace {
 
+constexpr int PLACES = 16;  // positions whose scores are softened at once
 constexpr float NOTHING = -1e30f;  // below every score, and no infinity: differences stay numbers
 
 struct Chunk {
@@ -27,8 +28,8 @@ struct Attending {
         for (int first = 0, end; first < p.rows; first = end) {
             for (end = first; end < p.rows && p.text[end] == p.text[first]; end++) {}
             for (int h = 0; h < p.heads; h++)
-                for (int from = 0; from < (end - first) * G; from += LANES)
-                    all.push_back({first, end - first, h, from, std::min(LANES, (end - first) * G - from)});
+                for (int from = 0; from < (end - first) * G; from += Unit<N>::block())
+                    all.push_back({first, end - first, h, from, std::min(Unit<N>::block(), (end - first) * G - from)});
         }
         return all;
     }
@@ -45,7 +46,7 @@ struct Attending {
     }
 
     void attend(const Chunk& c, Value* out) const {
-        int lanes = lanes_for(c.lanes, N::pair == 2 && tiles_granted()), vectors = (lanes + VECTOR - 1) / VECTOR;
+        int lanes = Unit<N>::lanes_for(c.lanes), vectors = (lanes + VECTOR - 1) / VECTOR;
         float* asked = scratch<0>(size_t(lanes) * words_of(W, N::pair));
         pack_rows<N>([&](int lane) { return (const Value*)p.queries_in + (size_t(row(c, lane)) * p.queries + query(c, lane)) * W; },
                      c.lanes, lanes, W, asked);
@@ -55,21 +56,22 @@ struct Attending {
             seen[lane] = p.position[row(c, lane)] + 1;
             unseen[lane] = p.window ? std::max<int64_t>(0, seen[lane] - p.window) : 0;
         }
-        alignas(64) float most[LANES], total[LANES] = {}, scores[GROUP * LANES], products[GROUP * LANES];
+        alignas(64) float most[LANES], total[LANES] = {}, scores[PLACES * LANES], products[PLACES * LANES];
         std::fill_n(most, LANES, NOTHING);
         float* sums = scratch<1>(size_t(V) * LANES);  // [V][LANES]
         memset(sums, 0, size_t(V) * (lanes < VECTOR ? c.lanes : LANES) * 4);
         float* turned_values = scratch<3>(size_t(V) * LANES);
+        Unit<N> unit;
         int64_t start = p.window ? std::max<int64_t>(0, earliest + 1 - p.window) : 0;
         const int32_t* table = p.table + size_t(p.text[c.first]) * p.table_width;
         for (int64_t block = start / p.block_size; block * p.block_size <= last; block++)
-            for (int in = 0; in < p.block_size && block * p.block_size + in <= last; in += GROUP) {
+            for (int in = 0; in < p.block_size && block * p.block_size + in <= last; in += PLACES) {
                 int64_t at = block * p.block_size + in;
-                int group = std::min<int64_t>({GROUP, p.block_size - in, last + 1 - at});
+                int group = std::min<int64_t>({PLACES, p.block_size - in, last + 1 - at});
                 if (at + group <= start) continue;
                 size_t place = (size_t(table[block]) * p.heads + c.head) * p.block_size + in;
-                product<N>((const Value*)p.keys + place * p.key_stride, p.key_stride, group, asked, lanes, W, scores,
-                             (const Value*)p.keys + (place + GROUP) * p.key_stride);
+                unit.product((const Value*)p.keys + place * p.key_stride, p.key_stride, group, asked, lanes, W, scores,
+                             (const Value*)p.keys + (place + PLACES) * p.key_stride);
                 const Value* values = (const Value*)p.values + place * p.value_stride;
                 if (lanes < VECTOR) {
                     for (int lane = 0; lane < c.lanes; lane++)
@@ -95,7 +97,7 @@ struct Attending {
         __m512 score = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), counts, places, scores, 4);
         score = _mm512_mul_ps(score, splat(p.scale));
         float now = std::max(most, _mm512_mask_reduce_max_ps(counts, score));
-        alignas(64) float shares[GROUP], worth[VECTOR];
+        alignas(64) float shares[PLACES], worth[VECTOR];
         _mm512_store_ps(shares, _mm512_maskz_mov_ps(counts, exponential(_mm512_sub_ps(score, splat(now)))));
         _mm512_store_ps(worth, exponential(splat(most - now)));
         float sum = 0;
@@ -118,7 +120,7 @@ struct Attending {
         for (int v = 0; v < vectors; v++) {
             __m512i below = _mm512_load_si512(seen + v * VECTOR), above = _mm512_load_si512(unseen + v * VECTOR);
             __m512 before = _mm512_load_ps(most + v * VECTOR), now = before;
-            __mmask16 counts[GROUP];
+            __mmask16 counts[PLACES];
             for (int s = 0; s < group; s++) {
                 __m512i place = _mm512_set1_epi32(at + s);
                 counts[s] = _mm512_cmplt_epi32_mask(place, below) & _mm512_cmpge_epi32_mask(place, above);
@@ -144,18 +146,18 @@ struct Attending {
     // sums = sums * factor + values^T shares. The values of unwritten places are not read: group ends before them.
     void add_values(const Value* values, int group, int lanes, const float* shares, const float* factor, float* sums,
                     float* turned_values) const {
-        float* wide = scratch<4>(size_t(GROUP) * V);
+        float* wide = scratch<4>(size_t(PLACES) * V);
         for (int s = 0; s < group; s++)
             for (int v = 0; v < V; v += VECTOR)
                 _mm512_mask_storeu_ps(wide + size_t(s) * V + v, first(V - v), N::load(values + s * size_t(p.value_stride) + v, first(V - v)));
         int vectors = (lanes + VECTOR - 1) / VECTOR;
-        alignas(64) float worth[LANES], panel[GROUP * LANES], sum[GROUP * LANES];
+        alignas(64) float worth[LANES], panel[PLACES * LANES], sum[PLACES * LANES];
         std::copy_n(factor, LANES, worth);
         for (int s = 0; s < group; s++) std::copy_n(shares + s * LANES, lanes, panel + s * lanes);
-        turn<Float>([&](int s) { return wide + size_t(s) * V; }, group, 0, V, turned_values, GROUP);
-        for (int v = 0; v < V; v += GROUP) {
-            int rows = std::min(GROUP, V - v);
-            product<Float>(turned_values + size_t(v) * GROUP, GROUP, rows, panel, lanes, group, sum, turned_values);
+        turn<Float>([&](int s) { return wide + size_t(s) * V; }, group, 0, V, turned_values, PLACES);
+        for (int v = 0; v < V; v += PLACES) {
+            int rows = std::min(PLACES, V - v);
+            Unit<Float>().product(turned_values + size_t(v) * PLACES, PLACES, rows, panel, lanes, group, sum, turned_values);
             for (int r = 0; r < rows; r++)
                 for (int x = 0; x < vectors; x++) {
                     float* to = sums + size_t(v + r) * LANES + x * VECTOR;

@@ -1,7 +1,7 @@
 """The engine's passes: torch tensors in and out of the C++ of ``experts.cpp``.
 
-The pre-activation that forward returns has the shape [N, width] but its own order: per expert [width, tokens of the
-expert], which only ``backward`` here reads.
+The pre-activation that forward returns has the shape [N, width] but its own order: per block of tokens [width,
+tokens], which only ``backward`` here reads.
 """
 
 import ctypes
@@ -62,10 +62,8 @@ def unmeasured(x_TD: Tensor) -> str | None:
 
 @constant
 def _bf16_unmeasured() -> str | None:
-    has = processor()
-    if "amx_bf16" in has:
-        return "its bf16 products have not been timed on a processor with AMX"
-    return None if "avx512_bf16" in has else "its bf16 products have not been timed on a processor without AVX-512 bf16"
+    timed = {"avx512_bf16", "amx_bf16"} & processor()
+    return None if timed else "its bf16 products have not been timed on a processor without AVX-512 bf16"
 
 
 def forward(

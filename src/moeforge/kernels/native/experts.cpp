@@ -4,68 +4,11 @@
 //   project: per expert and run of its tokens, gathers rows into panels and leaves activated panels behind;
 //   combine: per range of output columns, all experts in order, so a token's sum has one order whatever runs beside it.
 // Backward is the same pair with weights turned over in cache-sized pieces, plus the products over tokens.
-// The pre-activation z is kept per expert as [2H][tokens of the expert], the shape in which all later loops read it.
+// The pre-activation z is kept per block of tokens as [2H][tokens], the order in which backward reads it.
 #include "activation.h"
-#include "layer.h"
-#include "numbers.h"
-#include "tiles.h"
+#include "blocks.h"
 
 namespace {
-
-constexpr size_t CACHE = 640 << 10;  // bytes of panels that one task may hold: most of a core's own cache
-
-struct Block {  // up to LANES tokens of one expert
-    int expert, from, count, lanes;
-    size_t before;  // lanes of the blocks before it
-
-    int vectors() const { return (lanes + VECTOR - 1) / VECTOR; }
-};
-
-struct Task {
-    int block, end, unit, last;  // blocks of one expert, rows of its first matrix
-};
-
-struct Plan {
-    std::vector<Block> blocks;
-    std::vector<int> start;  // [experts + 1] first block
-    size_t lanes = 0;
-
-    Plan(const Layer& l, bool bf16) {
-        int from = 0;
-        for (int e = 0; e < l.experts; e++) {
-            start.push_back(blocks.size());
-            for (; from < l.ends[e]; from += blocks.back().count) {
-                int count = std::min(LANES, l.ends[e] - from);
-                blocks.push_back({e, from, count, lanes_for(count, bf16 && tiles_granted()), lanes});
-                lanes += blocks.back().lanes;
-            }
-        }
-        start.push_back(blocks.size());
-    }
-
-    int tokens(int e) const {
-        int count = 0;
-        for (int b = start[e]; b < start[e + 1]; b++) count += blocks[b].count;
-        return count;
-    }
-    int from(int e) const { return blocks[start[e]].from; }
-
-    // Runs of blocks that fit the cache; where tokens are few, several tasks share them, each with some of the units.
-    std::vector<Task> tasks(const Layer& l, int bytes, bool split) const {
-        std::vector<Task> all;
-        int run = std::max<int>(1, CACHE / (size_t(LANES) * l.d_model * bytes));
-        int parts = split ? std::max(1, 4 * l.threads / std::max<int>(1, blocks.size())) : 1;
-        int units = std::max(GROUP, (l.d_expert / parts + GROUP - 1) / GROUP * GROUP);
-        for (int e = 0; e < l.experts; e++) {
-            int many = start[e + 1] - start[e], runs = (many + run - 1) / run;
-            for (int r = 0; r < runs; r++)
-                for (int u = 0; u < l.d_expert; u += units)
-                    all.push_back({start[e] + many * r / runs, start[e] + many * (r + 1) / runs, u,
-                                   std::min(u + units, l.d_expert)});
-        }
-        return all;
-    }
-};
 
 template <class N>
 struct Pass {
@@ -77,7 +20,7 @@ struct Pass {
     const int half, padded;  // rows of a panel for z: gate and linear each start with a word of their own
 
     explicit Pass(const Layer& layer)
-        : l(layer), plan(layer, N::pair == 2), x((const Value*)l.x), up((const Value*)l.up), down((const Value*)l.down),
+        : l(layer), plan(layer, N()), x((const Value*)l.x), up((const Value*)l.up), down((const Value*)l.down),
           D(l.d_model), H(l.d_expert), width(l.gated ? 2 * H : H),
           half(words_of(H, N::pair) * N::pair), padded(l.gated ? 2 * half : H) {}
 
@@ -99,7 +42,13 @@ struct Pass {
         return panels;
     }
 
-    // One vector of lanes of a kept row: [rows][tokens of the expert], at unit u.
+    // One vector of lanes of z's row u: a block after the other, each [width][its tokens], as it is written and read.
+    template <class P>
+    P of_block(P z, const Block& b, int u, int v) const {
+        return z + size_t(b.from) * width + size_t(u) * b.count + v * VECTOR;
+    }
+
+    // The same of rows that products over tokens will read: [rows][tokens of the expert].
     template <class P>
     P kept(P all, const Block& b, int rows, int u, int v) const {
         size_t from = plan.from(b.expert), many = l.ends[b.expert] - from;
@@ -107,20 +56,24 @@ struct Pass {
     }
 
     void project(Value* z, float* hidden) const {
-        auto tasks = plan.tasks(l, sizeof(Value), true);
+        auto tasks = plan.tasks(l, N(), true);
         on_threads(tasks.size(), l.threads, [&](int task) {
             const Task& t = tasks[task];
             const float* panels = gather(t, x);
             const Value* rows = matrix(up, plan.blocks[t.block].expert);
             alignas(64) float gate[GROUP * LANES], linear[GROUP * LANES];
+            Unit<N> unit;
             for (int u = t.unit; u < t.last; u += GROUP) {
                 int many = std::min(GROUP, t.last - u);
                 for (int i = t.block; i < t.end; i++) {
                     const Block& b = plan.blocks[i];
                     const float* in = panels + (b.before - plan.blocks[t.block].before) * words_of(D, N::pair);
-                    const Value *own = rows + size_t(u) * D, *other = own + size_t(H) * D, *next = own + size_t(many) * D;
-                    product<N>(own, D, many, in, b.lanes, D, gate, l.gated ? other : next);
-                    if (l.gated) product<N>(other, D, many, in, b.lanes, D, linear, next);
+                    const Value *own = rows + size_t(u) * D, *next = own + size_t(many) * D;
+                    const Value* other = own + size_t(H) * D;
+                    bool last = i + 1 == t.end;
+                    const Value* first_next = l.gated ? other : next;
+                    unit.product(own, D, many, in, b.lanes, D, gate, last ? first_next : nullptr);
+                    if (l.gated) unit.product(other, D, many, in, b.lanes, D, linear, last ? next : nullptr);
                     if (z) keep(z, b, u, many, gate, linear);
                     activate_block(b, u, many, gate, linear, hidden);
                 }
@@ -132,9 +85,9 @@ struct Pass {
         for (int r = 0; r < many; r++)
             for (int v = 0; v < b.vectors(); v++) {
                 __mmask16 mask = first(b.count - v * VECTOR);
-                N::store(kept(z, b, width, u + r, v), mask, _mm512_load_ps(gate + r * LANES + v * VECTOR));
+                N::store(of_block(z, b, u + r, v), mask, _mm512_load_ps(gate + r * LANES + v * VECTOR));
                 if (l.gated)
-                    N::store(kept(z, b, width, H + u + r, v), mask, _mm512_load_ps(linear + r * LANES + v * VECTOR));
+                    N::store(of_block(z, b, H + u + r, v), mask, _mm512_load_ps(linear + r * LANES + v * VECTOR));
             }
     }
 
@@ -162,33 +115,38 @@ struct Pass {
     // `turned` the matrix is [D][k] (down); with it [width][D] (up), of which columns are turned over first.
     template <bool turned>
     void combine(const Value* matrices, int k, float* panels, const float* weight, Value* y) const {
-        int columns = std::max(TURNED, (D / ((l.tokens > 4 ? 4 : 1) * l.threads) + TURNED - 1) / TURNED * TURNED);
+        int columns = std::max(GROUP, (D / ((l.tokens > 4 ? 4 : 1) * l.threads) + GROUP - 1) / GROUP * GROUP);
         on_threads((D + columns - 1) / columns, l.threads, [&](int range) {
             int from = range * columns, many = std::min(columns, D - from);
             float* sums = scratch<0>(l.tokens * columns);
             memset(sums, 0, l.tokens * columns * 4);
             alignas(64) float c[GROUP * LANES];
             size_t stride = turned ? (k + 1) / 2 * 2 : k;
-            Value* turned_rows = (Value*)scratch<1>(turned ? TURNED * stride : 0);
+            int part = std::clamp<size_t>(cache() / (stride * sizeof(Value)) / GROUP * GROUP, GROUP, columns);
+            Value* turned_rows = (Value*)scratch<1>(turned ? part * stride : 0);
+            Unit<N> unit;
             for (int e = 0; e < l.experts; e++) {
                 if (plan.start[e] == plan.start[e + 1]) continue;
                 const Value* own = matrix(matrices, e);
-                for (int d = 0; d < many; d += GROUP) {
-                    int rows = std::min(GROUP, many - d);
-                    const Value* a = turned ? turned_rows + d % TURNED * stride : own + size_t(from + d) * k;
-                    auto row = [&](int i) -> const Value* {
-                        int r = i < half ? i : i - half;
-                        return r < H ? own + size_t(i < half ? r : H + r) * D : nullptr;
-                    };
-                    if (turned && d % TURNED == 0)
-                        turn<N>(row, k, from + d, std::min(TURNED, many - d), turned_rows, stride);
-                    const Value* ahead = a + size_t(rows) * stride;
-                    if (!turned && d + GROUP >= many) ahead = after(matrices, e) + size_t(from) * k;
-                    for (int i = plan.start[e]; i < plan.start[e + 1]; i++) {
-                        const Block& b = plan.blocks[i];
-                        product<N>(a, stride, rows, panel(panels, b, k), b.lanes, k, c, ahead);
-                        scatter(b, rows, c, weight, sums + d, columns);
-                    }
+                auto row = [&](int i) -> const Value* {
+                    int r = i < half ? i : i - half;
+                    return r < H ? own + size_t(i < half ? r : H + r) * D : nullptr;
+                };
+                for (int low = 0; low < many; low += part) {  // rows that stay in a core's cache while blocks pass
+                    int high = std::min(many, low + part);
+                    for (int d = low; turned && d < high; d += GROUP)
+                        turn<N>(row, k, from + d, std::min(GROUP, high - d), turned_rows + (d - low) * stride, stride);
+                    const Value* rows = turned ? turned_rows : own + size_t(from + low) * k;
+                    for (int i = plan.start[e]; i < plan.start[e + 1]; i++)
+                        for (int d = low; d < high; d += GROUP) {
+                            const Block& b = plan.blocks[i];
+                            const Value *a = rows + (d - low) * stride, *ahead = a + GROUP * stride;
+                            if (turned || i + 1 < plan.start[e + 1]) ahead = nullptr;
+                            else if (d + GROUP >= many) ahead = after(matrices, e) + size_t(from) * k;
+                            int group = std::min(GROUP, high - d);
+                            unit.product(a, stride, group, panel(panels, b, k), b.lanes, k, c, ahead);
+                            scatter(b, group, c, weight, sums + d, columns);
+                        }
                 }
             }
             for (int64_t t = 0; t < l.tokens; t++)
@@ -204,42 +162,43 @@ struct Pass {
     }
 
     void scatter(const Block& b, int rows, const float* c, const float* weight, float* sums, int stride) const {
-        for (int v = 0; v < b.vectors(); v++) {
-            __m512i block[16];
-            for (int r = 0; r < 16; r++) block[r] = _mm512_load_si512(c + std::min(r, rows - 1) * LANES + v * VECTOR);
-            transpose(block);
-            for (int i = 0; i < std::min(VECTOR, b.count - v * VECTOR); i++) {
-                int edge = b.from + v * VECTOR + i;
-                float* sum = sums + l.token[edge] * stride;
-                __m512 add = _mm512_castsi512_ps(block[i]), w = splat(weight ? weight[edge] : 1);
-                __mmask16 mask = first(rows);
-                _mm512_mask_storeu_ps(sum, mask, _mm512_fmadd_ps(add, w, _mm512_maskz_loadu_ps(mask, sum)));
+        for (int v = 0; v < b.vectors(); v++)
+            for (int r = 0; r < rows; r += 16) {
+                __m512i block[16];
+                load_rows(c + r * LANES + v * VECTOR, rows - r, block);
+                transpose(block);
+                for (int i = 0; i < std::min(VECTOR, b.count - v * VECTOR); i++) {
+                    int edge = b.from + v * VECTOR + i;
+                    float* sum = sums + l.token[edge] * stride + r;
+                    __m512 add = _mm512_castsi512_ps(block[i]), w = splat(weight ? weight[edge] : 1);
+                    __mmask16 mask = first(rows - r);
+                    _mm512_mask_storeu_ps(sum, mask, _mm512_fmadd_ps(add, w, _mm512_maskz_loadu_ps(mask, sum)));
+                }
             }
-        }
     }
 
     // From dy and z: the gradients of combine weights, and, for the products to come, z's gradient as rows over tokens
     // (dz) and as panels (turned), and the weighted activations as rows over tokens (wa).
     void project_back(const Value* dy, const Value* z, float* dweight, Value* dz, Value* wa, float* panels) const {
-        auto tasks = plan.tasks(l, sizeof(Value), false);
+        auto tasks = plan.tasks(l, N(), false);
         size_t stride = (D + 1) / 2 * 2;
         on_threads(tasks.size(), l.threads, [&](int task) {
             const Task& t = tasks[task];
             const float* in = gather(t, dy);
             const Value* own = matrix(down, plan.blocks[t.block].expert);
-            Value* rows = (Value*)scratch<1>(TURNED * stride);
+            Value* rows = (Value*)scratch<1>(GROUP * stride);
             alignas(64) float da[GROUP * LANES];
+            Unit<N> unit;
             for (int i = t.block; i < t.end; i++)
                 std::fill_n(dweight + plan.blocks[i].from, plan.blocks[i].count, 0.f);
             for (int u = 0; u < H; u += GROUP) {
                 int many = std::min(GROUP, H - u);
-                if (u % TURNED == 0)
-                    turn<N>([&](int d) { return own + size_t(d) * H; }, D, u, std::min(TURNED, H - u), rows, stride);
+                turn<N>([&](int d) { return own + size_t(d) * H; }, D, u, many, rows, stride);
                 for (int i = t.block; i < t.end; i++) {
                     const Block& b = plan.blocks[i];
                     size_t lanes = b.before - plan.blocks[t.block].before;
                     const float* panel = in + lanes * words_of(D, N::pair);
-                    product<N>(rows + u % TURNED * stride, stride, many, panel, b.lanes, D, da, rows);
+                    unit.product(rows, stride, many, panel, b.lanes, D, da, nullptr);
                     activate_back(b, u, many, da, z, dweight, dz, wa, panels);
                 }
             }
@@ -256,8 +215,8 @@ struct Pass {
             __m512 dw = _mm512_maskz_loadu_ps(mask, weights);
             for (int r = 0; r < many; r++) {
                 int at = r * LANES + v * VECTOR;
-                Point p = activate(N::load(kept(z, b, width, u + r, v), mask), kind());
-                __m512 linear = l.gated ? N::load(kept(z, b, width, H + u + r, v), mask) : splat(1);
+                Point p = activate(N::load(of_block(z, b, u + r, v), mask), kind());
+                __m512 linear = l.gated ? N::load(of_block(z, b, H + u + r, v), mask) : splat(1);
                 __m512 a = _mm512_mul_ps(p.value, linear), grad = _mm512_load_ps(da + at);
                 dw = _mm512_fmadd_ps(grad, a, dw);
                 N::store(kept(wa, b, H, u + r, v), mask, _mm512_mul_ps(a, w));
@@ -288,8 +247,8 @@ struct Pass {
         };
         std::vector<Range> ranges;
         for (int e = 0; e < l.experts; e++) {
-            size_t panel = size_t(words_of(std::max(1, plan.tokens(e)), N::pair)) * LANES * 4;
-            int wide = std::max<int>(1, CACHE / 2 / panel) * LANES;
+            size_t panel = size_t(words_of(std::max(1, plan.tokens(e)), N::pair)) * Unit<N>::block() * 4;
+            int wide = std::max<int>(1, cache() / 2 / panel) * Unit<N>::block();
             for (int from = 0; from < D; from += wide) ranges.push_back({e, from, std::min(wide, D - from)});
         }
         on_threads(ranges.size(), l.threads, [&](int range) {
@@ -311,22 +270,26 @@ struct Pass {
     void over_tokens(int e, const Value* source, const Value* rows, int height, int from, int many, Value* out) const {
         int tokens = plan.tokens(e);
         const int64_t* token = l.token + plan.from(e);
-        size_t panel_words = size_t(words_of(tokens, N::pair)) * LANES;
-        float* panels = scratch<0>(panel_words * ((many + LANES - 1) / LANES));
-        auto wide = [&](int c) { return std::min(LANES, many - c); };
+        const int block = Unit<N>::block();
+        size_t panel_words = size_t(words_of(tokens, N::pair)) * block;
+        float* panels = scratch<0>(panel_words * ((many + block - 1) / block));
+        auto wide = [&](int c) { return std::min(block, many - c); };
         auto vectors = [&](int c) { return (wide(c) + VECTOR - 1) / VECTOR; };
-        for (int c = 0; c < many; c += LANES)
+        for (int c = 0; c < many; c += block)
             pack_columns<N>([&](int i) { return source + token[i] * D; }, tokens, from + c, wide(c), vectors(c),
-                            panels + c / LANES * panel_words);
+                            panels + c / block * panel_words);
         alignas(64) float sums[GROUP * LANES];
+        Unit<N> unit;
         for (int u = 0; u < height; u += GROUP) {
             int group = std::min(GROUP, height - u);
-            for (int c = 0; c < many; c += LANES) {
-                product<N>(rows + size_t(u) * tokens, tokens, group, panels + c / LANES * panel_words,
-                           vectors(c) * VECTOR, tokens, sums, rows);
+            for (int c = 0; c < many; c += block) {
+                unit.product(rows + size_t(u) * tokens, tokens, group, panels + c / block * panel_words,
+                             vectors(c) * VECTOR, tokens, sums, nullptr);
                 for (int v = 0; v < vectors(c); v++)
-                    store<turned>(sums + v * VECTOR, group, std::min(VECTOR, wide(c) - v * VECTOR), u,
-                                  from + c + v * VECTOR, height, out);
+                    for (int r = 0; r < group; r += 16)
+                        store<turned>(sums + r * LANES + v * VECTOR, std::min(16, group - r),
+                                      std::min(VECTOR, wide(c) - v * VECTOR), u + r, from + c + v * VECTOR, height,
+                                      out);
             }
         }
     }
@@ -335,7 +298,7 @@ struct Pass {
     template <bool turned>
     void store(const float* sums, int group, int across, int u, int d, int height, Value* out) const {
         __m512i block[16];
-        for (int r = 0; r < 16; r++) block[r] = _mm512_load_si512(sums + std::min(r, group - 1) * LANES);
+        load_rows(sums, group, block);
         if (turned) transpose(block);
         for (int r = 0; r < (turned ? across : group); r++) {
             Value* at = turned ? out + size_t(d + r) * height + u : out + size_t(u + r) * D + d;
@@ -370,7 +333,9 @@ extern "C" {
 int64_t moeforge_panel_words(const Layer* l, int rows, int bf16) {
     if (!l->sound()) return -unsound;
     int64_t words = 0;
-    int status = status_of([&] { words = Plan(*l, bf16).lanes * words_of(rows, bf16 ? 2 : 1); });
+    int status = status_of([&] { 
+        with_type(bf16, [&](auto n) { words = Plan(*l, n).lanes * words_of(rows, decltype(n)::pair); });
+    });
     return status ? -status : words;
 }
 

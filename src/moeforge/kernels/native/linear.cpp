@@ -9,15 +9,16 @@ namespace {
 template <class N, class Out>
 void linear(const typename N::Value* x, const typename N::Value* w, const float* bias, int64_t tokens, int out, int k,
             int threads, Out put) {
-    int blocks = (tokens + LANES - 1) / LANES;
-    auto count = [&](int b) { return int(std::min<int64_t>(LANES, tokens - int64_t(b) * LANES)); };
-    auto lanes = [&](int b) { return lanes_for(count(b), N::pair == 2 && tiles_granted()); };
+    const int block = Unit<N>::block();
+    int blocks = (tokens + block - 1) / block;
+    auto count = [&](int b) { return int(std::min<int64_t>(block, tokens - int64_t(b) * block)); };
+    auto lanes = [&](int b) { return Unit<N>::lanes_for(count(b)); };
     size_t words = words_of(k, N::pair);
-    float* panels = scratch<2>(size_t(blocks) * LANES * words);
+    float* panels = scratch<2>(size_t(blocks) * block * words);
     on_threads(blocks, blocks == 1 ? 1 : threads, [&](int b) {
-        const auto* rows = x + size_t(b) * LANES * k;
+        const auto* rows = x + size_t(b) * block * k;
         pack_rows<N>([&](int lane) { return rows + size_t(lane) * k; }, count(b), lanes(b), k,
-                     panels + size_t(b) * LANES * words);
+                     panels + size_t(b) * block * words);
     });
     // For few tokens a range per thread: rows pass once, and what is fetched ahead is the thread's own. For more, enough
     // ranges for all threads, each of so many rows that they stay in a core's cache while all tokens pass.
@@ -26,21 +27,24 @@ void linear(const typename N::Value* x, const typename N::Value* w, const float*
     int range = std::max(GROUP, tokens > 4 ? std::min(fit, share) : share);
     on_threads((out + range - 1) / range, threads, [&](int r) {
         alignas(64) float c[GROUP * LANES];
+        Unit<N> unit;
         int end = std::min(out, (r + 1) * range);
         for (int b = 0; b < blocks; b++)
             for (int o = r * range; o < end; o += GROUP) {
                 int rows = std::min(GROUP, end - o);
                 const auto* own = w + size_t(o) * k;
-                product<N>(own, k, rows, panels + size_t(b) * LANES * words, lanes(b), k, c, own + size_t(rows) * k);
-                __m512 add = bias ? _mm512_maskz_loadu_ps(first(rows), bias + o) : _mm512_setzero_ps();
-                for (int v = 0; v * VECTOR < count(b); v++) {
-                    __m512i block[16];
-                    for (int i = 0; i < 16; i++)
-                        block[i] = _mm512_loadu_si512(c + std::min(i, rows - 1) * LANES + v * VECTOR);
-                    transpose(block);
-                    for (int i = 0; i < std::min(VECTOR, count(b) - v * VECTOR); i++)
-                        put(size_t(b) * LANES + v * VECTOR + i, o, first(rows),
-                            _mm512_add_ps(_mm512_castsi512_ps(block[i]), add));
+                unit.product(own, k, rows, panels + size_t(b) * block * words, lanes(b), k, c, own + size_t(rows) * k);
+                for (int r = 0; r < rows; r += 16) {
+                    __mmask16 mask = first(rows - r);
+                    __m512 add = bias ? _mm512_maskz_loadu_ps(mask, bias + o + r) : _mm512_setzero_ps();
+                    for (int v = 0; v * VECTOR < count(b); v++) {
+                        __m512i sums[16];
+                        load_rows(c + r * LANES + v * VECTOR, rows - r, sums);
+                        transpose(sums);
+                        for (int i = 0; i < std::min(VECTOR, count(b) - v * VECTOR); i++)
+                            put(size_t(b) * block + v * VECTOR + i, o + r, mask,
+                                _mm512_add_ps(_mm512_castsi512_ps(sums[i]), add));
+                    }
                 }
             }
     });

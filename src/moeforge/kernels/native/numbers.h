@@ -14,8 +14,7 @@
 constexpr int VECTOR = 16;            // lanes of a vector
 constexpr int LANES = 3 * VECTOR;     // lanes of a whole block
 constexpr int ROWS = 8;               // rows of a register tile: 8 x 3 accumulators, 3 loads and 8 broadcasts per step
-constexpr int GROUP = 2 * ROWS;       // rows between two epilogues, as many as a transpose takes
-constexpr int TURNED = 2 * GROUP;     // columns turned over at once: a cache line of bf16
+constexpr int GROUP = 32;             // rows between two epilogues; as columns turned over, a cache line of bf16
 
 inline __mmask16 first(int n) { return n >= 16 ? 0xFFFF : n <= 0 ? 0 : (1u << n) - 1; }
 
@@ -161,7 +160,12 @@ inline void transpose(__m512i r[16]) {
     }
 }
 
-// The same values, bit for bit, where lanes are few and reading A is what takes time: up to GROUP rows are turned over
+// Up to 16 rows of sums, the last one again where there are fewer.
+inline void load_rows(const float* c, int rows, __m512i block[16]) {
+    for (int r = 0; r < 16; r++) block[r] = _mm512_loadu_si512(c + std::min(r, rows - 1) * LANES);
+}
+
+// The same values, bit for bit, where lanes are few and reading A is what takes time: up to 16 rows are turned over
 // in registers, so that a row is a lane and each token's words are broadcast; as many bytes from `ahead` on are fetched.
 template <class N, int LANES_USED>
 inline void stream(const typename N::Value* a, size_t lda, int rows, const float* panel, int k, float* c,
@@ -186,11 +190,14 @@ inline void stream(const typename N::Value* a, size_t lda, int rows, const float
     for (int r = 0; r < rows; r++) _mm512_storeu_si512(c + r * LANES, turned[r]);
 }
 
-// Lanes of a panel for so many tokens; few ones are a shape of their own on the vector unit alone.
-inline int lanes_for(int count, bool tiles) {
-    for (int few : {1, 2, 4, 8, 12})
-        if (count <= few && !tiles) return few;
-    return (count + VECTOR - 1) / VECTOR * VECTOR;
+template <class N, int LANES_USED>
+inline void streams(const typename N::Value* a, size_t lda, int rows, const float* panel, int k, float* c,
+                    const void* ahead) {
+    for (int r = 0; r < rows; r += 16) {
+        const auto* own = a + r * lda;
+        const void* next = r + 16 < rows ? own + 16 * lda : ahead;
+        stream<N, LANES_USED>(own, lda, std::min(16, rows - r), panel, k, c + r * LANES, next);
+    }
 }
 
 // C[rows][lanes] = A[rows][K] * panel[K / pair][lanes], for up to GROUP rows.
@@ -198,23 +205,31 @@ template <class N>
 void vector_product(const typename N::Value* a, size_t lda, int rows, const float* panel, int lanes, int k, float* c,
                     const void* ahead) {
     switch (lanes) {
-        case 1: return stream<N, 1>(a, lda, rows, panel, k, c, ahead);
-        case 2: return stream<N, 2>(a, lda, rows, panel, k, c, ahead);
-        case 4: return stream<N, 4>(a, lda, rows, panel, k, c, ahead);
-        case 8: return stream<N, 8>(a, lda, rows, panel, k, c, ahead);
-        case 12: return stream<N, 12>(a, lda, rows, panel, k, c, ahead);
+        case 1: return streams<N, 1>(a, lda, rows, panel, k, c, ahead);
+        case 2: return streams<N, 2>(a, lda, rows, panel, k, c, ahead);
+        case 4: return streams<N, 4>(a, lda, rows, panel, k, c, ahead);
+        case 8: return streams<N, 8>(a, lda, rows, panel, k, c, ahead);
+        case 12: return streams<N, 12>(a, lda, rows, panel, k, c, ahead);
         case VECTOR: return rows_by<N, 1>(a, lda, rows, panel, k, c);
         case 2 * VECTOR: return rows_by<N, 2>(a, lda, rows, panel, k, c);
         default: return rows_by<N, 3>(a, lda, rows, panel, k, c);
     }
 }
 
-// The same on whatever unit is best: tiles.h has bf16's. `ahead` is what will be read next.
+// What computes block products in one task; tiles.h has the one of bf16. `ahead` is what will be read next.
 template <class N>
-void product(const typename N::Value* a, size_t lda, int rows, const float* panel, int lanes, int k, float* c,
-             const void* ahead) {
-    vector_product<N>(a, lda, rows, panel, lanes, k, c, ahead);
-}
+struct Unit {
+    static int block() { return LANES; }  // lanes of a whole block
+    static int lanes_for(int count) {     // of a panel for so many tokens; few ones are a shape of their own
+        for (int few : {1, 2, 4, 8, 12})
+            if (count <= few) return few;
+        return (count + VECTOR - 1) / VECTOR * VECTOR;
+    }
+    void product(const typename N::Value* a, size_t lda, int rows, const float* panel, int lanes, int k, float* c,
+                 const void* ahead) {
+        vector_product<N>(a, lda, rows, panel, lanes, k, c, ahead);
+    }
+};
 
 // Panel with a lane per row: `row(i)` for i < count; lanes past them are zero.
 template <class N, class Row>
