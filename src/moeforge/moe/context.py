@@ -48,7 +48,7 @@ class Context:
         return replace(
             self,
             token_ids=each(self.token_ids),
-            embedded=None if self.embedded is None else self.embedded.reshape(len(self.embedded) * parts, -1),
+            embedded=None if self.embedded is None else self.embedded.unflatten(1, (parts, -1)).flatten(0, 1),
             positions=each(self.positions),
             importance=each(self.importance),
             ids={kind: ids_T.repeat_interleave(parts) for kind, ids_T in self.ids.items()},
