@@ -19,7 +19,7 @@ WIDTH, EXPERTS, LOSSES, BYTES = 8, 4, 3, 8
 
 
 def one_step(rows: list[int], layout: Layout, recompute: bool) -> dict[str, int]:
-    ranks = Together(Mesh.build(dist.get_world_size(), layout.ep, "cpu"), layout)
+    ranks = Together(Mesh.build(dist.get_world_size(), layout.ep, "cpu", None, layout.tp), layout)
     model = decoder("plain", torch.float64)
     model.recompute_activations = recompute
     ranks.place(model)

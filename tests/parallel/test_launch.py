@@ -146,6 +146,24 @@ REFUSED = {
     ),
     "no such file": (["--nproc=2", "--ep=2", "--placement=nowhere.yaml"], "nowhere.yaml"),
     "mixed tokens": ([*"--nproc=2 --ep=2".split(), *SOFT], "select: soft mixes before experts run: it needs an expert"),
+    "no such slices": (
+        ["--nproc=3", "--tp=2"],
+        "3 processes cannot form tensor groups of 2: take a tensor size of 1 or 3",
+    ),
+    "no such groups": (["--nproc=6", "--ep=2", "--tp=2"], "3 tensor groups of 2 cannot form expert groups of 2: take"),
+    "heads in slices": (["--nproc=4", "--tp=4"], "layer 0: num_heads = 2 cannot be cut in 4 slices"),
+    "experts in slices": (["--nproc=2", "--tp=2", "--model.moe.experts.d_expert=7"], "layer 0: d_expert = 7 cannot be"),
+    "a shared one": (["--nproc=2", "--tp=2", "--model.moe.shared.d_expert=5"], "layer 0: shared d_expert = 5 cannot"),
+    "an MLP": (["--nproc=2", "--tp=2", "--model.first_dense_layers=1", "--model.d_ff=15"], "layer 0: d_ff = 15 cannot"),
+    "keys in slices": (["--nproc=2", "--tp=2", "--model.num_kv_heads=1"], "layer 0: num_kv_heads = 1 cannot be cut"),
+    "a norm over heads": (["--nproc=2", "--tp=2", "--model.qk_norm=whole"], "qk_norm: whole is over all heads"),
+    "biases": (["--nproc=2", "--tp=2", "--model.moe.experts.bias=true"], "experts with biases are not cut"),
+    "mixed slices": (
+        [*"--nproc=2 --tp=2".split(), *SOFT],
+        "select: soft asks or mixes whole experts: it needs a tensor",
+    ),
+    "cut and cut": (["--nproc=2", "--tp=2", "--shard"], "--tp does not go with --shard yet"),
+    "one process, slices": (["--tp=2"], "--tp needs several processes: add --nproc"),
     "a dry run": (["--nproc=2", "--dry-run"], "--nproc does nothing beside --dry-run"),
 }
 

@@ -67,7 +67,7 @@ def whole(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ranks_of(layout: Layout):
     if not dist.is_initialized():
         return ALONE
-    return Together(Mesh.build(dist.get_world_size(), layout.ep, "cpu"), layout)
+    return Together(Mesh.build(dist.get_world_size(), layout.ep, "cpu", None, layout.tp), layout)
 
 
 @contextmanager
@@ -118,6 +118,11 @@ def on(processes, mesh: tuple[int, Layout], function, *arguments) -> None:
         ((4, Layout(2, True)), ONE),
         ((4, Layout(2, True)), (2, Layout(2, True))),
         ((2, Layout(2)), (4, Layout(1, True))),
+        ((4, Layout(2, tp=2)), ONE),
+        ((4, Layout(2, tp=2)), (4, Layout(2, True))),
+        ((4, Layout(2, tp=2, placement=ON_TWO)), (4, Layout(tp=2))),
+        (ONE, (4, Layout(2, tp=2))),
+        ((4, Layout(4, True)), (2, Layout(tp=2))),
     ],
     ids=lambda mesh: " ".join([str(mesh[0]), *mesh[1].flags]),
 )

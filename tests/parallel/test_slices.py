@@ -105,7 +105,7 @@ def expected_bytes(rows: list[int], ep: int, tp: int, recompute: bool) -> dict[s
             kind, parts = "slice", tp
         kinds[kind][0] += parameter.numel() // parts
         kinds[kind][1] += 1
-    for (kind, (values, parameters)), holders in zip(kinds.items(), (size, size // tp, size // tp // ep), strict=True):
+    for (values, parameters), holders in zip(kinds.values(), (size, size // tp, size // tp // ep), strict=True):
         if holders > 1 and values:
             sent["all_reduce"] += size // holders * ring(holders, (values + parameters) * BYTES)
     return sent

@@ -111,7 +111,7 @@ PLACED = "layer_01: [3, [0, 2, 3], [2, 1], [3, 0, 1, 2], 0, 2]"
 
 def together(name: str, rows: list[int], layout: Layout, dtype: torch.dtype, recompute: bool):
     node_size = layout.node_size if layout.two_level else None
-    ranks = Together(Mesh.build(dist.get_world_size(), layout.ep, "cpu", node_size), layout)
+    ranks = Together(Mesh.build(dist.get_world_size(), layout.ep, "cpu", node_size, layout.tp), layout)
     return trained(decoder(name, dtype), ranks, [batches(rows, step, name) for step in range(STEPS)], recompute)
 
 

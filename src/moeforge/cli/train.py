@@ -34,6 +34,7 @@ def train(
     chunks: Annotated[int, typer.Option(min=0, help="Exchange in so many parts; 0: what proves fastest.")] = 1,
     uneven: Annotated[bool, typer.Option("--uneven", help="Shares of experts may differ by one.")] = False,
     fetch: Annotated[bool, typer.Option("--fetch", help="Send weights of needed experts, not rows.")] = False,
+    tp: Annotated[int, typer.Option(min=1, help="Processes that hold slices of the same matrices.")] = 1,
     placement: Annotated[str | None, typer.Option(metavar="FILE", help="YAML: who holds which experts.")] = None,
 ) -> None:
     """Train a model.
@@ -45,7 +46,7 @@ def train(
 
     config = recipes.load(recipe, context.obj)
     folder = out or Path("runs") / config.name
-    layout = Layout(ep, shard, node_size, two_level, chunks, uneven, placement, fetch)
+    layout = Layout(ep, shard, node_size, two_level, chunks, uneven, placement, fetch, tp)
     if dry_run:
         from moeforge.cli.dry_run import look_ahead, show
 

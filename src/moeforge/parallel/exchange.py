@@ -72,7 +72,7 @@ class Exchange:
     def _depart(self, placement: Placement, x_TD: Tensor, route: object) -> "Begun":
         if not isinstance(route, Route):
             raise UserError("select: soft and merged mix all tokens or all experts: they need an expert size of 1")
-        rows_TD, parts, chunks = _as_computed(x_TD), [], self.chunks.now
+        rows_TD, parts, chunks = as_computed(x_TD), [], self.chunks.now
         for number in range(chunks):
             low, high = (len(x_TD) * edge // chunks for edge in (number, number + 1))
             piece = route if chunks == 1 else _of_tokens(route, low, high)
@@ -128,7 +128,7 @@ def _of_tokens(route: Route, low: int, high: int) -> Route:
     return Route(token, weight, ends_F[route.ends], high - low, route.top_k, slot)
 
 
-def _as_computed(x_TD: Tensor) -> Tensor:
+def as_computed(x_TD: Tensor) -> Tensor:
     """In the type of matrix products: under autocast the experts would cast the rows anyway, the wire carries half."""
     device = x_TD.device.type
     return x_TD.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x_TD

@@ -34,7 +34,7 @@ def _sum_replicas(sharding: Sharding, wire: Wire) -> None:
 
     One number goes along: how many processes have a gradient.
     """
-    for name, (shape, placement) in sharding.dealt.items():
+    for name, placement in sharding.placements.items():
         replicated, parameter = placement.replicated, sharding.parameters[name]
         if not replicated:
             continue
@@ -45,8 +45,8 @@ def _sum_replicas(sharding: Sharding, wire: Wire) -> None:
         assert isinstance(piece, Piece)
         here = {expert: row for row, expert in enumerate(piece.experts) if expert in replicated}
         rows, at = list(here.values()), [replicated.index(expert) for expert in here]
-        flat = piece.rows.new_zeros(1 + len(replicated) * shape[1:].numel())
-        buffer = flat[1:].view(-1, *shape[1:])
+        flat = piece.rows.new_zeros(1 + len(replicated) * parameter.shape[1:].numel())
+        buffer = flat[1:].view(-1, *parameter.shape[1:])
         flat[0], buffer[at] = float(parameter.grad is not None), piece.rows[rows]
         wire.all_reduce(flat, group)
         if flat[0]:

@@ -30,12 +30,14 @@ class Layout:
     """File that says which process of an expert group holds which experts."""
     fetch: bool = False
     """Weights of the experts that are needed travel, not rows."""
+    tp: int = 1
+    """Processes that hold slices of the same matrices."""
 
     def check(self, size: int) -> None:
         """Raises UserError when ``size`` processes cannot be laid out so, or an option would do nothing."""
         from moeforge.parallel.mesh import check_levels, check_mesh
 
-        check_mesh(size, self.ep)
+        check_mesh(size, self.ep, self.tp)
         if self.shard and size == 1:
             raise UserError("--shard does nothing with one process: leave it out, or start more")
         if self.node_size is not None and (self.node_size < 1 or size % self.node_size):
@@ -45,14 +47,19 @@ class Layout:
                 raise UserError(f"{flag.partition('=')[0]} is about experts on several processes: add --ep")
         if self.fetch and (self.two_level or self.chunks != 1):
             raise UserError("--fetch sends no rows: leave --two-level and --chunks out")
+        if self.tp > 1 and (self.shard or self.two_level):
+            other = "--shard" if self.shard else "--two-level"
+            raise UserError(f"--tp does not go with {other} yet: leave one of them out")
         if self.two_level:
             check_levels(self.ep, self.processes_per_node(size))
 
     def check_model(self, config: "ModelConfig") -> None:
         """Raises UserError when the model cannot be laid out so."""
         from moeforge.parallel.sharding import dealt
+        from moeforge.parallel.slices import check_slices
 
         dealt(config, self)
+        check_slices(config, self.tp)
 
     def processes_per_node(self, size: int) -> int:
         """Processes on each machine, as given or as torchrun says."""

@@ -1,13 +1,15 @@
-"""Who works with whom: the processes as a grid, one axis for the experts, one for the data.
+"""Who works with whom: the processes as a grid, one axis for slices of matrices, one for experts, one for the data.
 
-Every process trains on rows of its own. Those of one ``expert`` group hold all experts between them and exchange rows;
-those of one ``data`` group hold the same experts. Neighbouring ranks share an expert group, so that its traffic, the
-most of all, stays inside a machine.
+Every process trains on rows of its own. Those of one ``tensor`` group hold slices of the same matrices and give each
+other all of their rows; those of one ``expert`` group hold all experts between them and exchange rows; those of one
+``data`` group hold the same of all. Neighbouring ranks share a tensor group, neighbouring tensor groups an expert
+group, so that the most traffic stays inside a machine.
 """
 
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -16,33 +18,43 @@ from moeforge.errors import UserError
 
 @dataclass(frozen=True)
 class Mesh:
-    """One process' view of the grid: ``size`` is ``expert_size`` times the data axis.
-
-    As a ``DeviceMesh`` the expert axis comes first: a tensor cut along both is cut by experts, then by data.
-    """
+    """One process' view of the grid: ``size`` is the product of its axes."""
 
     grid: DeviceMesh
-    """[expert, data]"""
+    """[tensor, expert, data]"""
     world: DeviceMesh
     """[all]"""
+    same_slice: DeviceMesh
+    """[expert x data]: who holds the same slice of what only the tensor axis cuts."""
+    same_experts: DeviceMesh
+    """[tensor x data]: who holds the same experts, where the tensor axis does not cut them."""
     links: DeviceMesh | None = None
-    """[data, across machines, inside]: the expert axis in two; None where all links count as one."""
+    """[data, across machines, inside]: the expert axis in two; None where all links count as one. Without slices."""
 
     @classmethod
-    def build(cls, size: int, expert_size: int, device: str, node_size: int | None = None) -> "Mesh":
+    def build(
+        cls, size: int, expert_size: int, device: str, node_size: int | None = None, tensor_size: int = 1
+    ) -> "Mesh":
         """With a ``node_size``, machines of so many processes. Collective: every process calls it alike.
 
         Raises UserError where ``check_mesh`` and ``check_levels`` do.
         """
-        check_mesh(size, expert_size)
-        ranks = torch.arange(size)
-        grid = DeviceMesh(device, ranks.view(-1, expert_size).T, mesh_dim_names=("expert", "data"))
-        links = None
+        check_mesh(size, expert_size, tensor_size)
+
+        def mesh(ranks: Tensor, *names: str) -> DeviceMesh:
+            return DeviceMesh(device, ranks, mesh_dim_names=names)
+
+        ranks_TED = torch.arange(size).view(-1, expert_size, tensor_size).permute(2, 1, 0)
+        grid, world, links = mesh(ranks_TED, "tensor", "expert", "data"), mesh(torch.arange(size), "world"), None
+        same_slice, same_experts = world, grid["data"]
+        if tensor_size > 1:
+            same_slice = mesh(ranks_TED.flatten(1), "tensor", "same")["same"]
+            same_experts = mesh(ranks_TED.transpose(0, 1).flatten(1), "expert", "same")["same"]
         if node_size is not None:
             check_levels(expert_size, node_size)
-            names = ("data", "across", "inside")
-            links = DeviceMesh(device, ranks.view(-1, expert_size // node_size, node_size), mesh_dim_names=names)
-        return cls(grid, DeviceMesh(device, ranks, mesh_dim_names=("world",)), links)
+            by_machine = torch.arange(size).view(-1, expert_size // node_size, node_size)
+            links = mesh(by_machine, "data", "across", "inside")
+        return cls(grid, world, same_slice, same_experts, links)
 
     @property
     def size(self) -> int:
@@ -52,12 +64,22 @@ class Mesh:
     @property
     def expert_size(self) -> int:
         """Processes that share the experts."""
+        return self.grid.size(1)
+
+    @property
+    def tensor_size(self) -> int:
+        """Processes that hold slices of the same matrices."""
         return self.grid.size(0)
 
     @property
     def rank(self) -> int:
         """This process' number."""
         return self.world.get_rank()
+
+    @property
+    def tensor_group(self) -> ProcessGroup:
+        """Those that hold the other slices of this process' matrices."""
+        return self.grid.get_group("tensor")
 
     @property
     def expert_group(self) -> ProcessGroup:
@@ -71,10 +93,11 @@ class Mesh:
             return (self.expert_group,)
         return self.links.get_group("inside"), self.links.get_group("across")
 
-    @property
-    def data_group(self) -> ProcessGroup:
-        """Those that hold the same experts as this process."""
-        return self.grid.get_group("data")
+    def holders(self, dealt: bool, cut: bool) -> DeviceMesh:
+        """Those that hold the same as this process of what is dealt out by experts, or cut by the tensor axis."""
+        if dealt:
+            return self.grid["data"] if cut else self.same_experts
+        return self.same_slice if cut else self.world
 
     @property
     def world_group(self) -> ProcessGroup:
@@ -82,12 +105,20 @@ class Mesh:
         return self.world.get_group()
 
 
-def check_mesh(size: int, expert_size: int) -> None:
-    """Raises UserError when ``size`` processes cannot form groups of ``expert_size``."""
-    if expert_size < 1 or size % expert_size:
+def check_mesh(size: int, expert_size: int, tensor_size: int = 1) -> None:
+    """Raises UserError when ``size`` processes cannot form expert groups of so many tensor groups of that size."""
+    if tensor_size < 1 or size % tensor_size:
         raise UserError(
-            f"{size} processes cannot form expert groups of {expert_size}: take an expert size of "
-            f"{_listed(divisors(size))}, or a multiple of {max(1, expert_size)} processes"
+            f"{size} processes cannot form tensor groups of {tensor_size}: take a tensor size of "
+            f"{_listed(divisors(size))}, or a multiple of {max(1, tensor_size)} processes"
+        )
+    groups = size // tensor_size
+    if expert_size < 1 or groups % expert_size:
+        what = f"tensor groups of {tensor_size}" if tensor_size > 1 else "processes"
+        raise UserError(
+            f"{groups} {what} cannot form expert groups of {expert_size}: "
+            f"take an expert size of {_listed(divisors(groups))}, or a multiple of {max(1, expert_size) * tensor_size} "
+            "processes"
         )
 
 

@@ -1,6 +1,7 @@
 """Where each parameter lives: experts dealt out over the expert axis, the rest on every process or cut by FSDP."""
 
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from moeforge.parallel.exchange import Exchange
 from moeforge.parallel.fetch import Fetch
 from moeforge.parallel.layout import Layout
 from moeforge.parallel.mesh import Mesh, check_experts
-from moeforge.parallel.piece import Piece
+from moeforge.parallel.piece import Axis, Piece, take
 from moeforge.parallel.placement import Placement, placed, read_placements
+from moeforge.parallel.slices import Slices, check_slices, sliced
 from moeforge.parallel.wire import Wire
 
 DEALT = (MLPExperts, LowRankExperts, NeuronExperts)
@@ -33,16 +35,31 @@ class Sharding:
     def __init__(self, model: Decoder, mesh: Mesh, exchange: Exchange | Fetch, layout: Layout) -> None:
         """Raises UserError where ``dealt`` does."""
         self.mesh = mesh
-        placements, position = dealt(model.config, layout), mesh.grid.get_local_rank("expert")
+        placements = dealt(model.config, layout)
+        check_slices(model.config, layout.tp)
+        self.placements: dict[str, Placement] = {}
+        """Of each parameter that is dealt out by experts."""
+        self.axes: dict[str, tuple[torch.Size, tuple[Axis, ...]]] = {}
+        """Whole shape of each parameter that is cut, and along what."""
+        slices = {name: Axis(dim, mesh.tensor_group, held) for name, dim, held in _sliced(model, layout)}
+        for name, parameter in list(model.named_parameters()):
+            owner, _, key = name.rpartition(".")
+            axes = [slices[name]] if name in slices else []
+            if owner in placements:
+                self.placements[name] = placements[owner]
+                axes.append(Axis(0, mesh.expert_group, placements[owner].held))
+            if axes:
+                self.axes[name] = parameter.shape, tuple(axes)
+                own = take(parameter.detach(), {axis.dim: axis.here for axis in axes})
+                setattr(model.get_submodule(owner), key, nn.Parameter(own))
         banks: dict[str, Bank] = {name: model.get_submodule(name) for name in placements}  # type: ignore[misc]
-        self.dealt: dict[str, tuple[torch.Size, Placement]] = {}
-        """Whole shape of each parameter that is dealt out by experts, and who has which of them."""
+        # Rows that are exchanged are gathered where they come to; weights are fetched for rows that are gathered.
+        if slices and not layout.fetch:
+            Slices(model, mesh.tensor_group, exchange.wire)
         for name, bank in banks.items():
-            for key, parameter in list(bank.named_parameters(recurse=False)):
-                self.dealt[f"{name}.{key}"] = parameter.shape, placements[name]
-                own = parameter.detach()[list(placements[name].held[position])]  # a copy
-                setattr(bank, key, nn.Parameter(own))
             exchange.install(bank, placements[name])
+        if slices and layout.fetch:
+            Slices(model, mesh.tensor_group, exchange.wire)
         if layout.shard:
             _fully_shard(model, list(banks.values()), mesh, exchange.wire)
         # Kept, as FSDP puts others in their place while a module works.
@@ -50,25 +67,34 @@ class Sharding:
 
     def whole(self, name: str, tensor: Tensor) -> Tensor | Piece:
         """A parameter, or a tensor like it, as a piece of the one of the whole model; shares its memory."""
-        if name not in self.dealt:
+        if name not in self.axes:
             return tensor
-        shape, placement = self.dealt[name]
-        return Piece(shape, tensor, placement, self.mesh.expert_group)
+        shape, axes = self.axes[name]
+        return Piece(shape, tensor, axes)
 
     def group(self, name: str) -> ProcessGroup | None:
         """Who else has the same piece of a parameter, and a part of its gradient; None: FSDP has summed it already."""
         if isinstance(self.parameters[name], DTensor):
             return None
-        return self.mesh.data_group if name in self.dealt else self.mesh.world_group
+        return self.mesh.holders(name in self.placements, self.is_sliced(name)).get_group()
+
+    def is_sliced(self, name: str) -> bool:
+        """Whether the tensor axis cuts a parameter."""
+        return len(self.axes[name][1]) > (name in self.placements) if name in self.axes else False
 
     def copies(self, name: str) -> int | Tensor:
         """How many processes hold the same of a parameter; of experts with replicas, [rows here]."""
         group = self.group(name)
         same = group.size() if group else 1
-        piece = self.whole(name, self.parameters[name])
-        if not isinstance(piece, Piece) or not self.dealt[name][1].replicated:
+        if name not in self.placements or not self.placements[name].replicated:
             return same
-        return same * self.dealt[name][1].copies[list(piece.experts)].to(piece.rows.device)
+        piece = self.whole(name, self.parameters[name])
+        assert isinstance(piece, Piece)
+        return same * self.placements[name].copies[list(piece.experts)].to(piece.rows.device)
+
+
+def _sliced(model: Decoder, layout: Layout) -> Iterable[tuple[str, int, tuple[tuple[int, ...], ...]]]:
+    return sliced(model, layout.tp) if layout.tp > 1 else ()
 
 
 def dealt(config: ModelConfig, layout: Layout) -> dict[str, Placement]:

@@ -132,7 +132,7 @@ def join(layout: Layout) -> Iterator[Together]:
     try:
         check_alike(layout, dist.group.WORLD)
         node_size = layout.processes_per_node(size) if layout.two_level else None
-        yield Together(Mesh.build(size, layout.ep, device, node_size), layout)
+        yield Together(Mesh.build(size, layout.ep, device, node_size, layout.tp), layout)
     finally:
         dist.destroy_process_group()
 

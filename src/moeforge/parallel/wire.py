@@ -39,15 +39,29 @@ class Wire:
         work.wait()
         return received
 
+    def all_gather(self, rows: Tensor, sizes: list[int], group: ProcessGroup) -> Tensor:
+        """[own, ...] -> [sum(sizes), ...]: the rows of all, in order, of whom each may have another number."""
+        to = [len(rows)] * group.size()
+        received, work = self.begin_all_to_all(torch.cat([rows] * group.size()), to, sizes, group, "all_gather")
+        work.wait()
+        return received
+
+    def reduce_scatter(self, rows: Tensor, sizes: list[int], group: ProcessGroup) -> Tensor:
+        """[sum(sizes), ...] -> [own, ...]: the sum over all of this process' rows."""
+        come = [sizes[group.rank()]] * group.size()
+        received, work = self.begin_all_to_all(rows, sizes, come, group, "reduce_scatter")
+        work.wait()
+        return received.unflatten(0, (group.size(), -1)).sum(0) if come[0] else received
+
     def begin_all_to_all(
-        self, rows: Tensor, to: list[int], come: list[int], group: ProcessGroup
+        self, rows: Tensor, to: list[int], come: list[int], group: ProcessGroup, kind: str = "all_to_all"
     ) -> tuple[Tensor, dist.Work]:
-        """The same under way: what has been received can be read after ``wait``."""
+        """The same under way: what has been received can be read after ``wait``. ``kind`` is what it counts as."""
         row_bytes = rows.shape[1:].numel() * rows.element_size()
         for peer, count in enumerate(to):
             if peer != group.rank():
-                self._count("all_to_all", count * row_bytes, peer, group)
-                self.far["messages"] += self._is_far(peer, group)
+                self._count(kind, count * row_bytes, peer, group)
+                self.far["messages"] += self._is_far(peer, group) and kind == "all_to_all"
         received = rows.new_empty(sum(come), *rows.shape[1:])
         work = dist.all_to_all_single(received, rows.contiguous(), come, to, group=group, async_op=True)
         assert work is not None  # this process is one of the group
