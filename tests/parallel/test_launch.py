@@ -163,6 +163,12 @@ REFUSED = {
         "select: soft asks or mixes whole experts: it needs a tensor",
     ),
     "cut and cut": (["--nproc=2", "--tp=2", "--shard"], "--tp does not go with --shard yet"),
+    "nothing to move": (["--nproc=2", "--rebalance=5"], "--rebalance is about experts on several processes: add --ep"),
+    "cut and moved": (["--nproc=4", "--ep=2", "--rebalance=5", "--shard"], "--rebalance moves whole experts, and"),
+    "unlike shares": (
+        "--nproc=3 --ep=3 --uneven --rebalance=5".split(),
+        "has more experts on one process than on another",
+    ),
     "one process, slices": (["--tp=2"], "--tp needs several processes: add --nproc"),
     "a dry run": (["--nproc=2", "--dry-run"], "--nproc does nothing beside --dry-run"),
 }

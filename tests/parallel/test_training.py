@@ -89,6 +89,7 @@ def trained(model: Decoder, ranks, given: list[list[Batch]], recompute: bool = F
     for step, parts in enumerate(given):
         result = accumulate_gradients(model, parts, torch.float32, step, ranks)
         apply_gradients(model, optimizer, result, 0.2, step, ranks)
+        ranks.settle(step + 1, result.tokens_per_expert, optimizer)
         loads = {name: load.tolist() for name, load in result.tokens_per_expert.items()}
         steps.append((dict(result.losses), result.grad_norm, loads, dict(result.dropped), dict(result.rows)))
     moments = {

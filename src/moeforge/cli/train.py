@@ -35,6 +35,7 @@ def train(
     uneven: Annotated[bool, typer.Option("--uneven", help="Shares of experts may differ by one.")] = False,
     fetch: Annotated[bool, typer.Option("--fetch", help="Send weights of needed experts, not rows.")] = False,
     tp: Annotated[int, typer.Option(min=1, help="Processes that hold slices of the same matrices.")] = 1,
+    rebalance: Annotated[int, typer.Option(min=0, help="Move experts by load, every so many steps.")] = 0,
     placement: Annotated[str | None, typer.Option(metavar="FILE", help="YAML: who holds which experts.")] = None,
 ) -> None:
     """Train a model.
@@ -46,7 +47,7 @@ def train(
 
     config = recipes.load(recipe, context.obj)
     folder = out or Path("runs") / config.name
-    layout = Layout(ep, shard, node_size, two_level, chunks, uneven, placement, fetch, tp)
+    layout = Layout(ep, shard, node_size, two_level, chunks, uneven, placement, fetch, tp, rebalance)
     if dry_run:
         from moeforge.cli.dry_run import look_ahead, show
 

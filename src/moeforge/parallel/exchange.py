@@ -40,27 +40,30 @@ class Exchange:
     position: int
     """Of this process among those that hold all experts."""
 
-    def install(self, bank: Bank, placement: Placement) -> None:
-        """From now on the bank, which holds its process' share of the experts, is called with routes over all."""
-        bank.forward = partial(self.run, bank.forward, placement)  # type: ignore[method-assign,assignment]
-        bank.begin = partial(self.begin, bank, placement)  # type: ignore[method-assign,assignment]
+    def install(self, bank: Bank, where: Callable[[], Placement]) -> None:
+        """From now on the bank, which holds its process' share of the experts, is called with routes over all.
 
-    def begin(self, bank: Bank, placement: Placement, x_TD: Tensor, route: Any) -> Callable[[], Tensor]:
+        ``where`` says who holds which experts now.
+        """
+        bank.forward = partial(self.run, bank.forward, where)  # type: ignore[method-assign,assignment]
+        bank.begin = partial(self.begin, bank, where)  # type: ignore[method-assign,assignment]
+
+    def begin(self, bank: Bank, where: Callable[[], Placement], x_TD: Tensor, route: Any) -> Callable[[], Tensor]:
         """``Bank.begin``: the first chunk is on its way when this returns.
 
         FSDP gives back its weights when the gradient of a call's input is there: such a bank is one call.
         """
         if isinstance(bank, FSDPModule):
             return Bank.begin(bank, x_TD, route)
-        begun = self._depart(placement, x_TD, route)
+        begun = self._depart(where(), x_TD, route)
         return lambda: bank(x_TD, begun)
 
-    def run(self, run: Run, placement: Placement, x_TD: Tensor, route: object) -> Tensor:
+    def run(self, run: Run, where: Callable[[], Placement], x_TD: Tensor, route: object) -> Tensor:
         """[T, D] -> [T, D] weighted sum over a route over all experts; ``run`` is the bank of the local ones.
 
         Collective over the group. Raises UserError for mixed tokens or mixed parameters, which have no edges.
         """
-        begun = route if isinstance(route, Begun) else self._depart(placement, x_TD, route)
+        begun = route if isinstance(route, Begun) else self._depart(where(), x_TD, route)
         homeward, arriving = [], begun.flights
         for part, following in zip(begun.parts, [*begun.parts[1:], None], strict=True):
             departed = None if following is None else following.depart()

@@ -6,6 +6,7 @@ go to their owners, who add them up, a sparse reduce-scatter. It pays where a pr
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -30,18 +31,19 @@ class Fetch:
     """Holds all experts between its processes."""
     wire: Wire
 
-    def install(self, bank: Bank, placement: Placement) -> None:
-        """From now on the bank, which holds its process' share of the experts, is called with routes over all."""
+    def install(self, bank: Bank, where: Callable[[], Placement]) -> None:
+        """As ``Exchange.install``."""
         worker = copy.deepcopy(bank).to("meta")  # computes with whatever weights it is given
-        bank.forward = partial(self.run, worker, bank, placement)  # type: ignore[method-assign,assignment]
+        bank.forward = partial(self.run, worker, bank, where)  # type: ignore[method-assign,assignment]
 
-    def run(self, worker: Bank, bank: Bank, placement: Placement, x_TD: Tensor, route: object) -> Tensor:
+    def run(self, worker: Bank, bank: Bank, where: Callable[[], Placement], x_TD: Tensor, route: object) -> Tensor:
         """[T, D] -> [T, D] weighted sum over a route over all experts. Collective over the group.
 
         Raises UserError for mixed tokens or mixed parameters, which need all experts.
         """
         if not isinstance(route, Route):
             raise UserError("select: soft and merged mix all tokens or all experts: they need an expert size of 1")
+        placement = where()
         route = placement.route(route, self.group.rank())
         needed_S, sizes = route.counts > 0, placement.sizes
         mine = sizes[self.group.rank()]

@@ -34,9 +34,9 @@ def _sum_replicas(sharding: Sharding, wire: Wire) -> None:
 
     One number goes along: how many processes have a gradient.
     """
-    for name, placement in sharding.placements.items():
-        replicated, parameter = placement.replicated, sharding.parameters[name]
-        if not replicated:
+    for name, parameter in sharding.parameters.items():
+        placement = sharding.placement(name)
+        if placement is None or not (replicated := placement.replicated):
             continue
         # FSDP leaves each row on one process of its data group, else all of them have the same.
         group = sharding.mesh.world_group if isinstance(parameter, DTensor) else sharding.mesh.expert_group

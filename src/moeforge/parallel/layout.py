@@ -32,6 +32,8 @@ class Layout:
     """Weights of the experts that are needed travel, not rows."""
     tp: int = 1
     """Processes that hold slices of the same matrices."""
+    rebalance: int = 0
+    """Steps after which experts move to where they share the rows of these steps best; 0: never."""
 
     def check(self, size: int) -> None:
         """Raises UserError when ``size`` processes cannot be laid out so, or an option would do nothing."""
@@ -43,13 +45,17 @@ class Layout:
         if self.node_size is not None and (self.node_size < 1 or size % self.node_size):
             raise UserError(f"--node-size: {size} processes do not fill machines of {self.node_size}")
         for flag in self.flags if self.ep == 1 else ():
-            if flag.startswith(("--chunks", "--uneven", "--placement", "--fetch")):
+            if flag.startswith(("--chunks", "--uneven", "--placement", "--fetch", "--rebalance")):
                 raise UserError(f"{flag.partition('=')[0]} is about experts on several processes: add --ep")
         if self.fetch and (self.two_level or self.chunks != 1):
             raise UserError("--fetch sends no rows: leave --two-level and --chunks out")
         if self.tp > 1 and (self.shard or self.two_level):
             other = "--shard" if self.shard else "--two-level"
             raise UserError(f"--tp does not go with {other} yet: leave one of them out")
+        if self.rebalance and self.shard and size > self.ep:
+            raise UserError(
+                "--rebalance moves whole experts, and --shard has cut them: leave one out, or let --ep be all"
+            )
         if self.two_level:
             check_levels(self.ep, self.processes_per_node(size))
 
@@ -58,7 +64,12 @@ class Layout:
         from moeforge.parallel.sharding import dealt
         from moeforge.parallel.slices import check_slices
 
-        dealt(config, self)
+        placements = dealt(config, self)
+        for name, placement in placements.items() if self.rebalance else ():
+            if len({*placement.sizes}) > 1:
+                raise UserError(
+                    f"--rebalance: {name} has more experts on one process than on another: give all as many"
+                )
         check_slices(config, self.tp)
 
     def processes_per_node(self, size: int) -> int:

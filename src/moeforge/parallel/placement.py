@@ -37,6 +37,11 @@ class Placement:
         return torch.tensor([*chain(*self.held)])
 
     @cached_property
+    def holders(self) -> list[list[int]]:
+        """Of each expert, the processes that hold it, ascending."""
+        return [[rank for rank, held in enumerate(self.held) if e in held] for e in range(len(self.copies))]
+
+    @cached_property
     def copies(self) -> Tensor:
         """[E]: places of each expert."""
         return self.experts.bincount()

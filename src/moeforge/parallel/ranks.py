@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from moeforge.data.packing import Batch
 from moeforge.models import Decoder
@@ -36,6 +37,9 @@ class Alone:
 
     def begin(self, seed: int, step: int) -> None:
         """A step: the random numbers go on as they are."""
+
+    def settle(self, step: int, loads: dict[str, Tensor], optimizer: Optimizer) -> None:
+        """Experts stay where they are."""
 
     def sent(self) -> dict[str, int]:
         """Nothing."""

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,35 +36,45 @@ class Sharding:
     def __init__(self, model: Decoder, mesh: Mesh, exchange: Exchange | Fetch, layout: Layout) -> None:
         """Raises UserError where ``dealt`` does."""
         self.mesh = mesh
-        placements = dealt(model.config, layout)
+        self.banks = dealt(model.config, layout)
+        """Who holds which experts now, by bank."""
         check_slices(model.config, layout.tp)
-        self.placements: dict[str, Placement] = {}
-        """Of each parameter that is dealt out by experts."""
         self.axes: dict[str, tuple[torch.Size, tuple[Axis, ...]]] = {}
         """Whole shape of each parameter that is cut, and along what."""
         slices = {name: Axis(dim, mesh.tensor_group, held) for name, dim, held in _sliced(model, layout)}
         for name, parameter in list(model.named_parameters()):
             owner, _, key = name.rpartition(".")
             axes = [slices[name]] if name in slices else []
-            if owner in placements:
-                self.placements[name] = placements[owner]
-                axes.append(Axis(0, mesh.expert_group, placements[owner].held))
+            if owner in self.banks:
+                axes.append(Axis(0, mesh.expert_group, self.banks[owner].held))
             if axes:
                 self.axes[name] = parameter.shape, tuple(axes)
                 own = take(parameter.detach(), {axis.dim: axis.here for axis in axes})
                 setattr(model.get_submodule(owner), key, nn.Parameter(own))
-        banks: dict[str, Bank] = {name: model.get_submodule(name) for name in placements}  # type: ignore[misc]
+        banks: dict[str, Bank] = {name: model.get_submodule(name) for name in self.banks}  # type: ignore[misc]
         # Rows that are exchanged are gathered where they come to; weights are fetched for rows that are gathered.
         if slices and not layout.fetch:
             Slices(model, mesh.tensor_group, exchange.wire)
         for name, bank in banks.items():
-            exchange.install(bank, placements[name])
+            exchange.install(bank, partial(self.banks.__getitem__, name))
         if slices and layout.fetch:
             Slices(model, mesh.tensor_group, exchange.wire)
         if layout.shard:
             _fully_shard(model, list(banks.values()), mesh, exchange.wire)
         # Kept, as FSDP puts others in their place while a module works.
         self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
+
+    def move(self, bank: str, placement: Placement) -> None:
+        """The bank's experts have moved."""
+        self.banks[bank] = placement
+        for name, (shape, axes) in self.axes.items():
+            if name.rpartition(".")[0] == bank:
+                held = Axis(0, self.mesh.expert_group, placement.held)
+                self.axes[name] = shape, (*axes[:-1], held)
+
+    def placement(self, name: str) -> Placement | None:
+        """Of a parameter that is dealt out by experts."""
+        return self.banks.get(name.rpartition(".")[0])
 
     def whole(self, name: str, tensor: Tensor) -> Tensor | Piece:
         """A parameter, or a tensor like it, as a piece of the one of the whole model; shares its memory."""
@@ -76,21 +87,21 @@ class Sharding:
         """Who else has the same piece of a parameter, and a part of its gradient; None: FSDP has summed it already."""
         if isinstance(self.parameters[name], DTensor):
             return None
-        return self.mesh.holders(name in self.placements, self.is_sliced(name)).get_group()
+        return self.mesh.holders(self.placement(name) is not None, self.is_sliced(name)).get_group()
 
     def is_sliced(self, name: str) -> bool:
         """Whether the tensor axis cuts a parameter."""
-        return len(self.axes[name][1]) > (name in self.placements) if name in self.axes else False
+        return name in self.axes and len(self.axes[name][1]) > (self.placement(name) is not None)
 
     def copies(self, name: str) -> int | Tensor:
         """How many processes hold the same of a parameter; of experts with replicas, [rows here]."""
-        group = self.group(name)
+        group, placement = self.group(name), self.placement(name)
         same = group.size() if group else 1
-        if name not in self.placements or not self.placements[name].replicated:
+        if placement is None or not placement.replicated:
             return same
         piece = self.whole(name, self.parameters[name])
         assert isinstance(piece, Piece)
-        return same * self.placements[name].copies[list(piece.experts)].to(piece.rows.device)
+        return same * placement.copies[list(piece.experts)].to(piece.rows.device)
 
 
 def _sliced(model: Decoder, layout: Layout) -> Iterable[tuple[str, int, tuple[tuple[int, ...], ...]]]:

@@ -24,6 +24,7 @@ from moeforge.parallel.gradients import clip_gradients, sum_gradients
 from moeforge.parallel.layout import Layout
 from moeforge.parallel.mesh import Mesh
 from moeforge.parallel.piece import Piece
+from moeforge.parallel.rebalance import Rebalance
 from moeforge.parallel.sharding import Sharding
 from moeforge.parallel.wire import KINDS, Wire
 
@@ -58,6 +59,12 @@ class Together:
         position = mesh.grid.get_local_rank("expert")
         fetch, exchange = Fetch(mesh.expert_group, wire), Exchange(mesh.levels, wire, self.chunks, position)
         self.sharding = Sharding(model, mesh, fetch if self.layout.fetch else exchange, self.layout)
+        self.rebalance = Rebalance(self.layout.rebalance, model, self.sharding, wire) if self.layout.rebalance else None
+
+    def settle(self, step: int, loads: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+        """``step`` steps are done, the last of which gave experts these loads: they may move."""
+        if self.rebalance is not None:
+            self.rebalance.after(step, loads, optimizer)
 
     def begin(self, seed: int, step: int) -> None:
         """A step: counts from zero, random numbers that are each process' own, and of which no checkpoint need know."""

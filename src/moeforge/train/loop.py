@@ -84,6 +84,7 @@ class Run:
         result = accumulate_gradients(self.model, batches, self.dtype, done, ranks, teacher)
         hold(self.model, phase_at(config.phases, done))
         apply_gradients(self.model, self.optimizer, result, config.optimizer.clip, done, ranks)
+        ranks.settle(done + 1, result.tokens_per_expert, self.optimizer)
         seconds = time.perf_counter() - start
         self.progress.step += 1
         self.progress.tokens += config.tokens_per_step
