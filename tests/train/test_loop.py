@@ -200,6 +200,24 @@ def test_resume_without_a_checkpoint_and_a_folder_in_use(finished, tmp_path):
         train(config, out, quiet=True)
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_anew(finished, tmp_path, resume):
+    config, whole = finished
+    out = tmp_path / "run"
+
+    def stop(line: dict) -> None:
+        raise RuntimeError("as if it were killed")
+
+    with pytest.raises(RuntimeError, match="as if"):
+        train(config, out, quiet=True, on_step=stop)
+    (out / "checkpoints" / ".step-1.part-7").mkdir(parents=True)
+    assert len(read_metrics(out / "metrics.jsonl")) == 1
+    train(config, out, resume=resume, quiet=True)
+    ours, theirs = (read_metrics(folder / "metrics.jsonl") for folder in (out, whole))
+    assert [line["loss/lm"] for line in ours] == [line["loss/lm"] for line in theirs]
+    assert not list((out / "checkpoints").glob(".*"))
+
+
 def test_a_run_that_diverges_stops_and_keeps_the_last_good_checkpoint(tiny, tmp_path):
     config = tiny()
     out = tmp_path / "diverged"

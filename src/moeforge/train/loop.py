@@ -63,10 +63,8 @@ class Run:
         self.writers = ranks.for_a_thread() if self.saving else ranks
 
     def resume(self) -> None:
-        """Takes up the newest checkpoint. Raises UserError when there is none, or it is damaged or does not fit."""
+        """Takes up the newest checkpoint. Raises UserError when it is damaged or does not fit."""
         found = checkpoints(self.out / "checkpoints")
-        if not found:
-            raise UserError(f"{self.out} has no checkpoint to resume from")
         self.progress, position = load_checkpoint(found[-1], self.model, self.optimizer, self.config, self.ranks)
         if position.pop("fingerprint") != self._fingerprint:
             raise UserError(f"{found[-1]} was trained on other text than {self.config.data.type} gives now")
@@ -129,15 +127,14 @@ def train(
     this; the first alone says and writes something, but for checkpoints, in which each writes its part.
     Raises UserError on bad input, a non-finite loss, or a full disk; KeyboardInterrupt after saving a checkpoint.
     """
-    if not resume and (out / "metrics.jsonl").exists():
-        raise UserError(f"{out} already holds a run: add --resume to go on with it, or name another folder with --out")
+    resume = _goes_on(out, resume)
     keep_freed_memory()
     with Display(config.name, config.steps, 0, quiet or not ranks.first) as display:
         display.say(f"reading {config.data.type} ...")
         run = Run(config, out, data or _prepared(config, ranks), ranks, fresh=not resume)
+        if ranks.first:
+            clear_unfinished(out / "checkpoints")
         if resume:
-            if ranks.first:
-                clear_unfinished(out / "checkpoints")
             run.resume()
             display.say(f"resumed at step {run.progress.step}")
         elif config.start_from:
@@ -154,6 +151,19 @@ def train(
     if model is not None:
         save(model, run.data.tokenizer, out / "model")
     return out / "model"
+
+
+def _goes_on(out: Path, resume: bool) -> bool:
+    """Whether there is a checkpoint to go on from. A run that was stopped before its first one begins anew either way.
+
+    Raises UserError for a run that would be lost, or one to go on with that never was.
+    """
+    saved = bool(checkpoints(out / "checkpoints"))
+    if not resume and (saved or (out / "model").exists()):
+        raise UserError(f"{out} already holds a run: add --resume to go on with it, or name another folder with --out")
+    if resume and not saved and not (out / "config.yaml").exists():
+        raise UserError(f"{out} has no checkpoint to resume from")
+    return saved
 
 
 def _prepared(config: RunConfig, ranks: Ranks) -> TextData:
