@@ -80,11 +80,15 @@ def decoder(name: str, dtype: torch.dtype) -> Decoder:
     return Decoder(build(ModelConfig, MODELS[name])).to(dtype)
 
 
+EPS = 1e-4
+"""Of the optimizer: next to none would make a step of lr of the rounding of a gradient that is nearly zero."""
+
+
 def trained(model: Decoder, ranks, given: list[list[Batch]], recompute: bool = False):
     """Everything a few steps leave behind: losses and loads of each, then gradients of the last, and the weights."""
     model.recompute_activations = recompute
     ranks.place(model)
-    optimizer = build_optimizer(model, AdamW(lr=0.05, clip=0.2))
+    optimizer = build_optimizer(model, AdamW(lr=0.05, clip=0.2, eps=EPS))
     steps = []
     for step, parts in enumerate(given):
         result = accumulate_gradients(model, parts, torch.float32, step, ranks)
