@@ -75,9 +75,14 @@ def test_a_dry_run_says_the_size_and_writes_nothing(place: Path, capsys: pytest.
 
 def test_its_plan_can_be_given_back(place: Path) -> None:
     assert run(place, "--bits-per-weight=9", f"--out={place / 'one'}") == 0
-    assert run(place, f"--plan={place / 'one' / 'plan.json'}", f"--out={place / 'two'}") == 0
-    for file in (place / "one").glob("*.safetensors"):
+    plan = place / "one" / "plan.json"
+    assert json.loads(plan.read_text())["rounding"] == "gptq"
+    assert run(place, f"--plan={plan}", f"--out={place / 'two'}") == 0
+    assert run(place, f"--plan={plan}", "--rounding=nearest", f"--out={place / 'three'}") == 0
+    for file in (place / "one").glob("*layer-*.safetensors"):
         assert file.read_bytes() == (place / "two" / file.name).read_bytes()
+    last = "model-layer-00002.safetensors"
+    assert (place / "one" / last).read_bytes() != (place / "three" / last).read_bytes()
 
 
 BAD = {

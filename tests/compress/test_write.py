@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from moeforge.cli.convert import convert
+from moeforge.compress.measure import Reference
 from moeforge.compress.merge import merge
 from moeforge.compress.plan import Plan, Row, packable
 from moeforge.compress.profile import profile
@@ -39,7 +40,7 @@ def rows(change: Callable[[int, int], dict[str, object]]) -> list[Row]:
     ]
 
 
-KINDS = [(8, 128), (4, 32), (3, 64), (2, 128), ("ternary", 32), (16, None)]
+KINDS = [(8, 128), (4, 32), (3, 64), (2, 128), ("ternary", 32), ("coded", None), (16, None)]
 
 
 def mixed(layer: int, expert: int) -> dict[str, object]:
@@ -158,6 +159,33 @@ def test_what_was_made_from_other_calibration_is_not_used(folder: Path, tmp_path
     Job(streamed, plan, other).run(tmp_path / "whole")
     for file in (tmp_path / "whole").glob("*.safetensors"):
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_rounding_for_a_text_is_nearer_to_the_original_and_goes_on_where_it_was(folder: Path, tmp_path: Path) -> None:
+    def in_two_bits(layer: int, expert: int) -> dict[str, object]:
+        return {"action": "merge_into", "into": 1} if (layer, expert) == (2, 2) else {"bits": 2, "group": 128}
+
+    plan, text, streamed = Plan(rows=tuple(rows(in_two_bits)), rounding="gptq"), batches(2000), Streamed(folder)
+
+    def stop(part: int | None) -> None:
+        if part == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Job(streamed, plan, text=text).run(tmp_path / "out", stop)
+    Job(streamed, plan, text=text).run(tmp_path / "out")
+    Job(streamed, plan, text=text).run(tmp_path / "whole")
+    Job(streamed, plan, text=batches(600)).run(tmp_path / "other")
+    Job(streamed, plan.replace(rounding="nearest"), profile(streamed, text)).run(tmp_path / "nearest")
+    files = {
+        name: (tmp_path / name / "model-layer-00002.safetensors").read_bytes() for name in ("out", "whole", "other")
+    }
+    assert files["out"] == files["whole"] != files["other"]
+    reference = Reference(streamed, text)
+    ours, nearest = (reference.compare(open_model(tmp_path / name)).kl for name in ("out", "nearest"))
+    assert ours < 0.9 * nearest
+    with pytest.raises(UserError, match="there is none"):
+        Job(streamed, plan)
 
 
 def test_what_another_plan_left_unfinished_is_not_used(folder: Path, tmp_path: Path) -> None:

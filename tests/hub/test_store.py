@@ -7,15 +7,46 @@ import torch
 from safetensors import safe_open
 
 from moeforge.compress.rounding import to_format
+from moeforge.errors import UserError
 from moeforge.hub.store import LARGE, LINE, PAGE, Format, from_record, record, to_record, write_file
+from moeforge.kernels.native.coded import ZEROS, CodedWeight, coded, encode
 
-FORMATS = (Format(8, 128), Format(4, 32), Format(3, 64), Format(2, 128), Format("ternary", 128), Format(16, None))
+FORMATS = (
+    Format(8, 128),
+    Format(4, 32),
+    Format(3, 64),
+    Format(2, 128),
+    Format("ternary", 128),
+    Format("coded", None),
+    Format(16, None),
+)
 
 
 def same(one: object, other: object) -> bool:
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return torch.equal(one, other)
+    if isinstance(one, CodedWeight) and isinstance(other, CodedWeight):
+        return torch.equal(one.dequantise(), other.dequantise()) and torch.equal(one.words, other.words)
     return torch.equal(one.packed, other.packed) and torch.equal(one.scales, other.scales)  # type: ignore[attr-defined]
+
+
+def test_coded_experts_that_fit_no_record_or_end_outside_of_it_are_refused() -> None:
+    shapes, format = ((48, 256), (256, 24)), Format("coded", None)
+    dense = [encode(torch.randn(1, *shape).sign()) for shape in shapes]
+    with pytest.raises(UserError, match=r"not for 0\.34"):
+        to_record(format, dense)
+    with pytest.raises(UserError, match="bytes of words"):
+        to_record(
+            format, [coded(torch.ones(1, *s, dtype=torch.int8), torch.ones(1, s[0]).half(), ZEROS) for s in shapes]
+        )
+    raw, (_, ends, *_) = (
+        to_record(format, [to_format(torch.randn(1, *s), format) for s in shapes]),
+        record(format, shapes)[0],
+    )
+    for value in (10**6, -1):
+        raw[:, ends.start : ends.end].view(torch.int32)[0, 5] = value
+        with pytest.raises(ValueError, match="outside of their words"):
+            from_record(format, raw, shapes)
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
@@ -27,8 +58,9 @@ def test_a_record_gives_back_its_experts(format: Format, shapes: tuple[tuple[int
     assert raw.shape == (3, size) and size % (PAGE if size >= LARGE else LINE) == 0
     assert all(section.start % LINE == 0 for section in sections)
     assert all(same(one, other) for one, other in zip(from_record(format, raw, shapes), parts, strict=True))
-    if format.group is not None:
-        assert from_record(format, raw, shapes)[0].packed.untyped_storage().data_ptr() == raw.data_ptr()
+    if format.bits != 16:
+        held = from_record(format, raw, shapes)[0]
+        assert (held.words if format.bits == "coded" else held.packed).untyped_storage().data_ptr() == raw.data_ptr()
     with pytest.raises(ValueError, match="bytes"):
         from_record(format, raw[:, :-1], shapes)
 

@@ -38,6 +38,12 @@ def compress(
     granularity: Annotated[
         Literal["expert", "layer", "model"], typer.Option(help="What shares one format.")
     ] = "expert",
+    rounding: Annotated[
+        Literal["nearest", "gptq"] | None,
+        typer.Option(
+            help="Each weight by itself, or for the calibration text.", show_default="gptq, or as --plan says"
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="The folder to write.", show_default="PATH-compressed")] = None,
     profile: Annotated[Path | None, typer.Option(help="A profile to use, or to keep if there is none.")] = None,
     tokens: Annotated[str, typer.Option(help="Of calibration text.")] = "64k",
@@ -64,7 +70,9 @@ def compress(
     size = None if fit is None else _bytes(fit)
     wish = Wish(size, bits_per_weight, plan=plan, drop_by=drop_by, granularity=granularity, **told)
     with Console(stderr=True).status("reading text") as status:
-        task = Task(model, count(tokens), count(held_out), profile, lambda what, layers: _tell(status, what, layers))
+        task = Task(
+            model, count(tokens), count(held_out), profile, lambda what, layers: _tell(status, what, layers), rounding
+        )
         task.read_text(text_settings(model, task.streamed.config, context.obj))
         dense = task.write_dense(to_dense, target) if to_dense else None
         job = None if dense else task.plan(wish)

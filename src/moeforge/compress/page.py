@@ -7,7 +7,7 @@ from moeforge.analyze.report import environment
 from moeforge.compress.plan import Plan, Row
 from moeforge.config import Tree
 
-STRENGTH = {16: 100, 8: 75, 4: 55, 3: 40, 2: 26, "ternary": 14}
+STRENGTH = {16: 100, 8: 75, 4: 55, 3: 40, 2: 26, "ternary": 14, "coded": 7}
 """Percent of colour of a cell."""
 
 
@@ -49,6 +49,7 @@ def _cell(row: Row) -> dict[str, object]:
         return {"text": "–", "title": f"expert {row.expert}: dropped", "strength": 0}
     if row.action == "merge_into":
         return {"text": "m", "title": f"expert {row.expert}: merged into {row.into}", "strength": 0}
-    text = "t" if row.bits == "ternary" else str(row.bits)
+    text = str(row.bits) if isinstance(row.bits, int) else row.bits[0]
+    bits = f"{row.bits} bits" if isinstance(row.bits, int) else row.bits
     group = f", groups of {row.group}" if row.group else ""
-    return {"text": text, "title": f"expert {row.expert}: {row.bits} bits{group}", "strength": STRENGTH[row.bits]}
+    return {"text": text, "title": f"expert {row.expert}: {bits}{group}", "strength": STRENGTH[row.bits]}

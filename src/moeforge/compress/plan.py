@@ -9,9 +9,11 @@ from pydantic import Field, model_validator
 
 from moeforge.config import Config, build, read_yaml
 from moeforge.errors import UserError
-from moeforge.hub.store import Format
+from moeforge.hub.store import Bits, Format
 from moeforge.models import LayerConfig, ModelConfig
 from moeforge.moe.bank.mlp import MLPExperts
+
+Rounding = Literal["nearest", "gptq"]
 
 
 class Row(Config):
@@ -26,17 +28,17 @@ class Row(Config):
     are; the router still tells the two apart."""
     into: int | None = Field(None, ge=0)
     """The expert that a merged one joins."""
-    bits: Literal[16, 8, 4, 3, 2, "ternary"] = 16
-    """Of a kept expert's weights; 16 is bfloat16."""
+    bits: Bits = 16
+    """Of a kept expert's weights; 16 is bfloat16, ``coded`` less than one."""
     group: Literal[32, 64, 128] | None = None
-    """Inputs that share a scale; null with 16 bits."""
+    """Inputs that share a scale; null with 16 bits and coded ones."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if (self.action == "merge_into") != (self.into is not None):
             raise ValueError("into names the expert of action: merge_into, and belongs to nothing else")
-        if self.action == "keep" and (self.bits == 16) != (self.group is None):
-            raise ValueError("16 bits have no group, all other formats have one: 32, 64 or 128")
+        if self.action == "keep" and (self.bits in (16, "coded")) != (self.group is None):
+            raise ValueError("16 bits and coded have no group, all other formats have one: 32, 64 or 128")
         return self
 
     @property
@@ -55,6 +57,8 @@ class Plan(Config):
 
     rows: tuple[Row, ...]
     """In any order."""
+    rounding: Rounding = "nearest"
+    """``nearest``: every weight by itself. ``gptq``: so that the expert's output on a text changes least."""
     dense: Literal["as stored", "bf16"] = "bf16"
     """What all other weights are kept as; routers stay as stored."""
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moeforge.compress.rounding import to_format
+from moeforge.compress.rows import FLOOR, ROWS, Watch, tokens_of
 from moeforge.compress.stream import Streamed, Tell, Text, silent
 from moeforge.data.packing import Batch
 from moeforge.errors import UserError
@@ -27,13 +27,9 @@ from moeforge.moe.route import Route
 
 FORMATS = (
     *(Format(8, 128), Format(4, 32), Format(4, 128), Format(3, 32), Format(3, 128)),
-    *(Format(2, 32), Format(2, 128), Format("ternary", 128)),
+    *(Format(2, 32), Format(2, 128), Format("ternary", 128), Format("coded", None)),
 )
 """What every expert's error is measured in."""
-FLOOR = 32
-"""Tokens below which an expert's own statistics are no estimate: it gets those of all tokens."""
-ROWS = 256
-"""Of an expert's tokens, at most so many to measure errors on, spread evenly."""
 
 
 @dataclass
@@ -129,32 +125,6 @@ class Profile:
             raise UserError(f"the profile is of another model: it has experts {found}, {streamed.folder} has {wanted}")
 
 
-class _Watch:
-    """The rows and the route of a bank, as they come by batch."""
-
-    def __init__(self, bank: MLPBank) -> None:
-        self.rows: list[Tensor] = []
-        self.routes: list[Route] = []
-        self.hook = bank.register_forward_hook(self._see)
-
-    def _see(self, module: Any, inputs: tuple[Tensor, Any], output: Tensor) -> None:
-        x_TD, route = inputs
-        if not isinstance(route, Route):
-            raise UserError("experts that are merged or mixed for each token cannot be profiled one by one")
-        self.rows.append(x_TD)
-        self.routes.append(route)
-
-    def done(self) -> tuple[Tensor, Route]:
-        """All rows [T, D] and one route over them."""
-        self.hook.remove()
-        rows_TD, starts = torch.cat(self.rows), torch.tensor([0, *(len(r) for r in self.rows)]).cumsum(0)
-        self.rows.clear()
-        token_N = torch.cat([route.token + start for route, start in zip(self.routes, starts, strict=False)])
-        expert_N = torch.cat([route.expert for route in self.routes])
-        weight_N = torch.cat([route.weight for route in self.routes])
-        return rows_TD, Route.from_edges(token_N, expert_N, weight_N.float(), len(rows_TD), self.routes[0].num_experts)
-
-
 def mask_of(route: Route) -> Tensor:
     """[T, E] float32: 1 where the token goes to the expert."""
     mask_TE = torch.zeros(route.num_tokens, route.num_experts)
@@ -201,12 +171,12 @@ def _see_layer(block: Block, text: Text, streamed: Streamed) -> tuple[Seen, Tens
     for x, context in zip(text.x, text.contexts, strict=True):
         decisions.add(block.moe.decide(block.moe.split(block.mlp_norm(x).flatten(0, -2)), context))
     early_TE, decisions = torch.cat(decisions.masks), _Decisions()
-    watches = [_Watch(bank) for bank in banks]
+    watches = [Watch(bank) for bank in banks]
     hook = block.moe.router.register_forward_hook(lambda module, inputs, output: decisions.add(output))
     for _ in text.pass_layer(block, streamed.config):
         pass
     hook.remove()
-    parts = [_of_bank(bank, *watch.done()) for bank, watch in zip(banks, watches, strict=True)]
+    parts = [_of_bank(bank, *watch.done()[:2]) for bank, watch in zip(banks, watches, strict=True)]
     mask_TE = torch.cat(decisions.masks)
     energy = sum(float(x.float().square().sum()) for x in text.x) / text.num_tokens
     gate = getattr(block.moe.router.gate, "weight", None)
@@ -235,7 +205,7 @@ class _Decisions:
         self.logits: list[Tensor | None] = []
 
     def add(self, routing: Routing) -> None:
-        """Of one batch. Routes without edges are for ``_Watch`` to refuse."""
+        """Of one batch. Routes without edges are for ``Watch`` to refuse."""
         if isinstance(routing.route, Route):
             self.masks.append(mask_of(routing.route))
         self.logits.append(routing.logits)
@@ -253,15 +223,9 @@ def _of_bank(bank: MLPBank, rows_TD: Tensor, route: Route) -> dict[str, Tensor]:
     up_EHD, down_EDH, activation = bank.gate_up_proj.detach(), bank.down_proj.detach(), bank.config.activation
     if bank.config.bias or bank.config.clamp:
         raise UserError("experts with biases or limits stay as they are: they cannot be profiled")
-    square_T = torch.zeros(len(up_EHD))
     kept: dict[str, list[Tensor]] = {"reap": [], "error": [], "input_moment": [], "hidden_moment": []}
-    starts = [0, *route.ends.tolist()]
-    for expert, (low, high) in enumerate(pairwise(starts)):
-        token_N, weight_N = route.token[low:high], route.weight[low:high]
-        square_T[expert] = weight_N.square().sum()
-        if high - low < FLOOR:  # the expert is judged by tokens of all
-            token_N = torch.arange(0, len(rows_TD), max(1, len(rows_TD) // ROWS))[:ROWS]
-            weight_N = torch.full((len(token_N),), float(route.weight.mean()))
+    for expert in range(len(up_EHD)):
+        token_N, weight_N = tokens_of(route, expert)
         own = rows_TD[token_N]
         hidden = activate(own @ up_EHD[expert].T, activation)
         norms_N = (hidden @ down_EDH[expert].T).float().norm(dim=1)
@@ -272,9 +236,11 @@ def _of_bank(bank: MLPBank, rows_TD: Tensor, route: Route) -> dict[str, Tensor]:
         moments = kept["input_moment"][-1], kept["hidden_moment"][-1]
         kept["error"].append(_errors(own[some], (up_EHD[expert], down_EDH[expert]), moments, activation))
     counts = route.counts.float()
-    weight = torch.zeros(len(counts)).index_add(0, route.expert, route.weight.float())
+    weight, square = (
+        torch.zeros(len(counts)).index_add(0, route.expert, value) for value in (route.weight, route.weight.square())
+    )
     joined = {name: torch.stack(values) for name, values in kept.items()}
-    return {"count": counts, "weight": weight, "weight_square": square_T, **joined}
+    return {"count": counts, "weight": weight, "weight_square": square, **joined}
 
 
 def _errors(

@@ -1,12 +1,17 @@
-"""Weights to few bits: to the nearest code, with the scale of each group that loses least."""
+"""Weights to few bits: to the nearest code, with the scale of each group that loses least, or with feedback."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moeforge.compress import threshold
+from moeforge.compress.feedback import Inputs, Rounded, round_twice
+from moeforge.config import Activation
 from moeforge.errors import UserError
 from moeforge.hub.store import Format
+from moeforge.kernels.activation import activate
 from moeforge.kernels.mixed import Part
+from moeforge.kernels.native.coded import CodedWeight, stack
 from moeforge.kernels.native.formats import BLOCK, FORMATS, Bits
 from moeforge.kernels.native.quantised import GROUPS, QuantisedWeight, quantise
 
@@ -19,26 +24,65 @@ SHRUNK: dict[Bits, tuple[float, ...]] = {
 
 
 def to_format(weight: Tensor, format: Format, moment: Tensor | None = None) -> Part:
-    """[n, out, in] -> the same in ``format``.
+    """[n, out, in] -> the same in ``format``, to nearest.
 
     ``moment`` [n, in] are second moments of the inputs, by which an input's errors count; None: all alike. Raises
     UserError for formats there are none of, and for weights that are not finite.
     """
-    if format.bits == 16 or format.group is None:
+    if format.bits == 16:
         return weight.to(torch.bfloat16)
+    if not bool(weight.isfinite().all()):
+        raise UserError("a weight that is not finite cannot be quantised")
+    if format.bits == "coded":
+        alike = torch.ones(len(weight), weight.shape[-1]) if moment is None else moment.float()
+        return stack([threshold.nearest(*one) for one in zip(weight.float(), alike, strict=True)])
     if format.group not in GROUPS:
         raise UserError(f"groups are of {', '.join(map(str, GROUPS))} weights, not of {format.group}")
     if format.bits == 8:
         return quantise(weight, 8, format.group)
-    if not bool(weight.isfinite().all()):
-        raise UserError("a weight that is not finite cannot be quantised")
     codes, scales = nearest(weight, format, moment)
     return QuantisedWeight.of_codes(codes, scales, format.bits, format.group, weight.shape[-1])
 
 
+def expert_to_format(
+    up_HD: Tensor, down_DH: Tensor, format: Format, rows_ND: Tensor, weight_N: Tensor, activation: Activation
+) -> tuple[Part, Part]:
+    """Both matrices of an expert, each [1, out, in], in ``format`` so that its output changes least for these rows.
+
+    Rows count by the square of their combine weights [N]. ``down`` is rounded for what the rounded ``up`` gives it. 8
+    and 16 bits are rounded to nearest, where there is next to nothing to gain.
+    """
+    if format.bits in (16, 8):
+        return to_format(up_HD[None], format), to_format(down_DH[None], format)
+    up = _with_feedback(up_HD, Inputs.of(rows_ND, weight_N), format)
+    hidden_NH = activate(rows_ND.float() @ up.dequantise()[0].T, activation)
+    return up, _with_feedback(down_DH, Inputs.of(hidden_NH, weight_N), format)
+
+
+def _with_feedback(weight: Tensor, inputs: Inputs, format: Format) -> QuantisedWeight | CodedWeight:
+    if not bool(weight.isfinite().all()):
+        raise UserError("a weight that is not finite cannot be quantised")
+    width = weight.shape[-1]
+    weight = F.pad(weight.float(), (0, -width % BLOCK))
+    if format.bits == "coded":
+        return threshold.with_feedback(weight, inputs, width)
+    assert format.bits != 16 and format.group is not None
+    codes, scales = feedback(weight, inputs, format.bits, format.group)
+    return QuantisedWeight.of_codes(codes[None], scales[None], format.bits, format.group, width)
+
+
+def feedback(weight: Tensor, inputs: Inputs, bits: Bits, group: int) -> Rounded:
+    """[R, C], C a multiple of 128, in whole numbers."""
+
+    def scale(values: Tensor, moment: Tensor) -> Tensor:
+        return best_scales(values[:, None], bits, moment)[:, 0]
+
+    return round_twice(weight, inputs, group, scale, lambda values, step: codes_of(values, step, bits))
+
+
 def nearest(weight: Tensor, format: Format, moment: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Codes [n, out, multiple of 128] int8 and scales [n, out, groups] float16."""
-    assert format.bits != 16 and format.group is not None
+    assert format.bits != 16 and format.bits != "coded" and format.group is not None
     padding = -weight.shape[-1] % BLOCK
     groups = F.pad(weight.float(), (0, padding)).unflatten(-1, (-1, format.group))
     counts = None if moment is None else F.pad(moment.float(), (0, padding)).unflatten(-1, (-1, format.group))[:, None]

@@ -15,7 +15,7 @@ from moeforge.compress.dense import How, shares, to_dense
 from moeforge.compress.measure import Quality, Reference, bytes_on_disk, tokens_per_second
 from moeforge.compress.merge import join
 from moeforge.compress.page import page
-from moeforge.compress.plan import Plan, Row, packable
+from moeforge.compress.plan import Plan, Rounding, Row, packable
 from moeforge.compress.profile import FORMATS, Profile, profile
 from moeforge.compress.prune import drop
 from moeforge.compress.solve import WHOLE, Granularity, solve
@@ -58,8 +58,16 @@ class Task:
     """One model and the texts that it is calibrated and judged by."""
 
     def __init__(
-        self, folder: Path, tokens: int, held_out: int, kept_profile: Path | None = None, tell: Progress | None = None
+        self,
+        folder: Path,
+        tokens: int,
+        held_out: int,
+        kept_profile: Path | None = None,
+        tell: Progress | None = None,
+        rounding: Rounding | None = None,
     ) -> None:
+        """``rounding`` None: as an own plan says, else gptq."""
+        self.rounding = rounding
         self.streamed, self.tell = Streamed(folder), tell
         self.tokens, self.held_out, self.kept_profile = tokens, held_out, kept_profile
 
@@ -103,7 +111,8 @@ class Task:
     def plan(self, wish: Wish) -> Job:
         """The job that is wished for. Raises UserError, with the smallest size, where a budget is too small."""
         if wish.plan is not None:
-            return Job(self.streamed, Plan.load(wish.plan), self.profile)
+            plan = Plan.load(wish.plan)
+            return self._job(plan.replace(rounding=self.rounding) if self.rounding else plan)
         rows = [Row(layer=layer, expert=expert) for layer, expert in packable(self.streamed.config)]
         if not rows:
             raise UserError(
@@ -162,7 +171,10 @@ class Task:
 
     def job(self, rows: list[Row]) -> Job:
         """For rows."""
-        return Job(self.streamed, Plan(rows=tuple(rows)), self.profile)
+        return self._job(Plan(rows=tuple(rows), rounding=self.rounding or "gptq"))
+
+    def _job(self, plan: Plan) -> Job:
+        return Job(self.streamed, plan, self.profile, self.calibration if plan.rounding == "gptq" else ())
 
     def solved(self, rows: list[Row], budget: int, granularity: Granularity) -> Job:
         """For rows with formats that fit into a budget for the experts' records."""

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ from torch import Tensor
 from moeforge.compress.merge import merge
 from moeforge.compress.plan import Plan, Row, can_pack
 from moeforge.compress.profile import Profile, Seen
-from moeforge.compress.rounding import to_format
+from moeforge.compress.rounding import expert_to_format, to_format
+from moeforge.compress.rows import Read, Reading, tokens_of
 from moeforge.compress.stream import Streamed, Tell, silent
 from moeforge.config import Tree
+from moeforge.data.packing import Batch
 from moeforge.errors import UserError
 from moeforge.hub.folder import MODEL_TYPE, config_json, write_own_config
 from moeforge.hub.pretrained import SPECIAL, carry_files
@@ -43,10 +45,14 @@ def parts_of(rows: Mapping[int, Row]) -> list[tuple[Format, list[list[int]]]]:
 class Job:
     """One plan for one model."""
 
-    def __init__(self, streamed: Streamed, plan: Plan, profile: Profile | None = None) -> None:
-        """Raises UserError for a plan that is not one for this model."""
+    def __init__(
+        self, streamed: Streamed, plan: Plan, profile: Profile | None = None, text: Sequence[Batch] = ()
+    ) -> None:
+        """``text`` is what experts are rounded for. Raises UserError for a plan that is not one for this model."""
         plan.check(streamed.config)
-        self.streamed, self.plan, self.profile = streamed, plan, profile
+        if plan.rounding == "gptq" and not text:
+            raise UserError("rounding: gptq rounds experts for a text, and there is none: nearest needs no text")
+        self.streamed, self.plan, self.profile, self.text = streamed, plan, profile, text
         self.config = plan.config(streamed.config)
         self.meta = streamed.model.state_dict()
         shards, pieces = streamed.outline.shards, streamed.outline.pieces
@@ -113,25 +119,31 @@ class Job:
 
     @property
     def fingerprint(self) -> str:
-        """Of the model's files, the plan and what calibration saw: what an interrupted run has to have in common."""
+        """Of the model's files, the plan, the text and what calibration saw of it: what an interrupted run has to have
+        in common."""
         files = sorted(self.streamed.folder.glob("*"))
         facts = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
         seen = self.profile.fingerprint if self.profile else None
-        return hashlib.sha256(json.dumps([facts, self.plan.model_dump(), seen]).encode()).hexdigest()
+        text = [hashlib.sha256(batch.input_ids.numpy().tobytes()).hexdigest() for batch in self.text]
+        return hashlib.sha256(json.dumps([facts, self.plan.model_dump(), seen, text]).encode()).hexdigest()
 
-    def tensors(self, layer: int | None) -> dict[str, Tensor]:
-        """Of one file, made."""
+    def tensors(self, layer: int | None, reading: Reading | None = None) -> dict[str, Tensor]:
+        """Of one file, made; ``reading`` is where experts are rounded for a text."""
         if layer is None:
             return {name: tensor.to(self.dtype(name)) for name, tensor in self.streamed.outside().items()}
         own = {f"blocks.{layer}.{name}": tensor for name, tensor in self.streamed.layer(layer).items()}
         seen = self.profile.layers.get(layer) if self.profile else None
         made: dict[str, Tensor] = {}
-        for bank, first, parts in self.banks(layer):
+        banks = self.banks(layer)
+        read = reading.layer(layer, [bank for bank, _, _ in banks]) if reading and banks else {}
+        for bank, first, parts in banks:
             matrices = [own.pop(f"{bank}.{name}") for name in ("gate_up_proj", "down_proj")]
             left = [row.expert - first for row in self._rows(layer, first, len(matrices[0])) if row.action != "drop"]
             for format, records in parts:
                 members = [[left[number] for number in numbers] for numbers in records]
-                made[f"{bank}.packed.{format.name}"] = self._packed(format, matrices, members, seen, first)
+                made[f"{bank}.packed.{format.name}"] = self._packed(
+                    format, matrices, members, first, seen, read.get(bank)
+                )
         gone = self._dropped(layer)
         for name, tensor in own.items():
             if gone and ".moe.router." in name and tensor.dim():
@@ -144,7 +156,13 @@ class Job:
         return [rows[first + expert] for expert in range(count)]
 
     def _packed(
-        self, format: Format, matrices: list[Tensor], members: list[list[int]], seen: Seen | None, first: int
+        self,
+        format: Format,
+        matrices: list[Tensor],
+        members: list[list[int]],
+        first: int,
+        seen: Seen | None,
+        read: Read | None,
     ) -> Tensor:
         """[records, bytes]: an expert at a time."""
         rows = []
@@ -155,6 +173,14 @@ class Job:
                 use = [1.0] * len(group) if seen is None else seen.count[experts].tolist()
                 weights = [merged[None] for merged in merge(weights[0], weights[1], use)]
             moments: list[Tensor | None] = [None, None]
+            if read is not None:
+                token_N, weight_N = map(
+                    torch.cat, zip(*(tokens_of(read.route, expert) for expert in group), strict=True)
+                )
+                own = read.rows[token_N]
+                parts = expert_to_format(weights[0][0], weights[1][0], format, own, weight_N, read.activation)
+                rows.append(to_record(format, parts))
+                continue
             if seen is not None:
                 width = weights[1].shape[-1]
                 # The hidden units of merged experts are in the first one's order.
@@ -170,11 +196,12 @@ class Job:
         fresh = folder.with_name(f".{folder.name}.unfinished")
         try:
             _start(fresh, self.fingerprint)
+            reading = Reading(self.streamed, self.text) if self.plan.rounding == "gptq" else None
             for part in self.parts:
                 path = fresh / self.file(part)
                 if not path.exists():
                     half = path.with_suffix(".part")
-                    write_file(half, self.tensors(part))
+                    write_file(half, self.tensors(part, reading))
                     half.replace(path)
                 tell(part)
             self._finish(fresh)

@@ -19,7 +19,7 @@ from moeforge.errors import UserError
 from moeforge.hub.shards import DTYPES, Shards
 from moeforge.kernels.activation import is_gated
 from moeforge.kernels.mixed import MixedWeight, Part
-from moeforge.kernels.native.coded import CodedWeight
+from moeforge.kernels.native.coded import ZEROS, CodedWeight, capacity
 from moeforge.kernels.native.formats import BLOCK, FORMATS
 from moeforge.kernels.native.quantised import QuantisedWeight
 from moeforge.models import Decoder
@@ -30,12 +30,13 @@ PACKED = "packed_experts"
 PAGE, LINE = 4096, 64
 LARGE = 64 << 10
 """Bytes of a record from which on it is padded to whole pages."""
-Bits = Literal[16, 8, 4, 3, 2, "ternary"]
+Bits = Literal[16, 8, 4, 3, 2, "ternary", "coded"]
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Format(NamedTuple):
-    """How experts are kept; 16 bits are bfloat16, without groups."""
+    """How experts are kept; 16 bits are bfloat16, without groups; ``coded`` is less than a bit (``CodedWeight``), in
+    records for as many words as the most that a matrix may have."""
 
     bits: Bits
     group: int | None
@@ -47,6 +48,8 @@ class Format(NamedTuple):
 
     def tensors(self, rows: int, width: int) -> list[tuple[torch.dtype, tuple[int, int]]]:
         """What one matrix [rows, width] is kept in."""
+        if self.bits == "coded":
+            return [(torch.int16, (1, capacity(rows, width))), (torch.int32, (1, rows)), (torch.float16, (1, rows))]
         if self.bits == 16 or self.group is None:
             return [(torch.bfloat16, (rows, width))]
         blocks = -(-width // BLOCK)
@@ -83,18 +86,26 @@ def shapes_of(bank: MLPBank, d_model: int) -> tuple[tuple[int, int], tuple[int, 
 
 
 def to_record(format: Format, matrices: Sequence[Part]) -> Tensor:
-    """Stacks [n, out, in] of the same n experts -> [n, bytes] uint8."""
+    """Stacks [n, out, in] of the same n experts -> [n, bytes] uint8. Raises UserError for coded ones of more words than
+    a record has."""
     sections, size = record(format, [(part.shape[1], part.shape[2]) for part in matrices])
     made = torch.zeros(matrices[0].shape[0], size, dtype=torch.uint8)
     tensors = [tensor for part in matrices for tensor in _tensors(part)]
     for section, tensor in zip(sections, tensors, strict=True):
-        made[:, section.start : section.end] = tensor.to(section.dtype).contiguous().flatten(1).view(torch.uint8)
+        raw = tensor.to(section.dtype).contiguous().flatten(1).view(torch.uint8)
+        if raw.shape[1] > section.end - section.start:
+            raise UserError(
+                f"an expert takes {raw.shape[1]} bytes of words, its record has {section.end - section.start}"
+            )
+        made[:, section.start : section.start + raw.shape[1]] = raw
     return made
 
 
 def _tensors(part: Part) -> list[Tensor]:
     if isinstance(part, CodedWeight):
-        raise UserError("experts of less than one bit have words of any number, and records one size")
+        if part.zeros != ZEROS:
+            raise UserError(f"coded experts are kept in words of the dictionary for {ZEROS}, not for {part.zeros}")
+        return [part.words, part.ends, part.scales]
     return [part] if isinstance(part, Tensor) else [part.packed, part.scales]
 
 
@@ -104,11 +115,25 @@ def from_record(format: Format, raw: Tensor, shapes: Sequence[tuple[int, int]]) 
     if raw.dtype != torch.uint8 or raw.shape[1:] != (size,):
         raise ValueError(f"records of {list(raw.shape[1:])} {raw.dtype} where {format.name} has {size} bytes")
     tensors = [raw[:, s.start : s.end].view(s.dtype).unflatten(1, s.shape) for s in sections]
+    count = len(raw)
+    if format.bits == "coded":
+        found = [tensor.flatten(1) for tensor in tensors]
+        matrices = zip(found[::3], found[1::3], found[2::3], shapes, strict=True)
+        return [_checked(CodedWeight(w, e, s, ZEROS, (count, *shape))) for w, e, s, shape in matrices]
     if format.bits == 16 or format.group is None:
         return [tensor.contiguous() for tensor in tensors]
-    bits, group, count = format.bits, format.group, len(raw)
+    bits, group = format.bits, format.group
     pairs = zip(tensors[::2], tensors[1::2], shapes, strict=True)
     return [QuantisedWeight(packed, scales, bits, group, (count, *shape)) for packed, scales, shape in pairs]
+
+
+def _checked(part: CodedWeight) -> CodedWeight:
+    """Raises ValueError where rows would end outside of their words, which the kernel does not ask."""
+    if bool((part.ends.diff(dim=-1, prepend=torch.zeros_like(part.ends[..., :1])) < 0).any()) or (
+        int(part.ends.max()) > part.words.shape[-1]
+    ):
+        raise ValueError("rows of coded experts end outside of their words")
+    return part
 
 
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -172,7 +197,7 @@ def _hold(bank: MLPBank, name: str, parts: list[tuple[Format, list[list[int]]]],
             raise ValueError(f"{len(raw)} records for {len(rows)} rows")
         found.append(from_record(format, raw, shapes_of(bank, d_model)))
     where = tuple(place[expert] for expert in range(len(place)))
-    whole = len(found) == 1 and isinstance(found[0][0], QuantisedWeight) and where == tuple((0, e) for e in place)
+    whole = len(found) == 1 and not isinstance(found[0][0], Tensor) and where == tuple((0, e) for e in place)
     for index, parameter in enumerate(("gate_up_proj", "down_proj")):
         delattr(bank, parameter)
         stacks = tuple(part[index] for part in found)

@@ -74,7 +74,7 @@ def test_ternary_weights_come_back(experts: int, out: int, width: int, zeros: fl
     assert torch.equal(made.dequantise(), weight) and made.ends.shape == (experts, out)
     if experts == 1:
         alone = encode(weight[0])
-        assert torch.equal(alone.words, made.words) and torch.equal(alone.dequantise(), weight[0])
+        assert torch.equal(alone.words, made.words[0]) and torch.equal(alone.dequantise(), weight[0])
 
 
 def test_other_weights_go_to_the_nearest() -> None:

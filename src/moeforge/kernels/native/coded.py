@@ -5,7 +5,8 @@ A dictionary holds the 2^16 likeliest runs of 1 to 14 pairs, were weights indepe
 greedily, each time into the longest run that the dictionary has, and words never reach over its end. With 88.5 % zeros
 a word stands for 22 weights. For a weight [..., out, in], ``in`` padded with zeros to blocks of 128:
 
-- ``words`` int16 (the bits of uint16): those of all rows, one row after the other.
+- ``words`` [..., most] int16 (the bits of uint16): those of all rows of a matrix, one row after the other; a matrix of
+  fewer words than another ends in zeros.
 - ``ends`` [..., out] int32: where a row's words end, counted from the first word of its matrix [out, in].
 - ``scales`` [..., out] float16: one per row, what a one stands for.
 
@@ -15,12 +16,14 @@ of the dictionary is 64 bits: the values plus one, two bits each, lowest first, 
 
 import ctypes
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from moeforge.errors import UserError
 from moeforge.kernels.native import engine
@@ -30,6 +33,8 @@ from moeforge.kernels.native.quantised import Copied, Matrix, array
 WORDS, PAIRS = 1 << 16, 14
 LENGTH = 56
 """The bit of an entry from which its number of pairs stands."""
+RATE, ZEROS = 7 / 8, 0.8
+"""In folders: bits of words for each weight, at most, and the ``zeros`` of all of them."""
 VALUES = BLOCK // 4
 """Bytes of a block as two bits a value."""
 LIKELY = (0.34, 0.99)
@@ -130,19 +135,16 @@ class CodedWeight(Copied):
     @cached_property
     def matrices(self) -> ctypes.Array[Matrix]:
         """What the C++ reads."""
-        words, entries = engine.pointer(self.words), engine.pointer(self.dictionary.entries)
+        entries = engine.pointer(self.dictionary.entries)
         sizes = 0, BLOCK, self.shape[-2], -(-self.shape[-1] // BLOCK)
-        made = []
-        for ends, scales in (
-            zip(self.ends, self.scales, strict=True) if len(self.shape) > 2 else [(self.ends, self.scales)]
-        ):
-            made.append(Matrix(words, engine.pointer(scales), engine.pointer(ends), entries, *sizes))
-            words += int(ends[-1]) * self.words.itemsize
-        return array(made)
+        own = zip(self.words, self.scales, self.ends, strict=True)
+        stack = own if len(self.shape) > 2 else [(self.words, self.scales, self.ends)]
+        return array([Matrix(*(engine.pointer(tensor) for tensor in one), entries, *sizes) for one in stack])
 
     def dequantise(self) -> Tensor:
         """[..., out, in] float32: what the words stand for."""
-        words, made = self.words.long() & (WORDS - 1), self.dictionary
+        used = torch.arange(self.words.shape[-1]) < self.ends[..., -1:]
+        words, made = self.words[used].long() & (WORDS - 1), self.dictionary
         pairs = made.pairs[words]
         within = torch.arange(int(pairs.sum())) - (pairs.cumsum(0) - pairs).repeat_interleave(pairs)
         entries = made.entries[words].repeat_interleave(pairs) >> 4 * within
@@ -163,12 +165,32 @@ def encode(weight: Tensor) -> CodedWeight:
     steps = scales.float()[..., None]
     codes = torch.where(steps > 0, weight.detach().float() / steps, 0).round().clamp(-1, 1).to(torch.int8)
     zeros = round(min(max(float((codes == 0).float().mean()), LIKELY[0]), LIKELY[1]), 2)
+    return coded(codes, scales, zeros)
+
+
+def coded(codes: Tensor, scales: Tensor, zeros: float) -> CodedWeight:
+    """Codes [..., out, in] int8 from -1 to 1 and scales [..., out] float16, in words for ``zeros``."""
     stored = to_order(F.pad(codes + 1, (0, -codes.shape[-1] % BLOCK), value=1))
     fields = stored.unflatten(-1, (-1, 4, VALUES)).transpose(-1, -2).flatten(-3)  # [..., values as they come]
     words, ends = _cut(fields.flatten(0, -2), dictionary(zeros).longer)
-    ends = ends.view(*weight.shape[:-1])
-    starts = F.pad(ends[..., -1].flatten(), (1, 0))[:-1].view(*weight.shape[:-2], 1)
-    return CodedWeight(words, (ends - starts).to(torch.int32), scales, zeros, tuple(weight.shape))
+    ends = ends.view(*codes.shape[:-1])
+    last = ends[..., -1].flatten()
+    starts = F.pad(last, (1, 0))[:-1]
+    own = [words[start:end] for start, end in zip(starts.tolist(), last.tolist(), strict=True)]
+    together = pad_sequence(own, batch_first=True).view(*codes.shape[:-2], -1)
+    ends = (ends - starts.view(*codes.shape[:-2], 1)).to(torch.int32)
+    return CodedWeight(together, ends, scales, zeros, tuple(codes.shape))
+
+
+def stack(parts: Sequence[CodedWeight]) -> CodedWeight:
+    """Stacks of the same shape and number of words, one after the other."""
+    words, ends, scales = (torch.cat([getattr(p, name) for p in parts]) for name in ("words", "ends", "scales"))
+    return CodedWeight(words, ends, scales, parts[0].zeros, (len(words), *parts[0].shape[1:]))
+
+
+def capacity(rows: int, width: int) -> int:
+    """Words that a matrix [rows, width] has in a folder."""
+    return math.ceil(RATE * rows * -(-width // BLOCK) * BLOCK / 16)
 
 
 def _cut(values_RV: Tensor, longer: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,97 @@
+"""Rounding that lets later inputs make good what earlier ones lost (GPTQ, arXiv:2210.17323), scales fitted after it.
+
+A matrix [R, C] is rounded so that its products with the rows that it reads change least. C is a multiple of 128 here; a
+group is so many consecutive inputs of one row that share a scale.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moeforge.kernels.native.formats import BLOCK
+
+DAMP = 0.01
+"""Of the mean second moment, added to each: what the calibration text happens not to move is not free."""
+
+Scale = Callable[[Tensor, Tensor], Tensor]
+"""Weights [R, group] and the second moments [group] of their inputs -> float16 [R]."""
+Code = Callable[[Tensor, Tensor], Tensor]
+"""Weights [R] of one input and their scales [R] float32 -> codes int8 [R]."""
+Rounded = tuple[Tensor, Tensor]
+"""Codes int8 [R, C] and scales float16 [R, groups]."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a matrix reads."""
+
+    gram: Tensor
+    """[C, C] float32, positive definite: second moments."""
+
+    @classmethod
+    def of(cls, rows_ND: Tensor, weight_N: Tensor) -> "Inputs":
+        """Rows, the error of each counted by the square of its weight; with zeros to a multiple of 128."""
+        rows_NC = F.pad(rows_ND.float() * weight_N.float()[:, None], (0, -rows_ND.shape[-1] % BLOCK))
+        gram = rows_NC.T @ rows_NC / len(rows_NC)
+        own = gram.diagonal()
+        own += DAMP * own.mean()
+        own[own <= 0] = 1.0  # no row has anything
+        return cls(gram)
+
+    @cached_property
+    def upper(self) -> Tensor:
+        """[C, C] U, U^T U the inverse of ``gram``.
+
+        Row j, divided by its diagonal, is what an error of one at input j is best made good with at the inputs after it
+        (equation 3 of the paper, which takes all these rows from one Cholesky factor).
+        """
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.gram.double()))
+        return torch.linalg.cholesky(inverse, upper=True).float()
+
+
+def round_twice(weight: Tensor, inputs: Inputs, group: int, scale: Scale, code: Code) -> Rounded:
+    """Codes in order, scales fitted to them, codes in order for these scales, and scales fitted again."""
+    codes, _ = round_in_order(weight, inputs, group, scale, code)
+    fitted = iter(fit_scales(codes, weight, inputs, group).unbind(1))
+    codes, _ = round_in_order(weight, inputs, group, lambda *_: next(fitted), code)
+    return codes, fit_scales(codes, weight, inputs, group)
+
+
+def round_in_order(weight: Tensor, inputs: Inputs, group: int, scale: Scale, code: Code) -> Rounded:
+    """Input after input: its code, and the error of that spread over the inputs after it.
+
+    A group's scale is chosen when its first input's turn comes, for the weights as they are then.
+    """
+    left, moment = weight.clone(), inputs.gram.diagonal()
+    codes, scales = torch.zeros(left.shape, dtype=torch.int8), list[Tensor]()
+    for start in range(0, left.shape[1], BLOCK):
+        end = start + BLOCK
+        block, own = left[:, start:end], inputs.upper[start:end, start:end]
+        errors = torch.empty_like(block)
+        for at in range(BLOCK):
+            if (start + at) % group == 0:
+                scales.append(scale(left[:, start + at : start + at + group], moment[start + at : start + at + group]))
+            step = scales[-1].float()
+            codes[:, start + at] = chosen = code(block[:, at], step)
+            errors[:, at] = (block[:, at] - chosen * step) / own[at, at]
+            block[:, at + 1 :].addr_(errors[:, at], own[at, at + 1 :], alpha=-1)
+        left[:, end:] -= errors @ inputs.upper[start:end, end:]
+    return codes, torch.stack(scales, 1)
+
+
+def fit_scales(codes: Tensor, weight: Tensor, inputs: Inputs, group: int) -> Tensor:
+    """[R, groups] float16: of all scales for these codes those whose products are nearest, by least squares."""
+    wide, normal, wanted = codes.float(), list[Tensor](), list[Tensor]()
+    for start in range(0, codes.shape[1], group):
+        reach = wide[:, start : start + group] @ inputs.gram[start : start + group]
+        normal.append((reach * wide).unflatten(1, (-1, group)).sum(-1))
+        wanted.append((reach * weight).sum(1))
+    products = torch.stack(normal, 1).double()
+    own = products.diagonal(dim1=1, dim2=2)
+    own += 1e-4 * own.mean(1, keepdim=True) + 1e-30  # a group of zeros has none
+    fitted = torch.linalg.solve(products, torch.stack(wanted, 1).double())
+    return fitted.clamp(0, torch.finfo(torch.float16).max).to(torch.float16)

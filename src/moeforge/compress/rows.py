@@ -1,0 +1,97 @@
+"""The rows that experts read of a text, one layer in memory at a time."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moeforge.compress.stream import Streamed, Text
+from moeforge.config import Activation
+from moeforge.data.packing import Batch
+from moeforge.errors import UserError
+from moeforge.kernels.allocator import return_freed_memory
+from moeforge.models.block import Block
+from moeforge.moe.bank.mlp import MLPBank
+from moeforge.moe.route import Route
+
+FLOOR = 32
+"""Tokens below which an expert's own statistics are no estimate: it gets those of all tokens."""
+ROWS = 256
+"""How many of all tokens those are then, spread evenly."""
+
+
+class Read(NamedTuple):
+    """What came to a bank."""
+
+    rows: Tensor
+    """[T, D]."""
+    route: Route
+    """One over all of them."""
+    activation: Activation
+    """Of its experts."""
+
+
+class Watch:
+    """The rows and the route of a bank, as they come by batch."""
+
+    def __init__(self, bank: MLPBank) -> None:
+        self.activation: Activation = bank.config.activation
+        self.rows: list[Tensor] = []
+        self.routes: list[Route] = []
+        self.hook = bank.register_forward_hook(self._see)
+
+    def _see(self, module: Any, inputs: tuple[Tensor, Any], output: Tensor) -> None:
+        x_TD, route = inputs
+        if not isinstance(route, Route):
+            raise UserError("experts that are merged or mixed for each token cannot be profiled one by one")
+        self.rows.append(x_TD)
+        self.routes.append(route)
+
+    def done(self) -> Read:
+        """Of all batches."""
+        self.hook.remove()
+        rows_TD, starts = torch.cat(self.rows), torch.tensor([0, *(len(r) for r in self.rows)]).cumsum(0)
+        self.rows.clear()
+        token_N = torch.cat([route.token + start for route, start in zip(self.routes, starts, strict=False)])
+        expert_N = torch.cat([route.expert for route in self.routes])
+        weight_N = torch.cat([route.weight for route in self.routes])
+        route = Route.from_edges(token_N, expert_N, weight_N.float(), len(rows_TD), self.routes[0].num_experts)
+        return Read(rows_TD, route, self.activation)
+
+
+def tokens_of(route: Route, expert: int) -> tuple[Tensor, Tensor]:
+    """Tokens [N] that an expert has and their combine weights; with fewer than ``FLOOR``, some of all tokens."""
+    low, high = (0, *route.ends.tolist())[expert : expert + 2]
+    if high - low >= FLOOR:
+        return route.token[low:high], route.weight[low:high]
+    token_N = torch.arange(0, route.num_tokens, max(1, route.num_tokens // ROWS))[:ROWS]
+    return token_N, torch.full((len(token_N),), float(route.weight.mean()))
+
+
+class Reading:
+    """A model on its way through a text, for what comes to its experts."""
+
+    def __init__(self, streamed: Streamed, batches: Sequence[Batch]) -> None:
+        self.streamed, self.next = streamed, 0
+        self.text = Text.of(batches, streamed.outside(), streamed.config)
+
+    def layer(self, index: int, banks: Sequence[str]) -> dict[str, Read]:
+        """What came to ``banks`` of layer ``index``, which lies ahead; by their names."""
+        read: dict[str, Read] = {}
+        for at in range(self.next, index + 1):
+            block = self.streamed.block(self.streamed.layer(at), at)
+            watches = {name: Watch(_bank(block, name, index)) for name in banks if at == index}
+            for _ in self.text.pass_layer(block, self.streamed.config):
+                pass
+            read = {name: watch.done() for name, watch in watches.items()}
+            del block  # before there is the next one
+            return_freed_memory()
+        self.next = index + 1
+        return read
+
+
+def _bank(block: Block, name: str, index: int) -> MLPBank:
+    module = block.get_submodule(name.removeprefix(f"blocks.{index}."))
+    assert isinstance(module, MLPBank)
+    return module
