@@ -1,4 +1,5 @@
-"""Loss against bytes: every format alone, mixed by expert and by layer at the same bytes, and orders of pruning.
+"""Loss against bytes: every format alone, mixed by expert and by layer at the same bytes, each rounded to nearest and
+for the calibration text, and orders of pruning.
 
     python benchmarks/compress.py RUN_FOLDER... --json benchmarks/compress.json --plot docs/compress.png
 
@@ -10,10 +11,10 @@ import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 from moeforge.compress.measure import bytes_on_disk
-from moeforge.compress.plan import Row, packable
+from moeforge.compress.plan import Rounding, Row, packable
 from moeforge.compress.profile import FORMATS
 from moeforge.compress.prune import ORDERS, drop
 from moeforge.compress.run import Task
@@ -23,6 +24,7 @@ from moeforge.hub.folder import open_model
 from moeforge.train import RunConfig
 
 SHARES = (0.125, 0.25, 0.5)
+COLOURS = {"uniform": "C0", "mixed by expert": "C1", "mixed by layer": "C2"}
 
 
 def points(folder: Path, tokens: int, held_out: int) -> list[dict[str, Any]]:
@@ -31,23 +33,27 @@ def points(folder: Path, tokens: int, held_out: int) -> list[dict[str, Any]]:
     task = Task(folder, tokens, held_out)
     task.read_text(SimpleNamespace(data=config.data, batch_size=config.batch_size, seq_len=config.seq_len))
     rows = [Row(layer=layer, expert=expert) for layer, expert in packable(task.streamed.config)]
-    plans: dict[tuple[str, str], list[Row]] = {}
+    plans: dict[tuple[str, Rounding, str], list[Row]] = {}
     for format in FORMATS:
         uniform = [row.replace(bits=format.bits, group=format.group) for row in rows]
         budget = sum(task.record_bytes(row.layer, row.expert, format) for row in rows)
-        plans["uniform", format.name] = uniform
-        for granularity in ("expert", "layer"):
-            plans[f"mixed by {granularity}", format.name] = solve(
-                task.profile, rows, budget, task.record_bytes, granularity
-            )
+        mixed = {by: solve(task.profile, rows, budget, task.record_bytes, by) for by in ("expert", "layer")}
+        for rounding in get_args(Rounding):
+            plans["uniform", rounding, format.name] = uniform
+            plans["mixed by expert", rounding, format.name] = mixed["expert"]
+        plans["mixed by layer", "nearest", format.name] = mixed["layer"]
     for order in ORDERS:
         for share in SHARES:
-            plans[f"drop by {order}", f"{share:.1%}"] = drop(task.profile, rows, share, order)
-    return [{"run": folder.name, "method": m, "at": at, **measured(task, plan)} for (m, at), plan in plans.items()]
+            plans[f"drop by {order}", "nearest", f"{share:.1%}"] = drop(task.profile, rows, share, order)
+    return [
+        {"run": folder.name, "method": method, "rounding": rounding, "at": at, **measured(task, plan, rounding)}
+        for (method, rounding, at), plan in plans.items()
+    ]
 
 
-def measured(task: Task, rows: list[Row]) -> dict[str, Any]:
+def measured(task: Task, rows: list[Row], rounding: Rounding) -> dict[str, Any]:
     """One plan on disk."""
+    task.rounding = rounding
     with TemporaryDirectory() as place:
         target = Path(place) / "model"
         task.job(rows).run(target)
@@ -66,14 +72,17 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for method in dict.fromkeys(row["method"] for row in rows):
-        own = [row for row in rows if row["method"] == method]
+    for method, rounding in dict.fromkeys((row["method"], row["rounding"]) for row in rows):
+        own = [row for row in rows if (row["method"], row["rounding"]) == (method, rounding)]
+        drops = method.startswith("drop")
+        look = {"label": method if drops else f"{method}, {rounding}", "linestyle": "-" if rounding == "gptq" else "--"}
+        look["color"] = COLOURS.get(method, f"C{3 + list(ORDERS).index(method.split()[-1])}" if drops else None)
         line = []
         for at in dict.fromkeys(row["at"] for row in own):
             some = [row for row in own if row["at"] == at]
             grown = sum(row["bits_per_byte"] / row["original"] - 1 for row in some) / len(some)
             line.append((some[0]["bytes"] / 1e6, 100 * max(grown, 1e-5)))
-        axes.plot(*zip(*sorted(line), strict=True), marker="o", markersize=3, label=method)
+        axes.plot(*zip(*sorted(line), strict=True), marker="o", markersize=3, **look)
     axes.set(xlabel="MB of weight files", ylabel="bits per byte grown by, %", yscale="log")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)

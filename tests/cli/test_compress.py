@@ -36,6 +36,7 @@ def test_a_budget_is_kept_and_the_cost_measured(place: Path, capsys: pytest.Capt
     assert report["quality"]["kl"] > 0 and report["quality"]["tokens"] > 900 and report["tokens_per_second"] > 0
     assert json.loads((place / "fit" / "report.json").read_text()) == report
     page = (place / "fit" / "report.html").read_text()
+    assert report["rounding"] == "gptq" and "for which the experts were rounded" in page
     assert f"{report['quality']['bits_after']:.4f}" in page and page.count('class="cell"') == 10
     arguments = [f"--data.path={place / 'text'}", "--seq_len=32", "--tokens=1000", "--json"]
     assert main(["evaluate", str(place / "fit"), *arguments]) == 0

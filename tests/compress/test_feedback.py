@@ -52,14 +52,22 @@ def test_inputs_that_say_nothing_of_one_another_get_the_nearest_codes() -> None:
     assert not isinstance(wanted, torch.Tensor) and torch.equal(found, wanted.dequantise()[0])
 
 
+def test_rows_count_by_their_weights_and_few_of_them_say_little_of_how_inputs_go_together() -> None:
+    x, weight_N = rows(10, 30), torch.rand(10)
+    found = Inputs.of(x, weight_N).gram
+    wanted = sum(w * w * torch.outer(row, row) for w, row in zip(weight_N, x, strict=True)) / 10
+    apart = 1 - torch.eye(30)
+    torch.testing.assert_close(found[:30, :30] * apart, wanted * apart * 10 / (10 + 30))
+    extra = found.diagonal() - torch.nn.functional.pad(wanted.diagonal(), (0, 98))
+    torch.testing.assert_close(extra, 0.01 * (wanted.trace() / 128).expand(128))
+
+
 def test_scales_are_the_least_squares() -> None:
     x, weight_N, codes = rows(500, 128), torch.rand(500), torch.randint(-7, 8, (6, 128)).to(torch.int8)
     weight = codes * (0.1 + torch.rand(6, 4)).repeat_interleave(32, 1) + 0.1 * torch.randn(6, 128)
     inputs = Inputs.of(x, weight_N)
     found = fit_scales(codes, weight, inputs, 32).float()
-    # What is added to the diagonal, as rows.
-    extra = (inputs.gram.diagonal() - ((x * weight_N[:, None]).square().sum(0) / 500)).sqrt()
-    seen = torch.cat([x * weight_N[:, None] / 500**0.5, extra.diag()])
+    seen = torch.linalg.cholesky(inputs.gram).T  # as few rows with the same second moments
     for row in range(6):
         parts = torch.stack([seen[:, at : at + 32] @ codes[row, at : at + 32].float() for at in range(0, 128, 32)], 1)
         wanted = torch.linalg.lstsq(parts, seen @ weight[row]).solution

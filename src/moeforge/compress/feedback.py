@@ -34,12 +34,17 @@ class Inputs:
 
     @classmethod
     def of(cls, rows_ND: Tensor, weight_N: Tensor) -> "Inputs":
-        """Rows, the error of each counted by the square of its weight; with zeros to a multiple of 128."""
-        rows_NC = F.pad(rows_ND.float() * weight_N.float()[:, None], (0, -rows_ND.shape[-1] % BLOCK))
-        gram = rows_NC.T @ rows_NC / len(rows_NC)
-        own = gram.diagonal()
-        own += DAMP * own.mean()
-        own[own <= 0] = 1.0  # no row has anything
+        """Rows, the error of each counted by the square of its weight; with zeros to a multiple of 128.
+
+        What N rows say of how D inputs go together is believed to the share N / (N + D): the fewer there are, the
+        nearer is the rounding to that of every weight by itself.
+        """
+        count, width = rows_ND.shape
+        rows_NC = F.pad(rows_ND.float() * weight_N.float()[:, None], (0, -width % BLOCK))
+        gram = rows_NC.T @ rows_NC / count
+        own = gram.diagonal() + DAMP * gram.diagonal().mean()
+        gram *= count / (count + width)
+        gram.diagonal().copy_(own.where(own > 0, 1.0))  # 1: no row has anything
         return cls(gram)
 
     @cached_property
@@ -66,21 +71,22 @@ def round_in_order(weight: Tensor, inputs: Inputs, group: int, scale: Scale, cod
 
     A group's scale is chosen when its first input's turn comes, for the weights as they are then.
     """
-    left, moment = weight.clone(), inputs.gram.diagonal()
-    codes, scales = torch.zeros(left.shape, dtype=torch.int8), list[Tensor]()
-    for start in range(0, left.shape[1], BLOCK):
+    left = weight.T.clone(memory_format=torch.contiguous_format)  # [C, R]: an input's weights side by side
+    codes, moment, scales = torch.empty(left.shape, dtype=torch.int8), inputs.gram.diagonal(), list[Tensor]()
+    for start in range(0, len(left), BLOCK):
         end = start + BLOCK
-        block, own = left[:, start:end], inputs.upper[start:end, start:end]
+        block, own = left[start:end], inputs.upper[start:end, start:end]
         errors = torch.empty_like(block)
         for at in range(BLOCK):
             if (start + at) % group == 0:
-                scales.append(scale(left[:, start + at : start + at + group], moment[start + at : start + at + group]))
+                among = slice(start + at, start + at + group)
+                scales.append(scale(left[among].T, moment[among]))
             step = scales[-1].float()
-            codes[:, start + at] = chosen = code(block[:, at], step)
-            errors[:, at] = (block[:, at] - chosen * step) / own[at, at]
-            block[:, at + 1 :].addr_(errors[:, at], own[at, at + 1 :], alpha=-1)
-        left[:, end:] -= errors @ inputs.upper[start:end, end:]
-    return codes, torch.stack(scales, 1)
+            codes[start + at] = chosen = code(block[at], step)
+            errors[at] = (block[at] - chosen * step) / own[at, at]
+            block[at + 1 :].addr_(own[at, at + 1 :], errors[at], alpha=-1)
+        left[end:] -= inputs.upper[start:end, end:].T @ errors
+    return codes.T.contiguous(), torch.stack(scales, 1)
 
 
 def fit_scales(codes: Tensor, weight: Tensor, inputs: Inputs, group: int) -> Tensor:

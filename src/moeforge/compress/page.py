@@ -37,6 +37,7 @@ def page(report: Tree, plan: Plan, title: str) -> str:
         "speed": f"{speed:,.0f}" if (speed := report["tokens_per_second"]) else "not written by the engine",
         "tokens": f"{quality['tokens']:,}",
         "calibration": f"{report['calibration_tokens']:,}",
+        "for_text": report["rounding"] == "gptq",
         "scarce": ", ".join(f"{layer}.{e}" for layer, some in report["scarce_experts"].items() for e in some),
         "plan": [{"number": layer, "cells": [_cell(row) for row in rows]} for layer, rows in layers.items()],
     }

@@ -224,6 +224,7 @@ class Task:
             "bits_per_weight": 8 * found["experts"] / self.num_weights,
             "quality": asdict(quality),
             "tokens_per_second": tokens_per_second(model, open_tokenizer(target)),
+            "rounding": job.plan.rounding,
             "calibration_tokens": self.profile.about["tokens"],
             "scarce_experts": self.profile.scarce,
         }
