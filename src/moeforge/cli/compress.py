@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from moeforge.compress.run import Task
     from moeforge.compress.write import Job
 
+Rounding = Annotated[
+    Literal["nearest", "gptq"] | None,
+    typer.Option(help="Each weight by itself, or for the calibration text.", show_default="gptq, or as --plan says"),
+]
 UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
@@ -38,12 +42,7 @@ def compress(
     granularity: Annotated[
         Literal["expert", "layer", "model"], typer.Option(help="What shares one format.")
     ] = "expert",
-    rounding: Annotated[
-        Literal["nearest", "gptq"] | None,
-        typer.Option(
-            help="Each weight by itself, or for the calibration text.", show_default="gptq, or as --plan says"
-        ),
-    ] = None,
+    rounding: Rounding = None,
     out: Annotated[Path | None, typer.Option(help="The folder to write.", show_default="PATH-compressed")] = None,
     profile: Annotated[Path | None, typer.Option(help="A profile to use, or to keep if there is none.")] = None,
     tokens: Annotated[str, typer.Option(help="Of calibration text.")] = "64k",

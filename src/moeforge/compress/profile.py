@@ -13,6 +13,7 @@ from torch import Tensor
 from moeforge.compress.rounding import to_format
 from moeforge.compress.rows import FLOOR, ROWS, Watch, tokens_of
 from moeforge.compress.stream import Streamed, Tell, Text, silent
+from moeforge.compress.threshold import estimate
 from moeforge.data.packing import Batch
 from moeforge.errors import UserError
 from moeforge.hub.folder import read_tensors
@@ -253,9 +254,14 @@ def _errors(
 
     exact_ND, found = run(*(matrix.float() for matrix in matrices)), []
     for format in FORMATS:
-        parts = [
-            to_format(matrix[None], format, moment[None]) for matrix, moment in zip(matrices, moments, strict=True)
-        ]
-        rounded = [part.float()[0] if isinstance(part, Tensor) else part.dequantise()[0] for part in parts]
+        rounded = [_rounded(matrix, format, moment) for matrix, moment in zip(matrices, moments, strict=True)]
         found.append((run(*rounded) - exact_ND).square().sum(1).mean())
     return torch.stack(found)
+
+
+def _rounded(matrix: Tensor, format: Format, moment: Tensor) -> Tensor:
+    """[out, in] float32: to nearest."""
+    if format.bits == "coded":
+        return estimate(matrix.float(), moment)
+    part = to_format(matrix[None], format, moment[None])
+    return part.float()[0] if isinstance(part, Tensor) else part.dequantise()[0]

@@ -16,6 +16,8 @@ from moeforge.kernels.native.coded import ZEROS, CodedWeight, capacity, coded
 MULTIPLES = 0.5, 8.0
 """Between which the threshold is looked for: feedback carries weights far beyond the largest that there was."""
 STEPS = 6
+GAUSSIAN = 1.5
+"""The multiple at which weights drawn from a Gaussian fit, rounded to nearest."""
 
 
 def nearest(weight: Tensor, moment: Tensor) -> CodedWeight:
@@ -26,6 +28,12 @@ def nearest(weight: Tensor, moment: Tensor) -> CodedWeight:
         return beyond(weight, threshold[:, None]), scales[:, None]
 
     return _fitting(rounded, weight.shape)
+
+
+def estimate(weight: Tensor, moment: Tensor) -> Tensor:
+    """[R, C]: what ``nearest`` would be of Gaussian weights, without looking for the threshold."""
+    threshold, scales = split(weight, moment, GAUSSIAN)
+    return beyond(weight, threshold[:, None]) * scales.float()[:, None]
 
 
 def with_feedback(weight: Tensor, inputs: Inputs, width: int) -> CodedWeight:
