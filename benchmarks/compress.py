@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any, get_args
 
 from moeforge.compress.measure import bytes_on_disk
+from moeforge.compress.merge import join
 from moeforge.compress.plan import Rounding, Row, packable
 from moeforge.compress.profile import FORMATS
 from moeforge.compress.prune import ORDERS, drop
@@ -24,7 +25,8 @@ from moeforge.hub.folder import open_model
 from moeforge.train import RunConfig
 
 SHARES = (0.125, 0.25, 0.5)
-COLOURS = {"uniform": "C0", "mixed by expert": "C1", "mixed by layer": "C2"}
+COLOURS = {"uniform": "C0", "mixed by expert": "C1", "mixed by layer": "C2", "merge": "C9"}
+COLOURS |= {f"drop by {order}": f"C{3 + number}" for number, order in enumerate(ORDERS)}
 
 
 def points(folder: Path, tokens: int, held_out: int) -> list[dict[str, Any]]:
@@ -45,6 +47,8 @@ def points(folder: Path, tokens: int, held_out: int) -> list[dict[str, Any]]:
     for order in ORDERS:
         for share in SHARES:
             plans[f"drop by {order}", "nearest", f"{share:.1%}"] = drop(task.profile, rows, share, order)
+    for share in SHARES:
+        plans["merge", "nearest", f"{share:.1%}"] = join(task.profile, rows, share, task.streamed.config)
     return [
         {"run": folder.name, "method": method, "rounding": rounding, "at": at, **measured(task, plan, rounding)}
         for (method, rounding, at), plan in plans.items()
@@ -74,9 +78,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     for method, rounding in dict.fromkeys((row["method"], row["rounding"]) for row in rows):
         own = [row for row in rows if (row["method"], row["rounding"]) == (method, rounding)]
-        drops = method.startswith("drop")
+        drops = method.startswith(("drop", "merge"))
         look = {"label": method if drops else f"{method}, {rounding}", "linestyle": "-" if rounding == "gptq" else "--"}
-        look["color"] = COLOURS.get(method, f"C{3 + list(ORDERS).index(method.split()[-1])}" if drops else None)
+        look["color"] = COLOURS[method]
         line = []
         for at in dict.fromkeys(row["at"] for row in own):
             some = [row for row in own if row["at"] == at]

@@ -29,7 +29,7 @@ def test_every_number_is_a_sum_over_the_tokens(folder: Path) -> None:
     model.blocks[2].register_forward_hook(lambda m, inputs, y: streams.append(inputs[0]))
     outputs = [model(b.input_ids, position=b.position, document=b.document) for b in batches()]
     count, weight, reap, square = (torch.zeros(4) for _ in range(4))
-    moment, together = torch.zeros(4, 32), torch.zeros(4, 4)
+    moment, together, joint = torch.zeros(4, 32), torch.zeros(4, 4), torch.zeros(4, 4)
     bank = moe.banks[0]
     for x, route in zip(rows, routes, strict=True):
         chosen = [[] for _ in range(len(x))]
@@ -40,11 +40,12 @@ def test_every_number_is_a_sum_over_the_tokens(folder: Path) -> None:
             square[expert] += w * w
             reap[expert] += w * (bank.down_proj[expert] @ hidden).norm()
             moment[expert] += x[token].square()
-            chosen[token].append(expert)
+            chosen[token].append((expert, w * (bank.down_proj[expert] @ hidden)))
         for experts in chosen:
-            for one in experts:
-                for other in experts:
+            for one, output in experts:
+                for other, second in experts:
                     together[one, other] += 1
+                    joint[one, other] += output @ second
     assert int(count.min()) >= FLOOR and len(outputs) == len(rows)
     for found, wanted in [
         (seen.count, count),
@@ -53,6 +54,7 @@ def test_every_number_is_a_sum_over_the_tokens(folder: Path) -> None:
         (seen.reap, reap / count),
         (seen.input_moment, moment / count[:, None]),
         (seen.together, together),
+        (seen.joint, joint / sum(map(len, rows))),
         (seen.energy, torch.cat([s.flatten(0, 1) for s in streams]).square().sum(1).mean()),
     ]:
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)

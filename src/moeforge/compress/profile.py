@@ -33,6 +33,10 @@ FORMATS = (
 """What every expert's error is measured in."""
 
 
+TOGETHER = 4096
+"""Tokens, the first ones, of which experts' outputs are kept side by side."""
+
+
 @dataclass
 class Seen:
     """Of the E experts of one layer; T tokens. All float32, on the CPU."""
@@ -55,6 +59,9 @@ class Seen:
     """[E, E] of router logits; 0 where the router has none."""
     together: Tensor
     """[E, E] tokens that two experts share."""
+    joint: Tensor
+    """[E, E] mean over tokens of the inner product of two experts' weighted outputs, 0 where they don't meet: dropping
+    a set adds to the layer's squared error the sum over its pairs. Of up to 4,096 tokens, and inside a bank."""
     router_norm: Tensor
     """[E] norm of the router's row; 0 where it has no rows."""
     energy: Tensor
@@ -188,9 +195,11 @@ def _see_layer(block: Block, text: Text, streamed: Streamed) -> tuple[Seen, Tens
         part["hidden_moment"] = torch.nn.functional.pad(
             part["hidden_moment"], (0, widest - part["hidden_moment"].shape[1])
         )
+    joint = torch.block_diag(*(part.pop("joint") for part in parts))
     joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     together = {
         "together": mask_TE.T @ mask_TE,
+        "joint": joint,
         "correlation": _correlation(decisions.logits, mask_TE.shape[1]),
         "router_norm": norm.detach(),
     }
@@ -241,7 +250,25 @@ def _of_bank(bank: MLPBank, rows_TD: Tensor, route: Route) -> dict[str, Tensor]:
         torch.zeros(len(counts)).index_add(0, route.expert, value) for value in (route.weight, route.weight.square())
     )
     joined = {name: torch.stack(values) for name, values in kept.items()}
-    return {"count": counts, "weight": weight, "weight_square": square, **joined}
+    joint = _joint(bank, rows_TD[:TOGETHER], route)
+    return {"count": counts, "weight": weight, "weight_square": square, "joint": joint, **joined}
+
+
+def _joint(bank: MLPBank, rows_TD: Tensor, route: Route) -> Tensor:
+    """``Seen.joint`` of these first tokens of a bank."""
+    outputs = []
+    for expert, (up_HD, down_DH) in enumerate(zip(bank.gate_up_proj.detach(), bank.down_proj.detach(), strict=True)):
+        among = (route.expert == expert) & (route.token < len(rows_TD))
+        hidden = activate(rows_TD[route.token[among]] @ up_HD.T, bank.config.activation)
+        outputs.append((route.token[among], route.weight[among, None] * (hidden @ down_DH.T).float()))
+    joint = torch.zeros(len(outputs), len(outputs))
+    for start in range(0, len(rows_TD), 128):  # all experts' outputs of a few tokens, side by side
+        side_ETD = torch.zeros(len(outputs), 128, rows_TD.shape[1])
+        for expert, (token_N, output_ND) in enumerate(outputs):
+            here = (token_N >= start) & (token_N < start + 128)
+            side_ETD[expert, token_N[here] - start] = output_ND[here]
+        joint += side_ETD.flatten(1) @ side_ETD.flatten(1).T
+    return joint / len(rows_TD)
 
 
 def _errors(

@@ -49,7 +49,7 @@ class Wish:
     max_loss: float | None = None
     plan: Path | None = None
     drop: float | None = None
-    drop_by: str = "reap"
+    drop_by: str = "output_error"
     merge: float | None = None
     granularity: Granularity = "expert"
 
