@@ -98,6 +98,6 @@ def one_voice() -> Iterator[None]:
             time.sleep(GRACE)
             raise UserError(f"process {rank}: {error}") from error
         raise
-    except Exception:
-        time.sleep(GRACE)
+    except Exception as error:
+        time.sleep(5 * GRACE if "onnection" in str(error) else GRACE)  # on a busy machine the cause ends slowly
         raise
