@@ -34,7 +34,7 @@ def compress(
     ] = None,
     plan: Annotated[Path | None, typer.Option(help="A JSON or YAML file with a row for each expert.")] = None,
     drop: Annotated[str | None, typer.Option(help="Share of each layer's experts to drop first: 25%.")] = None,
-    drop_by: Annotated[str, typer.Option(help="output_error, frequency, weight, reap or router_norm.")] = "output_error",
+    drop_by: Annotated[str, typer.Option(help="output_error, frequency, weight, reap, router_norm.")] = "output_error",
     merge: Annotated[str | None, typer.Option(help="Share of each layer's experts to merge into others: 50%.")] = None,
     to_dense: Annotated[
         Literal["mean", "units"] | None, typer.Option(help="One MLP a layer: the experts' mean, or their best units.")
