@@ -52,7 +52,7 @@ def test_a_budget_is_kept_and_the_cost_measured(place: Path, capsys: pytest.Capt
         ["--merge=50%"],
         ["--drop=25%"],
         ["--drop=25%", "--bits-per-weight=9"],
-        ["--max-loss=+50%"],
+        ["--max-loss=+50%", "--rounding=nearest"],
     ],
 )
 @pytest.mark.parametrize("granularity", ["expert", "layer"])
