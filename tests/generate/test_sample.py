@@ -61,6 +61,15 @@ def test_temperature_zero_and_nearly_zero_take_the_likeliest():
     assert draw(logits_V, Sampling(temperature=1e-39), generator) == 1
 
 
+@pytest.mark.parametrize("smallest", [5e-324, 1e-60, 1e-40, 1e-30])
+@pytest.mark.parametrize("name", ["temperature", "top_p", "min_p"])
+def test_settings_that_float32_does_not_hold(name, smallest):
+    logits_V = torch.tensor([3.0, 90.0, 89.9999, -5.0])
+    probs_V = probabilities(logits_V, Sampling(**{"temperature": 1.0, name: smallest}))
+    wanted_V = logits_V.softmax(-1) if name == "min_p" else torch.tensor([0.0, 1.0, 0.0, 0.0])
+    torch.testing.assert_close(probs_V, wanted_V)
+
+
 def test_the_seed_decides_and_no_seed_does_not():
     def draws(seed: int | None) -> list[int]:
         generator = Sampling(seed=seed).generator()

@@ -174,7 +174,8 @@ def draw(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> in
 def probabilities(logits_V: Tensor, sampling: Sampling) -> Tensor:
     """[V] float32 probabilities that the next token is drawn by; temperature must be above 0."""
     logits_V = logits_V.float()
-    probs_V = ((logits_V - logits_V.max()) / sampling.temperature).softmax(-1)
+    temperature = max(sampling.temperature, torch.finfo(torch.float32).tiny)  # smaller ones are 0 in float32
+    probs_V = ((logits_V - logits_V.max()) / temperature).softmax(-1)
     kept = min(sampling.sample_k or len(probs_V), len(probs_V))
     if sampling.top_p < 1:
         kept = _nucleus(probs_V, kept, sampling.top_p)
@@ -193,7 +194,7 @@ def _nucleus(probs_V: Tensor, kept: int, top_p: float) -> int:
         before_K = (sorted_K.cumsum(0) - sorted_K) / total
         inside = int((before_K < top_p).sum())
         if inside < size:
-            return inside
+            return max(inside, 1)  # a top_p that is 0 in float32 keeps the likeliest
     return kept
 
 
