@@ -13,6 +13,7 @@ from moeforge.cli.held_out import check, count, text_settings
 from moeforge.errors import UserError
 
 if TYPE_CHECKING:
+    from moeforge.compress.export import Export
     from moeforge.compress.run import Task
     from moeforge.compress.write import Job
 
@@ -40,8 +41,12 @@ def compress(
         Literal["mean", "units"] | None, typer.Option(help="One MLP a layer: the experts' mean, or their best units.")
     ] = None,
     granularity: Annotated[
-        Literal["expert", "layer", "model"], typer.Option(help="What shares one format.")
-    ] = "expert",
+        Literal["expert", "layer", "model"] | None,
+        typer.Option(help="What shares one format.", show_default="expert; with --to hf the model"),
+    ] = None,
+    to: Annotated[
+        Literal["hf"] | None, typer.Option(help="A folder for transformers, opened by it before it counts.")
+    ] = None,
     rounding: Rounding = None,
     out: Annotated[Path | None, typer.Option(help="The folder to write.", show_default="PATH-compressed")] = None,
     profile: Annotated[Path | None, typer.Option(help="A profile to use, or to keep if there is none.")] = None,
@@ -67,10 +72,21 @@ def compress(
     shares = {"max_loss": max_loss, "drop": drop, "merge": merge}
     told = {name: _share(share, f"--{name.replace('_', '-')}") for name, share in shares.items() if share is not None}
     size = None if fit is None else _bytes(fit)
-    wish = Wish(size, bits_per_weight, plan=plan, drop_by=drop_by, granularity=granularity, **told)
+    if to and granularity not in (None, "model"):
+        raise UserError(
+            "transformers reads the experts of all layers by one scheme: leave --granularity out, or --to hf"
+        )
+    by = granularity or ("model" if to else "expert")
+    wish = Wish(size, bits_per_weight, plan=plan, drop_by=drop_by, granularity=by, **told)
     with Console(stderr=True).status("reading text") as status:
         task = Task(
-            model, count(tokens), count(held_out), profile, lambda what, layers: _tell(status, what, layers), rounding
+            model,
+            count(tokens),
+            count(held_out),
+            profile,
+            lambda what, layers: _tell(status, what, layers),
+            rounding,
+            to == "hf",
         )
         task.read_text(text_settings(model, task.streamed.config, context.obj))
         dense = task.write_dense(to_dense, target) if to_dense else None
@@ -106,7 +122,9 @@ def _say(report: "dict[str, Any]", target: Path, as_json: bool) -> None:
         return
     quality, sizes = report["quality"], report["bytes"]
     before, after = sum(report["bytes_before"].values()), sum(sizes.values())
-    print(f"{target}: {in_bytes(after)} of {in_bytes(before)}, experts {in_bytes(sizes['experts'])}")
+    print(
+        f"{target}: {in_bytes(after)} of {in_bytes(before)}, experts {in_bytes(sizes['experts'])}; {report['opened']}"
+    )
     print(_lost(quality))
 
 
@@ -120,7 +138,7 @@ def _lost(quality: "dict[str, Any]") -> str:
     return f"{bits}, KL {quality['kl']:.4f} nats per token, on {quality['tokens']:,} held-out tokens"
 
 
-def _show(task: "Task", job: "Job", as_json: bool) -> None:
+def _show(task: "Task", job: "Job | Export", as_json: bool) -> None:
     sizes = job.bytes_by_class()
     if as_json:
         print(json.dumps({"bytes": sizes, "plan": job.plan.model_dump()}))

@@ -16,7 +16,7 @@ from moeforge.data.packing import IGNORED, Batch
 from moeforge.data.tokenizers import Tokenizer
 from moeforge.errors import UserError
 from moeforge.generate import ALONE, Sampling, Token, engine_for
-from moeforge.hub.shards import Shards
+from moeforge.hub.folder import outline
 from moeforge.models import Decoder
 
 WRITTEN = 64
@@ -83,10 +83,11 @@ def _compare(before_TV: Tensor, after_TV: Tensor, labels_T: Tensor) -> Tensor:
 
 def bytes_on_disk(folder: Path) -> dict[str, int]:
     """Bytes of the weight files by class, as ``Job.bytes_by_class`` predicts them."""
-    shards = Shards(folder)
+    found = outline(folder)
+    shards, ours = found.shards, {piece.name: piece.parameter for piece in found.pieces}
     sums = dict.fromkeys(("experts", "dense", "embeddings", "router", "other"), 0)
     for name, shape in shards.shapes.items():
-        sums[kind_of(name, tuple(shape))] += shards.nbytes(name)
+        sums[kind_of(ours.get(name, name), tuple(shape))] += shards.bytes_on_disk(name)
     whole = sum(file.stat().st_size for file in {*shards.file_of.values()})
     sums["other"] += whole - sum(sums.values())
     return sums
