@@ -53,6 +53,7 @@ def test_a_budget_is_kept_and_the_cost_measured(place: Path, capsys: pytest.Capt
         ["--drop=25%"],
         ["--drop=25%", "--bits-per-weight=9"],
         ["--max-loss=+50%", "--rounding=nearest"],
+        ["--skip=50%"],
     ],
 )
 @pytest.mark.parametrize("granularity", ["expert", "layer"])
@@ -63,6 +64,7 @@ def test_every_way_to_say_how_large(place: Path, wish: list[str], granularity: s
     if "--bits-per-weight=9" in wish:
         assert report["bits_per_weight"] <= 9
     formats = {(row["layer"], row["bits"]) for row in json.loads((place / "out" / "plan.json").read_text())["rows"]}
+    assert (report["quality"]["experts_per_token"] < 1.6) == ("--skip=50%" in wish)
     assert granularity == "expert" or len(formats) <= 2 + 2 * ("--drop=25%" in wish)
 
 
@@ -94,7 +96,10 @@ BAD = {
     "between 0% and 100%": ["--drop=120%"],
     "say the same thing twice": ["--fit=95kB", "--bits-per-weight=4"],
     "say how large": [],
+    "--plan and --skip": ["--plan=p", "--skip=50%"],
+    "skips no choice": ["--skip=0.1%"],
     "ordered by one of": ["--drop=25%", "--drop-by=taste"],
+    "is what --drop-by router_norm counts from": ["--drop=25%", "--base=m"],
     "drops no expert": ["--drop=1%"],
     "is missing": ["--plan=none.json"],
 }

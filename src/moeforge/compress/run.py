@@ -17,9 +17,9 @@ from moeforge.compress.export import Export
 from moeforge.compress.measure import Quality, Reference, bytes_on_disk, tokens_per_second
 from moeforge.compress.merge import join
 from moeforge.compress.page import page
-from moeforge.compress.plan import Plan, Rounding, Row, packable
+from moeforge.compress.plan import Plan, Rounding, Row, Skip, packable
 from moeforge.compress.profile import FORMATS, Profile, profile
-from moeforge.compress.prune import drop
+from moeforge.compress.prune import drop, since, skip
 from moeforge.compress.solve import WHOLE, Granularity, solve
 from moeforge.compress.stream import Streamed, Tell, silent
 from moeforge.compress.write import Job
@@ -43,7 +43,7 @@ Progress = Callable[[str, int], None]
 
 @dataclass(frozen=True)
 class Wish:
-    """What a user asked for; exactly one of the first four, or ``drop`` or ``merge`` alone."""
+    """What a user asked for; exactly one of the first four, or ``drop``, ``merge`` or ``skip`` alone."""
 
     fit: int | None = None
     """Bytes of the weight files."""
@@ -52,7 +52,10 @@ class Wish:
     plan: Path | None = None
     drop: float | None = None
     drop_by: str = "output_error"
+    base: Path | None = None
+    """The model before its tuning, since which ``router_norm`` counts."""
     merge: float | None = None
+    skip: float | None = None
     granularity: Granularity = "expert"
 
 
@@ -71,6 +74,7 @@ class Task:
     ) -> None:
         """``rounding`` None: as an own plan says, else gptq. ``to_hf``: a folder for transformers is written."""
         self.rounding, self.to_hf = rounding, to_hf
+        self.skip: dict[int, Skip] = {}
         self.formats = export.FORMATS if to_hf else FORMATS
         self.streamed, self.tell = Streamed(folder), tell
         self.tokens, self.held_out, self.kept_profile = tokens, held_out, kept_profile
@@ -122,8 +126,10 @@ class Task:
             raise UserError(
                 f"{self.streamed.folder} has no experts that could be packed: MLPs without biases or limits"
             )
+        self.skip = skip(self.profile, wish.skip, self.streamed.config) if wish.skip else {}
         if wish.drop is not None:
-            rows = drop(self.profile, rows, wish.drop, wish.drop_by)
+            found = since(self.profile, Streamed(wish.base)) if wish.base else self.profile
+            rows = drop(found, rows, wish.drop, wish.drop_by)
         if wish.merge is not None:
             rows = join(self.profile, rows, wish.merge, self.streamed.config)
         if wish.fit is not None:
@@ -175,7 +181,7 @@ class Task:
 
     def job(self, rows: list[Row]) -> Job | Export:
         """For rows."""
-        return self._job(Plan(rows=tuple(rows), rounding=self.rounding or "gptq"))
+        return self._job(Plan(rows=tuple(rows), rounding=self.rounding or "gptq", skip=self.skip))
 
     def _job(self, plan: Plan) -> Job | Export:
         job = Job(self.streamed, plan, self.profile, self.calibration if plan.rounding == "gptq" else ())
