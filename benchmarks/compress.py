@@ -8,34 +8,49 @@ Run folders are of one recipe trained with several seeds. Everything is written,
 
 import argparse
 import json
+from collections.abc import Collection, Iterator
+from itertools import product, zip_longest
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any, get_args
 
+from moeforge.compress.export import FORMATS as FORMATS_HF
 from moeforge.compress.measure import bytes_on_disk
 from moeforge.compress.merge import join
 from moeforge.compress.plan import Rounding, Row, packable
 from moeforge.compress.profile import FORMATS
-from moeforge.compress.prune import ORDERS, drop
+from moeforge.compress.prune import ORDERS, drop, since, skip
 from moeforge.compress.run import Task
 from moeforge.compress.solve import solve
+from moeforge.compress.stream import Streamed
 from moeforge.config import build, read_yaml
 from moeforge.hub.folder import open_model
+from moeforge.hub.store import Format
 from moeforge.train import RunConfig
 
 SHARES = (0.125, 0.25, 0.5)
+SKIPPED = (0.25, 0.5, 0.75, 0.9)
 COLOURS = {"uniform": "C0", "mixed by expert": "C1", "mixed by layer": "C2", "merge": "C9"}
 COLOURS |= {f"drop by {order}": f"C{3 + number}" for number, order in enumerate(ORDERS)}
+COLOURS |= {"hf": "black", "a layer fewer, distilled": "grey"}
+PLAIN = ("drop", "merge", "a layer")
+"""How methods begin that leave experts at 16 bits."""
+Plans = dict[tuple[str, Rounding, str], list[Row]]
 
 
-def points(folder: Path, tokens: int, held_out: int) -> list[dict[str, Any]]:
-    """Every plan for one model, as measured."""
+def task_of(folder: Path, tokens: int, held_out: int, to_hf: bool = False) -> Task:
+    """The run's model, and its own text."""
     config = build(RunConfig, read_yaml(folder / "config.yaml"), source="benchmark")
-    task = Task(folder, tokens, held_out)
+    task = Task(folder, tokens, held_out, to_hf=to_hf)
     task.read_text(SimpleNamespace(data=config.data, batch_size=config.batch_size, seq_len=config.seq_len))
+    return task
+
+
+def plans_of(task: Task, base: Path | None) -> Plans:
+    """Every plan for one model, by method, rounding and how far it goes."""
     rows = [Row(layer=layer, expert=expert) for layer, expert in packable(task.streamed.config)]
-    plans: dict[tuple[str, Rounding, str], list[Row]] = {}
+    plans: Plans = {}
     for format in FORMATS:
         uniform = [row.replace(bits=format.bits, group=format.group) for row in rows]
         budget = sum(task.record_bytes(row.layer, row.expert, format) for row in rows)
@@ -49,10 +64,47 @@ def points(folder: Path, tokens: int, held_out: int) -> list[dict[str, Any]]:
             plans[f"drop by {order}", "nearest", f"{share:.1%}"] = drop(task.profile, rows, share, order)
     for share in SHARES:
         plans["merge", "nearest", f"{share:.1%}"] = join(task.profile, rows, share, task.streamed.config)
-    return [
-        {"run": folder.name, "method": method, "rounding": rounding, "at": at, **measured(task, plan, rounding)}
-        for (method, rounding, at), plan in plans.items()
-    ]
+        if base is not None:
+            grown = since(task.profile, Streamed(base))
+            plans["drop by router_norm since the base", "nearest", f"{share:.1%}"] = drop(
+                grown, rows, share, "router_norm"
+            )
+    return plans
+
+
+def points(folder: Path, tokens: int, held_out: int, only: Collection[str], base: Path | None) -> list[dict[str, Any]]:
+    """What was asked for of one model, as measured."""
+    task, found = task_of(folder, tokens, held_out), []
+    for (method, rounding, at), plan in plans_of(task, base).items():
+        if not only or method in only:
+            found.append({"run": folder.name, "method": method, "rounding": rounding, "at": at})
+            found[-1] |= measured(task, plan, rounding)
+    for name, extra in {"skip": skips, "hf": for_transformers}.items():
+        if not only or name in only:
+            task.skip = {}
+            found += [{"run": folder.name, "method": name, **row} for row in extra(task, folder, tokens, held_out)]
+    return found
+
+
+def skips(task: Task, *_: Any) -> Iterator[dict[str, Any]]:
+    """Shares of later choices that are not run; experts stay in 16 bits."""
+    rows = [Row(layer=layer, expert=expert) for layer, expert in packable(task.streamed.config)]
+    for share in SKIPPED:
+        task.skip = skip(task.profile, share, task.streamed.config)
+        yield {"rounding": "nearest", "at": f"{share:.0%}", **measured(task, rows, "nearest")}
+
+
+def for_transformers(_: Task, folder: Path, tokens: int, held_out: int) -> Iterator[dict[str, Any]]:
+    """Folders in one format of compressed-tensors, or with a quarter of the experts dropped, or both."""
+    task = task_of(folder, tokens, held_out, to_hf=True)
+    rows = [Row(layer=layer, expert=expert) for layer, expert in packable(task.streamed.config)]
+    fewer = drop(task.profile, rows, 0.25, "output_error")
+    for rounding, format in (("nearest", Format(8, 128)), *product(get_args(Rounding), FORMATS_HF[1:])):
+        plan = [row.replace(bits=format.bits, group=format.group) for row in rows]
+        yield {"rounding": rounding, "at": format.name, **measured(task, plan, rounding)}
+    packed = [row.replace(bits=4, group=128) if row.action == "keep" else row for row in fewer]
+    yield {"rounding": "nearest", "at": "25.0% dropped", **measured(task, fewer, "nearest")}
+    yield {"rounding": "gptq", "at": "25.0% dropped, 4x128", **measured(task, packed, "gptq")}
 
 
 def measured(task: Task, rows: list[Row], rounding: Rounding) -> dict[str, Any]:
@@ -65,7 +117,8 @@ def measured(task: Task, rows: list[Row], rounding: Rounding) -> dict[str, Any]:
         quality = task.reference.compare(open_model(target))
     bits = 8 * sizes["experts"] / task.num_weights
     found = {"bits_per_weight": bits, "bytes": sum(sizes.values()), "bits_per_byte": quality.bits_after}
-    return {**found, "original": quality.bits_before, "kl": quality.kl}
+    found |= {"original": quality.bits_before, "kl": quality.kl}
+    return found | ({"experts_per_token": quality.experts_per_token} if task.skip else {})
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -76,10 +129,13 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for method, rounding in dict.fromkeys((row["method"], row["rounding"]) for row in rows):
-        own = [row for row in rows if (row["method"], row["rounding"]) == (method, rounding)]
-        drops = method.startswith(("drop", "merge"))
-        look = {"label": method if drops else f"{method}, {rounding}", "linestyle": "-" if rounding == "gptq" else "--"}
+    drawn = [row for row in rows if row["method"] in COLOURS]
+    for method, rounding in dict.fromkeys((row["method"], row["rounding"]) for row in drawn):
+        own = [row for row in drawn if (row["method"], row["rounding"]) == (method, rounding)]
+        look = {
+            "label": method if method.startswith(PLAIN) else f"{method}, {rounding}",
+            "linestyle": "-" if rounding == "gptq" else "--",
+        }
         look["color"] = COLOURS[method]
         line = []
         for at in dict.fromkeys(row["at"] for row in own):
@@ -100,8 +156,14 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=65536)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--plot", type=Path, required=True)
+    parser.add_argument("--only", nargs="+", default=[])
+    parser.add_argument("--base", type=Path, nargs="+", default=[])
     given = parser.parse_args()
-    rows = [row for folder in given.runs for row in points(folder, given.tokens, given.held_out)]
+    kept = json.loads(given.json.read_text(encoding="utf-8")) if given.only and given.json.exists() else []
+    runs = {folder.name for folder in given.runs}
+    rows = [row for row in kept if row["method"] not in given.only or row["run"] not in runs]
+    for folder, base in zip_longest(given.runs, given.base):
+        rows += points(folder, given.tokens, given.held_out, given.only, base)
     given.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     plot(rows, given.plot)
 
