@@ -16,13 +16,13 @@ from types import SimpleNamespace
 from typing import Any, get_args
 
 from moeforge.compress.export import FORMATS as FORMATS_HF
-from moeforge.compress.measure import bytes_on_disk
+from moeforge.compress.measure import Reference, bytes_on_disk
 from moeforge.compress.merge import join
 from moeforge.compress.plan import Rounding, Row, packable
 from moeforge.compress.profile import FORMATS
 from moeforge.compress.prune import ORDERS, drop, since, skip
 from moeforge.compress.run import Task
-from moeforge.compress.solve import solve
+from moeforge.compress.solve import WHOLE, solve
 from moeforge.compress.stream import Streamed
 from moeforge.config import build, read_yaml
 from moeforge.hub.folder import open_model
@@ -33,30 +33,28 @@ SHARES = (0.125, 0.25, 0.5)
 SKIPPED = (0.25, 0.5, 0.75, 0.9)
 COLOURS = {"uniform": "C0", "mixed by expert": "C1", "mixed by layer": "C2", "merge": "C9"}
 COLOURS |= {f"drop by {order}": f"C{3 + number}" for number, order in enumerate(ORDERS)}
-COLOURS |= {"hf": "black", "a layer fewer, distilled": "grey"}
-PLAIN = ("drop", "merge", "a layer")
-"""How methods begin that leave experts at 16 bits."""
+COLOURS |= {"student": "black"}
+PLAIN = ("drop", "merge", "student")
+"""How the labels begin that need no rounding beside them."""
 Plans = dict[tuple[str, Rounding, str], list[Row]]
 
 
-def task_of(folder: Path, tokens: int, held_out: int, to_hf: bool = False) -> Task:
-    """The run's model, and its own text."""
+def task_of(folder: Path, sizes: tuple[int, int], to_hf: bool = False) -> Task:
+    """The run's model, and so many tokens of its own text to calibrate and to measure by."""
     config = build(RunConfig, read_yaml(folder / "config.yaml"), source="benchmark")
-    task = Task(folder, tokens, held_out, to_hf=to_hf)
+    task = Task(folder, *sizes, to_hf=to_hf)
     task.read_text(SimpleNamespace(data=config.data, batch_size=config.batch_size, seq_len=config.seq_len))
     return task
 
 
 def plans_of(task: Task, base: Path | None) -> Plans:
     """Every plan for one model, by method, rounding and how far it goes."""
-    rows = [Row(layer=layer, expert=expert) for layer, expert in packable(task.streamed.config)]
-    plans: Plans = {}
+    rows, plans = rows_of(task), Plans()
     for format in FORMATS:
-        uniform = [row.replace(bits=format.bits, group=format.group) for row in rows]
         budget = sum(task.record_bytes(row.layer, row.expert, format) for row in rows)
         mixed = {by: solve(task.profile, rows, budget, task.record_bytes, by) for by in ("expert", "layer")}
         for rounding in get_args(Rounding):
-            plans["uniform", rounding, format.name] = uniform
+            plans["uniform", rounding, format.name] = uniform(rows, format)
             plans["mixed by expert", rounding, format.name] = mixed["expert"]
         plans["mixed by layer", "nearest", format.name] = mixed["layer"]
     for order in ORDERS:
@@ -72,49 +70,67 @@ def plans_of(task: Task, base: Path | None) -> Plans:
     return plans
 
 
-def points(folder: Path, tokens: int, held_out: int, only: Collection[str], base: Path | None) -> list[dict[str, Any]]:
+def points(
+    folder: Path, sizes: tuple[int, int], only: Collection[str], base: Path | None, student: Path | None
+) -> Iterator[dict[str, Any]]:
     """What was asked for of one model, as measured."""
-    task, found = task_of(folder, tokens, held_out), []
+    task = task_of(folder, sizes)
     for (method, rounding, at), plan in plans_of(task, base).items():
         if not only or method in only:
-            found.append({"run": folder.name, "method": method, "rounding": rounding, "at": at})
-            found[-1] |= measured(task, plan, rounding)
-    for name, extra in {"skip": skips, "hf": for_transformers}.items():
-        if not only or name in only:
-            task.skip = {}
-            found += [{"run": folder.name, "method": name, **row} for row in extra(task, folder, tokens, held_out)]
-    return found
+            yield {"method": method, "rounding": rounding, "at": at, **measured(task, plan, rounding)}
+    if not only or "skip" in only:
+        yield from skips(task)
+    if not only or "hf" in only:
+        yield from for_transformers(task_of(folder, sizes, to_hf=True))
+    if student is not None and (not only or "student" in only):
+        yield from smaller(task, task_of(student, sizes))
 
 
-def skips(task: Task, *_: Any) -> Iterator[dict[str, Any]]:
+def rows_of(task: Task) -> list[Row]:
+    """All experts, kept in 16 bits."""
+    return [Row(layer=layer, expert=expert) for layer, expert in packable(task.streamed.config)]
+
+
+def uniform(rows: list[Row], format: Format) -> list[Row]:
+    """Those that are kept, in one format."""
+    return [row.replace(bits=format.bits, group=format.group) if row.action == "keep" else row for row in rows]
+
+
+def skips(task: Task) -> Iterator[dict[str, Any]]:
     """Shares of later choices that are not run; experts stay in 16 bits."""
-    rows = [Row(layer=layer, expert=expert) for layer, expert in packable(task.streamed.config)]
     for share in SKIPPED:
         task.skip = skip(task.profile, share, task.streamed.config)
-        yield {"rounding": "nearest", "at": f"{share:.0%}", **measured(task, rows, "nearest")}
+        found = measured(task, rows_of(task), "nearest")
+        yield {"method": "skip", "rounding": "nearest", "at": f"{share:.0%}", **found}
+    task.skip = {}
 
 
-def for_transformers(_: Task, folder: Path, tokens: int, held_out: int) -> Iterator[dict[str, Any]]:
+def for_transformers(task: Task) -> Iterator[dict[str, Any]]:
     """Folders in one format of compressed-tensors, or with a quarter of the experts dropped, or both."""
-    task = task_of(folder, tokens, held_out, to_hf=True)
-    rows = [Row(layer=layer, expert=expert) for layer, expert in packable(task.streamed.config)]
-    fewer = drop(task.profile, rows, 0.25, "output_error")
+    fewer = drop(task.profile, rows_of(task), 0.25, "output_error")
+    plans: Plans = {("hf", "nearest", "25.0% dropped"): fewer}
+    plans["hf", "gptq", "25.0% dropped, 4x128"] = uniform(fewer, Format(4, 128))
     for rounding, format in (("nearest", Format(8, 128)), *product(get_args(Rounding), FORMATS_HF[1:])):
-        plan = [row.replace(bits=format.bits, group=format.group) for row in rows]
-        yield {"rounding": rounding, "at": format.name, **measured(task, plan, rounding)}
-    packed = [row.replace(bits=4, group=128) if row.action == "keep" else row for row in fewer]
-    yield {"rounding": "nearest", "at": "25.0% dropped", **measured(task, fewer, "nearest")}
-    yield {"rounding": "gptq", "at": "25.0% dropped, 4x128", **measured(task, packed, "gptq")}
+        plans["hf", rounding, format.name] = uniform(rows_of(task), format)
+    for (method, rounding, at), plan in plans.items():
+        yield {"method": method, "rounding": rounding, "at": at, **measured(task, plan, rounding)}
 
 
-def measured(task: Task, rows: list[Row], rounding: Rounding) -> dict[str, Any]:
-    """One plan on disk."""
+def smaller(task: Task, student: Task) -> Iterator[dict[str, Any]]:
+    """A student in a few formats, judged by its teacher."""
+    for format in (WHOLE, Format(4, 32), Format(2, 32)):
+        found = measured(student, uniform(rows_of(student), format), "gptq", task.reference)
+        yield {"method": "student", "rounding": "gptq", "at": format.name, **found}
+
+
+def measured(task: Task, rows: list[Row], rounding: Rounding, reference: Reference | None = None) -> dict[str, Any]:
+    """One plan on disk; ``reference`` where another than the task's own model is what it is compared with."""
     task.rounding = rounding
     with TemporaryDirectory() as place:
         target = Path(place) / "model"
         task.job(rows).run(target)
         sizes = bytes_on_disk(target)
-        quality = task.reference.compare(open_model(target))
+        quality = (reference or task.reference).compare(open_model(target))
     bits = 8 * sizes["experts"] / task.num_weights
     found = {"bits_per_weight": bits, "bytes": sum(sizes.values()), "bits_per_byte": quality.bits_after}
     found |= {"original": quality.bits_before, "kl": quality.kl}
@@ -122,14 +138,15 @@ def measured(task: Task, rows: list[Row], rounding: Rounding) -> dict[str, Any]:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Growth of bits per byte over bytes, the mean over runs, one line for each method."""
+    """Growth of bits per byte over bytes, the mean over the runs that have uniform plans, one line for each method."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    drawn = [row for row in rows if row["method"] in COLOURS]
+    runs = {row["run"] for row in rows if row["method"] == "uniform"}
+    drawn = [row for row in rows if row["method"] in COLOURS and row["run"] in runs]
     for method, rounding in dict.fromkeys((row["method"], row["rounding"]) for row in drawn):
         own = [row for row in drawn if (row["method"], row["rounding"]) == (method, rounding)]
         look = {
@@ -158,12 +175,14 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, required=True)
     parser.add_argument("--only", nargs="+", default=[])
     parser.add_argument("--base", type=Path, nargs="+", default=[])
+    parser.add_argument("--students", type=Path, nargs="+", default=[])
     given = parser.parse_args()
     kept = json.loads(given.json.read_text(encoding="utf-8")) if given.only and given.json.exists() else []
     runs = {folder.name for folder in given.runs}
     rows = [row for row in kept if row["method"] not in given.only or row["run"] not in runs]
-    for folder, base in zip_longest(given.runs, given.base):
-        rows += points(folder, given.tokens, given.held_out, given.only, base)
+    for folder, base, student in zip_longest(given.runs, given.base, given.students):
+        found = points(folder, (given.tokens, given.held_out), given.only, base, student)
+        rows += [{"run": folder.name, **row} for row in found]
     given.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     plot(rows, given.plot)
 
