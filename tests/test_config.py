@@ -1,5 +1,6 @@
 """Settings: overrides, merging, messages, numbers and YAML."""
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -241,3 +242,9 @@ def test_what_was_set_always_names_its_slot_member() -> None:
 def test_nearest() -> None:
     assert nearest("topk", ["top_p", "top_k"]) == " Did you mean 'top_k'?"
     assert nearest("zzz", ["top_p", "top_k"]) == ""
+
+
+def test_no_limit_comes_back_from_a_models_json() -> None:
+    """JSON has no infinity, and a null would be no number."""
+    text = Fast(speed=float("inf")).model_dump_json()
+    assert json.loads(text, parse_constant=pytest.fail) and Fast.model_validate(json.loads(text)).speed == float("inf")

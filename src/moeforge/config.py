@@ -28,7 +28,14 @@ Tree = dict[str, Any]
 class Config(BaseModel):
     """A frozen record of settings. Unknown keys are errors, and derived values are properties, never fields."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
+    # JSON has no infinity; as null it would not come back.
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
+        ser_json_inf_nan="strings",
+    )
 
     def model_post_init(self, _: Any) -> None:
         """Marks ``type`` as set, so that a dump of only what was set still says which member of its slot this is."""

@@ -22,10 +22,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(place: Path, *arguments: str) -> int:
+def run(place: Path, *arguments: str, model: str = "m") -> int:
     text = f"--data.path={place / 'text'}"
     fixed = [text, "--seq_len=32", "--batch_size=8", "--tokens=2000", "--held-out=1000"]
-    return main(["compress", str(place / "m"), *arguments, *fixed, f"--profile={place / 'profile'}"])
+    return main(["compress", str(place / model), *arguments, *fixed, f"--profile={place / f'profile of {model}'}"])
 
 
 def test_a_budget_is_kept_and_the_cost_measured(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,6 +53,7 @@ def test_a_budget_is_kept_and_the_cost_measured(place: Path, capsys: pytest.Capt
         ["--drop=25%"],
         ["--drop=25%", "--bits-per-weight=9"],
         ["--max-loss=+50%", "--rounding=nearest"],
+        ["--skip=50%"],
     ],
 )
 @pytest.mark.parametrize("granularity", ["expert", "layer"])
@@ -63,6 +64,7 @@ def test_every_way_to_say_how_large(place: Path, wish: list[str], granularity: s
     if "--bits-per-weight=9" in wish:
         assert report["bits_per_weight"] <= 9
     formats = {(row["layer"], row["bits"]) for row in json.loads((place / "out" / "plan.json").read_text())["rows"]}
+    assert (report["quality"]["experts_per_token"] < 1.6) == ("--skip=50%" in wish)
     assert granularity == "expert" or len(formats) <= 2 + 2 * ("--drop=25%" in wish)
 
 
@@ -94,7 +96,10 @@ BAD = {
     "between 0% and 100%": ["--drop=120%"],
     "say the same thing twice": ["--fit=95kB", "--bits-per-weight=4"],
     "say how large": [],
+    "--plan and --skip": ["--plan=p", "--skip=50%"],
+    "skips no choice": ["--skip=0.1%"],
     "ordered by one of": ["--drop=25%", "--drop-by=taste"],
+    "is what --drop-by router_norm counts from": ["--drop=25%", "--base=m"],
     "drops no expert": ["--drop=1%"],
     "is missing": ["--plan=none.json"],
 }
@@ -121,3 +126,32 @@ def test_a_dense_model_is_written_and_trains_on(place: Path, how: str, capsys: p
     assert not model.moe_layers and quality["kl"] > 0
     assert run(place, f"--to-dense={how}", "--drop=25%", f"--out={place / 'no'}") == 2
     assert "leaves no experts to pack" in capsys.readouterr().err and not (place / "no").exists()
+
+
+def test_a_folder_for_transformers_is_opened_before_it_counts(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers", reason="pip install 'moeforge[hf]'")
+    pytest.importorskip("compressed_tensors", reason="pip install 'moeforge[compress]'")
+    moe = {"moe": {"experts": {"num_experts": 8, "d_expert": 128}, "router": {"select": {"k": 2}}}}
+    sizes = {"d_model": 128, "num_layers": 1, "qk_norm": "whole", "first_dense_layers": 0, "layers": {}}
+    model_folder(place / "olmoe", **sizes, **moe)
+
+    def to_hf(*wish: str, out: str = "hf") -> int:
+        return run(place, *wish, "--to=hf", f"--out={place / out}", "--force", model="olmoe")
+
+    assert to_hf("--drop=25%", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["opened"].startswith("olmoe, ") and "of OlmoeForCausalLM" in report["opened"]
+    assert report["bytes"]["experts"] == 6 * 3 * 128 * 128 * 2
+    assert to_hf("--drop=25%", "--fit=700kB") == 0
+    assert "OlmoeForCausalLM" in capsys.readouterr().out
+    assert sum(file.stat().st_size for file in (place / "hf").glob("*.safetensors")) <= 700_000
+    config = json.loads((place / "hf" / "config.json").read_text())
+    assert config["num_experts"] == 6 and config["quantization_config"]["format"] == "pack-quantized"
+    for wish, why in (
+        (["--fit=700kB", "--granularity=layer"], "by one scheme"),
+        (["--bits-per-weight=1"], "the smallest plan needs"),
+    ):
+        assert to_hf(*wish, out="none") == 2
+        assert why in capsys.readouterr().err and not (place / "none").exists()
+    assert run(place, "--drop=25%", "--to=hf", f"--out={place / 'none'}") == 2
+    assert "no class for this model" in capsys.readouterr().err and not (place / "none").exists()

@@ -29,6 +29,7 @@ def test_every_number_is_a_sum_over_the_tokens(folder: Path) -> None:
     model.blocks[2].register_forward_hook(lambda m, inputs, y: streams.append(inputs[0]))
     outputs = [model(b.input_ids, position=b.position, document=b.document) for b in batches()]
     count, weight, reap, square = (torch.zeros(4) for _ in range(4))
+    read, inside = torch.zeros(4, 32), torch.zeros(4, 24)
     moment, together, joint = torch.zeros(4, 32), torch.zeros(4, 4), torch.zeros(4, 4)
     bank = moe.banks[0]
     for x, route in zip(rows, routes, strict=True):
@@ -40,18 +41,25 @@ def test_every_number_is_a_sum_over_the_tokens(folder: Path) -> None:
             square[expert] += w * w
             reap[expert] += w * (bank.down_proj[expert] @ hidden).norm()
             moment[expert] += x[token].square()
+            read[expert] += (w * x[token]).square()
+            inside[expert] += (w * hidden).square()
             chosen[token].append((expert, w * (bank.down_proj[expert] @ hidden)))
         for experts in chosen:
             for one, output in experts:
                 for other, second in experts:
                     together[one, other] += 1
                     joint[one, other] += output @ second
+    hint = [
+        (bank.gate_up_proj[e].abs() * read[e].sqrt()).sum() + (bank.down_proj[e].abs() * inside[e].sqrt()).sum()
+        for e in range(4)
+    ]
     assert int(count.min()) >= FLOOR and len(outputs) == len(rows)
     for found, wanted in [
         (seen.count, count),
         (seen.weight, weight),
         (seen.weight_square, square),
         (seen.reap, reap / count),
+        (seen.hint, torch.stack(hint)),
         (seen.input_moment, moment / count[:, None]),
         (seen.together, together),
         (seen.joint, joint / sum(map(len, rows))),

@@ -1,6 +1,7 @@
 """Which experts go, against every other choice."""
 
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,9 +9,12 @@ import torch
 
 from moeforge.compress import prune
 from moeforge.compress.plan import Row
-from moeforge.compress.profile import Profile, Seen
-from moeforge.compress.prune import ORDERS, drop
+from moeforge.compress.profile import Profile, Seen, profile
+from moeforge.compress.prune import ORDERS, drop, since
+from moeforge.compress.stream import Streamed
 from moeforge.errors import UserError
+from moeforge.hub import load, save
+from tests.compress.small import batches, model_folder
 
 
 def seen(outputs_ETD: torch.Tensor) -> Seen:
@@ -41,14 +45,41 @@ def test_the_set_that_goes_changes_the_output_least(tried: int, monkeypatch: pyt
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_every_order_drops_its_share_of_each_layer(order: str) -> None:
-    profile = Profile({layer: seen(torch.randn(8, 30, 4)) for layer in (1, 2)})
+    found = Profile({layer: seen(torch.randn(8, 30, 4)) for layer in (1, 2)})
     rows = [Row(layer=layer, expert=expert) for layer in (1, 2) for expert in range(8)]
-    dropped = [row.layer for row in drop(profile, rows, 0.25, order) if row.action == "drop"]
+    dropped = [row.layer for row in drop(found, rows, 0.25, order) if row.action == "drop"]
     assert dropped == [1, 1, 2, 2]
     with pytest.raises(UserError, match="drops no expert"):
-        drop(profile, rows, 0.01, order)
+        drop(found, rows, 0.01, order)
 
 
 def test_an_unknown_order_is_refused() -> None:
-    with pytest.raises(UserError, match="one of frequency, weight, reap, router_norm, output_error, not by luck"):
+    with pytest.raises(
+        UserError, match="one of frequency, weight, reap, router_norm, router_hint, output_error, not by luck"
+    ):
         drop(Profile({}), [], 0.5, "luck")
+
+
+def test_since_a_base_the_rows_that_grew_least_go(tmp_path: Path) -> None:
+    """Experts that fine-tuning left alone, though their rows are long, against the order without a base."""
+    folder = model_folder(tmp_path / "base", first_dense_layers=0, layers={})
+    model, tokenizer = load(folder)
+    with torch.no_grad():
+        gate = model.moe_layers[1].router.gate.weight
+        gate.div_(gate.norm(dim=1, keepdim=True)).mul_(torch.tensor([3.0, 4.0, 1.0, 2.0])[:, None])
+        save(model, tokenizer, tmp_path / "base")
+        gate[2].mul_(2.5)
+        gate[3].mul_(2.5)
+        save(model, tokenizer, tmp_path / "tuned")
+    made = profile(Streamed(tmp_path / "tuned"), batches())
+    grown = since(made, Streamed(tmp_path / "base"))
+    torch.testing.assert_close(grown.layers[1].router_norm, torch.tensor([0.0, 0.0, 1.5, 3.0]))
+    rows = [Row(layer=1, expert=expert) for expert in range(4)]
+    for order, gone in ((made, {0, 2}), (grown, {0, 1})):
+        only = Profile({1: order.layers[1]})
+        assert {row.expert for row in drop(only, rows, 0.5, "router_norm") if row.action == "drop"} == gone
+    with pytest.raises(UserError, match="another model"):
+        since(made, Streamed(model_folder(tmp_path / "other")))
+    gated = {"experts": {"num_experts": 4, "d_expert": 24}, "router": {"gate": "distance", "select": {"k": 2}}}
+    with pytest.raises(UserError, match="has no row for each expert"):
+        since(made, Streamed(model_folder(tmp_path / "distance", first_dense_layers=0, layers={}, moe=gated)))

@@ -1,6 +1,7 @@
 """``moeforge compress``: the best model that fits a budget, and what it cost."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,9 +14,24 @@ from moeforge.cli.held_out import check, count, text_settings
 from moeforge.errors import UserError
 
 if TYPE_CHECKING:
+    from moeforge.compress.export import Export
     from moeforge.compress.run import Task
     from moeforge.compress.write import Job
 
+Share = Annotated[str | None, typer.Option(help="Share of each layer's experts to drop, or merge, first: 25%.")]
+Order = Annotated[
+    str, typer.Option(help="output_error, frequency, weight, reap, router_norm, router_hint: what goes is least of it.")
+]
+Base = Annotated[Path | None, typer.Option(help="The model before its tuning: --drop-by router_norm counts since.")]
+Skipped = Annotated[str | None, typer.Option(help="Share of a token's choices after its first that are not run: 50%.")]
+Dense = Annotated[
+    Literal["mean", "units"] | None, typer.Option(help="One MLP a layer: the experts' mean, or their best units.")
+]
+Granularity = Annotated[
+    Literal["expert", "layer", "model"] | None,
+    typer.Option(help="What shares one format.", show_default="expert; with --to hf the model"),
+]
+To = Annotated[Literal["hf"] | None, typer.Option(help="A folder for transformers, opened by it before it counts.")]
 Rounding = Annotated[
     Literal["nearest", "gptq"] | None,
     typer.Option(help="Each weight by itself, or for the calibration text.", show_default="gptq, or as --plan says"),
@@ -33,15 +49,14 @@ def compress(
         str | None, typer.Option(help="Smallest model whose bits per byte grow by at most: +2%.")
     ] = None,
     plan: Annotated[Path | None, typer.Option(help="A JSON or YAML file with a row for each expert.")] = None,
-    drop: Annotated[str | None, typer.Option(help="Share of each layer's experts to drop first: 25%.")] = None,
-    drop_by: Annotated[str, typer.Option(help="output_error, frequency, weight, reap, router_norm.")] = "output_error",
-    merge: Annotated[str | None, typer.Option(help="Share of each layer's experts to merge into others: 50%.")] = None,
-    to_dense: Annotated[
-        Literal["mean", "units"] | None, typer.Option(help="One MLP a layer: the experts' mean, or their best units.")
-    ] = None,
-    granularity: Annotated[
-        Literal["expert", "layer", "model"], typer.Option(help="What shares one format.")
-    ] = "expert",
+    drop: Share = None,
+    drop_by: Order = "output_error",
+    base: Base = None,
+    merge: Share = None,
+    skip: Skipped = None,
+    to_dense: Dense = None,
+    granularity: Granularity = None,
+    to: To = None,
     rounding: Rounding = None,
     out: Annotated[Path | None, typer.Option(help="The folder to write.", show_default="PATH-compressed")] = None,
     profile: Annotated[Path | None, typer.Option(help="A profile to use, or to keep if there is none.")] = None,
@@ -53,25 +68,27 @@ def compress(
 ) -> None:
     """Pack the experts of a model into fewer bits, or drop some, and measure what it cost.
 
-    Say how large: --fit, --bits-per-weight, --max-loss, or an own --plan; --drop or --merge alone leaves the rest at 16
-    bits. The folder opens like any other. Text is the run's own, or the standard library: --data as in evaluate.
+    Say how large: --fit, --bits-per-weight, --max-loss, or an own --plan; --drop, --merge or --skip alone leaves the
+    rest at 16 bits. The folder opens like any other. Text is the run's own, or the standard library: --data as in
+    evaluate.
     """
     from moeforge.compress.run import Task, Wish
 
     check(context.obj)
     sizes = {"--fit": fit, "--bits-per-weight": bits_per_weight, "--max-loss": max_loss, "--plan": plan}
-    _check_wishes(sizes, {"--drop": drop, "--merge": merge}, to_dense is not None, dry_run)
+    _check_wishes(sizes, {"--drop": drop, "--merge": merge}, {"--skip": skip}, to_dense is not None, dry_run)
+    _check_fits(to, granularity, base, drop and drop_by)
     target = out or model.with_name(f"{model.name}-compressed")
     if target.exists() and not (force or dry_run):
         raise UserError(f"{target} exists: name another with --out, or add --force to write over it")
-    shares = {"max_loss": max_loss, "drop": drop, "merge": merge}
+    shares = {"max_loss": max_loss, "drop": drop, "merge": merge, "skip": skip}
     told = {name: _share(share, f"--{name.replace('_', '-')}") for name, share in shares.items() if share is not None}
+    by = granularity or ("model" if to else "expert")
     size = None if fit is None else _bytes(fit)
-    wish = Wish(size, bits_per_weight, plan=plan, drop_by=drop_by, granularity=granularity, **told)
+    wish = Wish(size, bits_per_weight, plan=plan, drop_by=drop_by, base=base, granularity=by, **told)
     with Console(stderr=True).status("reading text") as status:
-        task = Task(
-            model, count(tokens), count(held_out), profile, lambda what, layers: _tell(status, what, layers), rounding
-        )
+        tell = partial(_tell, status)
+        task = Task(model, count(tokens), count(held_out), profile, tell, rounding, to == "hf")
         task.read_text(text_settings(model, task.streamed.config, context.obj))
         dense = task.write_dense(to_dense, target) if to_dense else None
         job = None if dense else task.plan(wish)
@@ -89,15 +106,27 @@ def _tell(status: Status, what: str, layers: int) -> None:
     status.update(f"{what}: {layers} layers done")
 
 
-def _check_wishes(sizes: "dict[str, Any]", counts: "dict[str, Any]", alone: bool, dry_run: bool) -> None:
+def _check_wishes(
+    sizes: "dict[str, Any]", counts: "dict[str, Any]", skips: "dict[str, Any]", alone: bool, dry_run: bool
+) -> None:
     """Raises UserError unless one size is named, or fewer experts, or both; or neither where no experts are left."""
-    named, fewer = ([name for name, value in wishes.items() if value is not None] for wishes in (sizes, counts))
-    if len(named) > 1 or len(fewer) > 1 or ("--plan" in named and fewer):
-        raise UserError(f"{' and '.join([*named, *fewer][-2:])} say the same thing twice: leave one out")
-    if alone and (named or fewer or dry_run):
+    named, fewer, less = ([k for k, value in wishes.items() if value is not None] for wishes in (sizes, counts, skips))
+    if len(named) > 1 or len(fewer) > 1 or ("--plan" in named and [*fewer, *less]):
+        raise UserError(f"{' and '.join([*named, *fewer, *less][-2:])} say the same thing twice: leave one out")
+    if alone and (named or fewer or less or dry_run):
         raise UserError("--to-dense leaves no experts to pack, drop or plan for: leave the other wishes out")
-    if not (named or fewer or alone):
+    if not (named or fewer or less or alone):
         raise UserError("say how large it may be: --fit 3GiB, --bits-per-weight 3, --max-loss +2%, or --plan FILE")
+
+
+def _check_fits(to: str | None, granularity: str | None, base: Path | None, drop_by: str | None) -> None:
+    """Raises UserError for options that need others, or go without them."""
+    if to and granularity not in (None, "model"):
+        raise UserError(
+            "transformers reads the experts of all layers by one scheme: leave --granularity out, or --to hf"
+        )
+    if base and drop_by != "router_norm":
+        raise UserError("--base is what --drop-by router_norm counts from: leave it out, or add that and --drop 25%")
 
 
 def _say(report: "dict[str, Any]", target: Path, as_json: bool) -> None:
@@ -106,8 +135,11 @@ def _say(report: "dict[str, Any]", target: Path, as_json: bool) -> None:
         return
     quality, sizes = report["quality"], report["bytes"]
     before, after = sum(report["bytes_before"].values()), sum(sizes.values())
-    print(f"{target}: {in_bytes(after)} of {in_bytes(before)}, experts {in_bytes(sizes['experts'])}")
+    print(
+        f"{target}: {in_bytes(after)} of {in_bytes(before)}, experts {in_bytes(sizes['experts'])}; {report['opened']}"
+    )
     print(_lost(quality))
+    print(f"{quality['experts_per_token']:.2f} experts per token in the mean of the layers that have some")
 
 
 def _say_dense(quality: "dict[str, Any]", target: Path, as_json: bool) -> None:
@@ -120,7 +152,7 @@ def _lost(quality: "dict[str, Any]") -> str:
     return f"{bits}, KL {quality['kl']:.4f} nats per token, on {quality['tokens']:,} held-out tokens"
 
 
-def _show(task: "Task", job: "Job", as_json: bool) -> None:
+def _show(task: "Task", job: "Job | Export", as_json: bool) -> None:
     sizes = job.bytes_by_class()
     if as_json:
         print(json.dumps({"bytes": sizes, "plan": job.plan.model_dump()}))

@@ -16,7 +16,7 @@ from moeforge.data.packing import IGNORED, Batch
 from moeforge.data.tokenizers import Tokenizer
 from moeforge.errors import UserError
 from moeforge.generate import ALONE, Sampling, Token, engine_for
-from moeforge.hub.shards import Shards
+from moeforge.hub.folder import outline
 from moeforge.models import Decoder
 
 WRITTEN = 64
@@ -35,6 +35,8 @@ class Quality:
     agreement: float
     """Share of tokens whose most likely next token is the same."""
     tokens: int
+    experts_per_token: float
+    """Of the compressed model, the mean over its layers with experts."""
 
     @property
     def loss(self) -> float:
@@ -60,14 +62,16 @@ class Reference:
     @torch.no_grad()
     def compare(self, model: Decoder) -> Quality:
         """What ``model`` says of the same text."""
-        sums = torch.zeros(4, dtype=torch.float64)
+        sums, edges, rows = torch.zeros(4, dtype=torch.float64), 0, 0
         num_bytes = sum(batch.num_bytes for batch in self.batches)
         for batch, x in zip(self.batches, self.x, strict=True):
             output = model(batch.input_ids, position=batch.position, document=batch.document, known=batch.known)
             sums += _compare(self.head.logits(x).flatten(0, 1), output.logits.flatten(0, 1), batch.labels.flatten())
+            for routing in output.routings.values():
+                edges, rows = edges + int(routing.choices.sum()), rows + batch.input_ids.numel()
         count = sum(batch.num_targets for batch in self.batches)
         bits = (sums[:2] / math.log(2) / num_bytes).tolist()
-        return Quality(*bits, *(sums[2:] / count).tolist(), tokens=count)
+        return Quality(*bits, *(sums[2:] / count).tolist(), tokens=count, experts_per_token=edges / max(1, rows))
 
 
 def _compare(before_TV: Tensor, after_TV: Tensor, labels_T: Tensor) -> Tensor:
@@ -83,10 +87,11 @@ def _compare(before_TV: Tensor, after_TV: Tensor, labels_T: Tensor) -> Tensor:
 
 def bytes_on_disk(folder: Path) -> dict[str, int]:
     """Bytes of the weight files by class, as ``Job.bytes_by_class`` predicts them."""
-    shards = Shards(folder)
+    found = outline(folder)
+    shards, ours = found.shards, {piece.name: piece.parameter for piece in found.pieces}
     sums = dict.fromkeys(("experts", "dense", "embeddings", "router", "other"), 0)
     for name, shape in shards.shapes.items():
-        sums[kind_of(name, tuple(shape))] += shards.nbytes(name)
+        sums[kind_of(ours.get(name, name), tuple(shape))] += shards.bytes_on_disk(name)
     whole = sum(file.stat().st_size for file in {*shards.file_of.values()})
     sums["other"] += whole - sum(sums.values())
     return sums

@@ -12,6 +12,9 @@ from moeforge.errors import UserError
 from moeforge.hub.store import Bits, Format
 from moeforge.models import LayerConfig, ModelConfig
 from moeforge.moe.bank.mlp import MLPExperts
+from moeforge.moe.scores import Softmax
+from moeforge.moe.select import Confident, TopK
+from moeforge.moe.weigh import Scores
 
 Rounding = Literal["nearest", "gptq"]
 
@@ -52,6 +55,15 @@ class Row(Config):
         return Format(self.bits, self.group)
 
 
+class Skip(Config):
+    """Of one layer: which choices after a token's first are not run (arXiv:2402.14800, section 3.3)."""
+
+    min_ratio: float = Field(gt=0, le=1)
+    """Those whose score is under this share of the first one's."""
+    typical: float = Field(ge=1)
+    """Experts that a token has left, on average."""
+
+
 class Plan(Config):
     """A row for every expert that is an MLP with matrices of its own."""
 
@@ -61,6 +73,8 @@ class Plan(Config):
     """``nearest``: every weight by itself. ``gptq``: so that the expert's output on a text changes least."""
     dense: Literal["as stored", "bf16"] = "bf16"
     """What all other weights are kept as; routers stay as stored."""
+    skip: dict[int, Skip] = Field(default_factory=dict)
+    """By layer."""
 
     def of_layer(self, layer: int) -> dict[int, Row]:
         """Rows by expert."""
@@ -95,7 +109,7 @@ class Plan(Config):
             if problem:
                 some = ", ".join(f"{layer}.{expert}" for layer, expert in sorted(problem)[:8])
                 raise UserError(f"the plan {what}: {some}{' ...' if len(problem) > 8 else ''} (layer.expert)")
-        if all(row.action == "keep" and row.bits == 16 for row in self.rows):
+        if not self.skip and all(row.action == "keep" and row.bits == 16 for row in self.rows):
             raise UserError("the plan does nothing: it keeps all experts at 16 bits")
         kept = {row.place for row in self.rows if row.action == "keep"}
         lost = [
@@ -108,15 +122,35 @@ class Plan(Config):
         self.config(config)
 
     def config(self, config: ModelConfig) -> ModelConfig:
-        """The model's settings without the experts that are dropped. Raises UserError where that cannot be."""
+        """The model's settings without the experts that are dropped and the choices that are skipped. Raises UserError
+        where that cannot be."""
         changed = {}
         for index, layer in enumerate(config.all_layers):
             gone = {expert for expert, row in self.of_layer(index).items() if row.action == "drop"}
-            if gone:
-                changed[index] = _without(index, layer, gone)
-        if not changed:
-            return config
-        return config.replace(layers={**config.layers, **changed})
+            fewer = _without(index, layer, gone) if gone else layer
+            changed[index] = _skipping(index, fewer, self.skip[index]) if index in self.skip else fewer
+        absent = sorted(self.skip.keys() - changed.keys())
+        if absent:
+            raise UserError(f"the plan skips in layers that are not there: {absent}")
+        changed = {index: layer for index, layer in changed.items() if layer != config.all_layers[index]}
+        return config.replace(layers={**config.layers, **changed}) if changed else config
+
+
+def _skipping(index: int, layer: LayerConfig, skip: Skip) -> LayerConfig:
+    """Sizes of scores are compared, so a softmax over the chosen logits becomes one over all, divided by the chosen
+    ones' sum: the same weights."""
+    moe = layer.moe
+    select = moe.router.select if moe else None
+    if moe is None or not isinstance(select, TopK) or select.k == 1 or (select.skip, select.num_groups) != (0, 1):
+        raise UserError(f"layer {index}: choices are skipped of select: top_k with k of 2 or more, without groups")
+    router, change = moe.router, dict[str, object](select=Confident(k=select.k, **skip.model_dump()))
+    if router.score.type == "logits" and router.weigh.type == "softmax" and not router.controller:
+        scale = router.weigh.weight_scale
+        change |= {"score": Softmax(), "weigh": Scores(normalize_weights=True, weight_scale=scale)}
+    try:
+        return layer.replace(moe=moe.replace(router=router.replace(**change)))
+    except ValueError as error:
+        raise UserError(f"layer {index} cannot skip choices: {error}") from error
 
 
 def _without(index: int, layer: LayerConfig, gone: set[int]) -> LayerConfig:

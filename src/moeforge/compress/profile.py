@@ -22,7 +22,7 @@ from moeforge.hub.whole import write_whole
 from moeforge.kernels.activation import activate
 from moeforge.kernels.allocator import return_freed_memory
 from moeforge.models.block import Block
-from moeforge.moe import Routing
+from moeforge.moe import Router, Routing
 from moeforge.moe.bank.mlp import MLPBank
 from moeforge.moe.route import Route
 
@@ -64,6 +64,13 @@ class Seen:
     a set adds to the layer's squared error the sum over its pairs. Of up to 4,096 tokens, and inside a bank."""
     router_norm: Tensor
     """[E] norm of the router's row; 0 where it has no rows."""
+    hint: Tensor
+    """[E] sum over its weights of their size times the norm, over its tokens, of what they read times combine weights
+    (after MoE-Pruner, arXiv:2410.12013)."""
+    ratio: Tensor
+    """[101] of tokens' choices after their first, the score as a share of the first one's: the smallest, those that 1,
+    2, ... percent are under, the largest. Scores as they are compared, logits by their exponentials; zeros where tokens
+    have one choice."""
     energy: Tensor
     """[] mean square norm of the residual stream after the layer."""
     next_together: Tensor
@@ -175,10 +182,10 @@ def _see_layer(block: Block, text: Text, streamed: Streamed) -> tuple[Seen, Tens
     banks: list[Any] = list(block.moe.banks)
     if not all(isinstance(bank, MLPBank) for bank in banks):
         raise UserError("only experts that are MLPs with matrices of their own can be profiled")
-    decisions = _Decisions()  # of all that a router says, what is needed: a text may have many tokens
+    decisions = _Decisions(block.moe.router)  # of all that a router says, what is needed: a text may have many tokens
     for x, context in zip(text.x, text.contexts, strict=True):
         decisions.add(block.moe.decide(block.moe.split(block.mlp_norm(x).flatten(0, -2)), context))
-    early_TE, decisions = torch.cat(decisions.masks), _Decisions()
+    early_TE, decisions = torch.cat(decisions.masks), _Decisions(block.moe.router)
     watches = [Watch(bank) for bank in banks]
     hook = block.moe.router.register_forward_hook(lambda module, inputs, output: decisions.add(output))
     for _ in text.pass_layer(block, streamed.config):
@@ -202,6 +209,7 @@ def _see_layer(block: Block, text: Text, streamed: Streamed) -> tuple[Seen, Tens
         "joint": joint,
         "correlation": _correlation(decisions.logits, mask_TE.shape[1]),
         "router_norm": norm.detach(),
+        "ratio": _percentiles(torch.cat([torch.zeros(0), *decisions.ratios])),
     }
     facts = {"energy": torch.tensor(energy), "predicted": (mask_TE * early_TE).sum() / mask_TE.sum()}
     return Seen(**joined, **together, **facts, next_together=torch.zeros(0)), mask_TE
@@ -210,15 +218,38 @@ def _see_layer(block: Block, text: Text, streamed: Streamed) -> tuple[Seen, Tens
 class _Decisions:
     """Who goes where, and by which logits, batch by batch."""
 
-    def __init__(self) -> None:
+    def __init__(self, router: Router) -> None:
+        self.router = router
         self.masks: list[Tensor] = []
         self.logits: list[Tensor | None] = []
+        self.ratios: list[Tensor] = []
 
     def add(self, routing: Routing) -> None:
         """Of one batch. Routes without edges are for ``Watch`` to refuse."""
-        if isinstance(routing.route, Route):
-            self.masks.append(mask_of(routing.route))
+        route = routing.route
+        if isinstance(route, Route):
+            self.masks.append(mask_of(route))
+            if routing.scores is not None and routing.scores.shape[1] == route.num_experts:
+                self.ratios.append(self._ratios(routing.scores, route))
         self.logits.append(routing.logits)
+
+    def _ratios(self, scores_TE: Tensor, route: Route) -> Tensor:
+        """Of every choice but each token's first."""
+        if self.router.expert_bias is not None:
+            scores_TE = scores_TE + self.router.expert_bias
+        score_N = scores_TE[route.token, route.expert]
+        best_T = torch.full((route.num_tokens,), -torch.inf).scatter_reduce(0, route.token, score_N, "amax")
+        best_N = best_T[route.token]
+        logits = self.router.config.score.type == "logits"
+        ratio_N = (score_N - best_N).exp() if logits else score_N / best_N
+        return ratio_N.sort().values[: len(ratio_N) - int((best_T > -torch.inf).sum())]  # the firsts are all one
+
+
+def _percentiles(values: Tensor) -> Tensor:
+    """[101] from the least to the largest."""
+    if not len(values):
+        return torch.zeros(101)
+    return values.sort().values[torch.linspace(0, len(values) - 1, 101).round().long()]
 
 
 def _correlation(logits: list[Tensor | None], num_experts: int) -> Tensor:
@@ -233,13 +264,16 @@ def _of_bank(bank: MLPBank, rows_TD: Tensor, route: Route) -> dict[str, Tensor]:
     up_EHD, down_EDH, activation = bank.gate_up_proj.detach(), bank.down_proj.detach(), bank.config.activation
     if bank.config.bias or bank.config.clamp:
         raise UserError("experts with biases or limits stay as they are: they cannot be profiled")
-    kept: dict[str, list[Tensor]] = {"reap": [], "error": [], "input_moment": [], "hidden_moment": []}
+    kept: dict[str, list[Tensor]] = {"reap": [], "hint": [], "error": [], "input_moment": [], "hidden_moment": []}
     for expert in range(len(up_EHD)):
         token_N, weight_N = tokens_of(route, expert)
         own = rows_TD[token_N]
         hidden = activate(own @ up_EHD[expert].T, activation)
         norms_N = (hidden @ down_EDH[expert].T).float().norm(dim=1)
         kept["reap"].append((weight_N * norms_N).mean())
+        read = ((up_EHD[expert], own), (down_EDH[expert], hidden))
+        hints = [weight.float().abs() @ (weight_N[:, None] * x.float()).square().mean(0).sqrt() for weight, x in read]
+        kept["hint"].append(torch.cat(hints).sum() * route.counts[expert].sqrt())
         kept["input_moment"].append(own.float().square().mean(0))
         kept["hidden_moment"].append(hidden.float().square().mean(0))
         some = torch.linspace(0, len(own) - 1, min(ROWS, len(own))).round().long()

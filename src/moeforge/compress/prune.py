@@ -1,24 +1,29 @@
-"""Which experts to drop: orders in which a layer's experts can be missed."""
+"""Which experts to drop: orders in which a layer's experts can be missed; and which choices need not be run."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import combinations
 from math import comb
 
 from torch import Tensor
 
-from moeforge.compress.plan import Row
+from moeforge.compress.plan import Row, Skip
 from moeforge.compress.profile import Profile, Seen
+from moeforge.compress.stream import Streamed
 from moeforge.errors import UserError
+from moeforge.models import ModelConfig
 
 WORTH: dict[str, Callable[[Seen], Tensor]] = {
     "frequency": lambda seen: seen.count,
     "weight": lambda seen: seen.weight,
     "reap": lambda seen: seen.reap,
     "router_norm": lambda seen: seen.router_norm,
+    "router_hint": lambda seen: seen.hint,
 }
-"""What an expert is worth: tokens (arXiv:2206.00277 drops by what it is used for), summed combine weight, weight times
-output (REAP, arXiv:2510.13999), and the length of its router's row, which grows from nothing as training needs the
-expert (arXiv:2405.16646 asks for its change while fine-tuning)."""
+"""What an expert is worth: tokens and summed combine weight (both as arXiv:2206.00277, on a task's text), weight times
+output (REAP, arXiv:2510.13999), the length of its router's row, which grows from nothing as training needs the expert,
+or with ``since`` its growth in fine-tuning (arXiv:2405.16646), and its weights times what they read times combine
+weights (MoE-Pruner, arXiv:2410.12013, whose scores of single weights are summed here)."""
 TRIED = 20_000
 """Sets of experts up to which every one is tried."""
 
@@ -46,6 +51,41 @@ def least_worth(worth: Callable[[Seen], Tensor]) -> Callable[[Seen, list[int], i
 
 ORDERS = {name: least_worth(worth) for name, worth in WORTH.items()} | {"output_error": least_error}
 """(a layer, its experts, how many) -> those that go."""
+
+
+def since(profile: Profile, base: Streamed) -> Profile:
+    """``profile`` of a tuned model with ``router_norm`` as what it has grown by since ``base``, the model before.
+
+    Raises UserError where the two do not have the same experts.
+    """
+    profile.check(base)
+    grown = {}
+    for layer, seen in profile.layers.items():
+        gate = f"blocks.{layer}.moe.router.gate.weight"
+        rows = base.outline.read(gate).get(gate)
+        if rows is None or len(rows) != len(seen.count):
+            raise UserError(f"{base.folder}: the router of layer {layer} has no row for each expert")
+        grown[layer] = replace(seen, router_norm=seen.router_norm - rows.float().norm(dim=1))
+    return Profile(grown, profile.about)
+
+
+def skip(profile: Profile, share: float, config: ModelConfig) -> dict[int, Skip]:
+    """By layer, the ratio under which the ``share`` of all choices after a token's first lies: half is the median of
+    arXiv:2402.14800. Layers whose tokens have one choice are left out.
+
+    Raises UserError where none is left, and for a share under the one percent that profiles tell apart.
+    """
+    if not round(100 * share):
+        raise UserError(f"a share of {share:.3g} skips no choice: 0.01 is the least")
+    found = {}
+    for layer, seen in profile.layers.items():
+        moe, ratio = config.all_layers[layer].moe, float(seen.ratio[round(100 * share)])
+        if moe is not None and 0 < ratio <= 1:
+            later = moe.router.select.mean_experts(moe.num_experts) - 1
+            found[layer] = Skip(min_ratio=ratio, typical=1 + later * (1 - share))
+    if not found:
+        raise UserError("no token has a choice after its first that could be skipped")
+    return found
 
 
 def drop(profile: Profile, rows: Sequence[Row], share: float, order: str) -> list[Row]:

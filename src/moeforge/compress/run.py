@@ -11,13 +11,15 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from moeforge.analyze.report import environment
+from moeforge.compress import export
 from moeforge.compress.dense import How, shares, to_dense
+from moeforge.compress.export import Export
 from moeforge.compress.measure import Quality, Reference, bytes_on_disk, tokens_per_second
 from moeforge.compress.merge import join
 from moeforge.compress.page import page
-from moeforge.compress.plan import Plan, Rounding, Row, packable
+from moeforge.compress.plan import Plan, Rounding, Row, Skip, packable
 from moeforge.compress.profile import FORMATS, Profile, profile
-from moeforge.compress.prune import drop
+from moeforge.compress.prune import drop, since, skip
 from moeforge.compress.solve import WHOLE, Granularity, solve
 from moeforge.compress.stream import Streamed, Tell, silent
 from moeforge.compress.write import Job
@@ -41,7 +43,7 @@ Progress = Callable[[str, int], None]
 
 @dataclass(frozen=True)
 class Wish:
-    """What a user asked for; exactly one of the first four, or ``drop`` or ``merge`` alone."""
+    """What a user asked for; exactly one of the first four, or ``drop``, ``merge`` or ``skip`` alone."""
 
     fit: int | None = None
     """Bytes of the weight files."""
@@ -50,7 +52,10 @@ class Wish:
     plan: Path | None = None
     drop: float | None = None
     drop_by: str = "output_error"
+    base: Path | None = None
+    """The model before its tuning, since which ``router_norm`` counts."""
     merge: float | None = None
+    skip: float | None = None
     granularity: Granularity = "expert"
 
 
@@ -65,9 +70,12 @@ class Task:
         kept_profile: Path | None = None,
         tell: Progress | None = None,
         rounding: Rounding | None = None,
+        to_hf: bool = False,
     ) -> None:
-        """``rounding`` None: as an own plan says, else gptq."""
-        self.rounding = rounding
+        """``rounding`` None: as an own plan says, else gptq. ``to_hf``: a folder for transformers is written."""
+        self.rounding, self.to_hf = rounding, to_hf
+        self.skip: dict[int, Skip] = {}
+        self.formats = export.FORMATS if to_hf else FORMATS
         self.streamed, self.tell = Streamed(folder), tell
         self.tokens, self.held_out, self.kept_profile = tokens, held_out, kept_profile
 
@@ -108,7 +116,7 @@ class Task:
         """The original on the held-out text."""
         return Reference(self.streamed, self.validation, self._pass("original on held-out text"))
 
-    def plan(self, wish: Wish) -> Job:
+    def plan(self, wish: Wish) -> Job | Export:
         """The job that is wished for. Raises UserError, with the smallest size, where a budget is too small."""
         if wish.plan is not None:
             plan = Plan.load(wish.plan)
@@ -118,8 +126,10 @@ class Task:
             raise UserError(
                 f"{self.streamed.folder} has no experts that could be packed: MLPs without biases or limits"
             )
+        self.skip = skip(self.profile, wish.skip, self.streamed.config) if wish.skip else {}
         if wish.drop is not None:
-            rows = drop(self.profile, rows, wish.drop, wish.drop_by)
+            found = since(self.profile, Streamed(wish.base)) if wish.base else self.profile
+            rows = drop(found, rows, wish.drop, wish.drop_by)
         if wish.merge is not None:
             rows = join(self.profile, rows, wish.merge, self.streamed.config)
         if wish.fit is not None:
@@ -130,7 +140,7 @@ class Task:
             return self._smallest(rows, wish)
         return self.job(rows)
 
-    def _within(self, rows: list[Row], wish: Wish) -> Job:
+    def _within(self, rows: list[Row], wish: Wish) -> Job | Export:
         """The best plan whose weight files have ``wish.fit`` bytes at most."""
         assert wish.fit is not None
         cheapest = self.solved(rows, self._smallest_bytes(rows), wish.granularity)
@@ -142,11 +152,11 @@ class Task:
         over = sum(job.bytes_by_class().values()) - wish.fit  # several formats in a layer have a longer header
         return self.solved(rows, room - over, wish.granularity) if over > 0 else job
 
-    def _smallest(self, rows: list[Row], wish: Wish) -> Job:
+    def _smallest(self, rows: list[Row], wish: Wish) -> Job | Export:
         """The smallest of several plans, each written and measured, that loses no more than ``wish.max_loss``."""
         assert wish.max_loss is not None
         low, high = self._smallest_bytes(rows), sum(self.record_bytes(*row.place, WHOLE) for row in rows)
-        best: Job | None = None
+        best: Job | Export | None = None
         with TemporaryDirectory() as folder:
             for number in range(SEARCHED):
                 middle = int((low * high) ** 0.5)
@@ -167,22 +177,25 @@ class Task:
 
     def _smallest_bytes(self, rows: list[Row]) -> int:
         kept = [row.place for row in rows if row.action == "keep"]
-        return sum(min(self.record_bytes(*where, format) for format in FORMATS) for where in kept)
+        return sum(min(self.record_bytes(*where, format) for format in self.formats) for where in kept)
 
-    def job(self, rows: list[Row]) -> Job:
+    def job(self, rows: list[Row]) -> Job | Export:
         """For rows."""
-        return self._job(Plan(rows=tuple(rows), rounding=self.rounding or "gptq"))
+        return self._job(Plan(rows=tuple(rows), rounding=self.rounding or "gptq", skip=self.skip))
 
-    def _job(self, plan: Plan) -> Job:
-        return Job(self.streamed, plan, self.profile, self.calibration if plan.rounding == "gptq" else ())
+    def _job(self, plan: Plan) -> Job | Export:
+        job = Job(self.streamed, plan, self.profile, self.calibration if plan.rounding == "gptq" else ())
+        return Export(job) if self.to_hf else job
 
-    def solved(self, rows: list[Row], budget: int, granularity: Granularity) -> Job:
+    def solved(self, rows: list[Row], budget: int, granularity: Granularity) -> Job | Export:
         """For rows with formats that fit into a budget for the experts' records."""
-        return self.job(solve(self.profile, rows, budget, self.record_bytes, granularity))
+        formats = (*self.formats, WHOLE)
+        return self.job(solve(self.profile, rows, budget, self.record_bytes, granularity, formats=formats))
 
     def record_bytes(self, layer: int, expert: int, format: Format) -> int:
         """Of one expert."""
-        return record(format, self._shapes[layer, expert])[1]
+        shapes = self._shapes[layer, expert]
+        return export.record_bytes(format, shapes) if self.to_hf else record(format, shapes)[1]
 
     @cached_property
     def _shapes(self) -> dict[tuple[int, int], tuple[tuple[int, int], ...]]:
@@ -199,7 +212,7 @@ class Task:
         """Of all experts that can be packed."""
         return sum(rows * columns for shapes in self._shapes.values() for rows, columns in shapes)
 
-    def table(self, job: Job) -> Iterator[str]:
+    def table(self, job: Job | Export) -> Iterator[str]:
         """A line for each layer: what becomes of how many experts, and what cannot be packed."""
         for layer in self.streamed.model.moe_layers:
             rows = job.plan.of_layer(layer).values()
@@ -207,13 +220,14 @@ class Task:
             counts = ", ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(sorted(names)))
             yield f"layer {layer:>3}  {counts or 'experts stay as stored: no plain MLPs'}"
 
-    def write(self, job: Job, target: Path) -> Tree:
+    def write(self, job: Job | Export, target: Path) -> Tree:
         """Writes the folder, reloads it, measures, and leaves a report in it as JSON and HTML. Raises UserError."""
         environment()  # a package that the page needs is asked for before the work
         predicted, reference = job.bytes_by_class(), self.reference
-        job.run(target, self._pass("pack"))
+        opened = job.run(target, self._pass("pack"))
         found = bytes_on_disk(target)
-        if found != predicted:
+        exact = {name: size for name, size in found.items() if not (self.to_hf and name == "other")}
+        if exact != {name: predicted[name] for name in exact}:
             raise UserError(f"{target} has {found} bytes on disk, {predicted} were planned: please report this")
         model = open_model(target)
         quality: Quality = reference.compare(model)
@@ -227,6 +241,7 @@ class Task:
             "rounding": job.plan.rounding,
             "calibration_tokens": self.profile.about["tokens"],
             "scarce_experts": self.profile.scarce,
+            "opened": opened,
         }
         write_text(target / "report.json", json.dumps(report, indent=2) + "\n")
         write_text(target / "report.html", page(report, job.plan, target.name))

@@ -3,9 +3,9 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -25,6 +25,7 @@ from moeforge.hub.pretrained import SPECIAL, carry_files
 from moeforge.hub.shards import SAFE
 from moeforge.hub.store import PACKED, Format, Layout, header, record, to_record, write_file
 from moeforge.hub.whole import replace_folder
+from moeforge.kernels.mixed import Part
 
 
 def parts_of(rows: Mapping[int, Row]) -> list[tuple[Format, list[list[int]]]]:
@@ -42,6 +43,16 @@ def parts_of(rows: Mapping[int, Row]) -> list[tuple[Format, list[list[int]]]]:
     return list(found.items())
 
 
+class Made(NamedTuple):
+    """The experts of a bank that share a format."""
+
+    format: Format
+    records: list[list[int]]
+    """Whom each serves, in numbers that leave no gap for dropped ones."""
+    parts: Iterator[Sequence[Part]]
+    """Up and down of each, [1, out, in], made one after the other."""
+
+
 class Job:
     """One plan for one model."""
 
@@ -57,6 +68,11 @@ class Job:
         self.meta = streamed.model.state_dict()
         shards, pieces = streamed.outline.shards, streamed.outline.pieces
         self.stored = {piece.parameter: shards.dtypes[piece.name] for piece in pieces}
+
+    @property
+    def reads(self) -> bool:
+        """Whether some experts are rounded for the text."""
+        return self.plan.rounding == "gptq" and any(row.bits not in (16, 8) for row in self.plan.rows)
 
     def file(self, layer: int | None) -> str:
         """Of a layer's tensors, or of those outside."""
@@ -129,33 +145,45 @@ class Job:
 
     def tensors(self, layer: int | None, reading: Reading | None = None) -> dict[str, Tensor]:
         """Of one file, made; ``reading`` is where experts are rounded for a text."""
+        banks, others = self.made(layer, reading)
+        packed = {
+            f"{bank}.packed.{some.format.name}": torch.cat([to_record(some.format, parts) for parts in some.parts])
+            for bank, formats in banks.items()
+            for some in formats
+        }
+        return packed | others
+
+    def made(
+        self, layer: int | None, reading: Reading | None = None
+    ) -> tuple[dict[str, list[Made]], dict[str, Tensor]]:
+        """Of one file: the experts of each bank that is packed, and all other tensors."""
         if layer is None:
-            return {name: tensor.to(self.dtype(name)) for name, tensor in self.streamed.outside().items()}
+            return {}, {name: tensor.to(self.dtype(name)) for name, tensor in self.streamed.outside().items()}
         own = {f"blocks.{layer}.{name}": tensor for name, tensor in self.streamed.layer(layer).items()}
         seen = self.profile.layers.get(layer) if self.profile else None
-        made: dict[str, Tensor] = {}
+        made: dict[str, list[Made]] = {}
         banks = self.banks(layer)
         read = reading.layer(layer, [bank for bank, _, _ in banks]) if reading and banks else {}
         for bank, first, parts in banks:
             matrices = [own.pop(f"{bank}.{name}") for name in ("gate_up_proj", "down_proj")]
             left = [row.expert - first for row in self._rows(layer, first, len(matrices[0])) if row.action != "drop"]
+            made[bank] = []
             for format, records in parts:
                 members = [[left[number] for number in numbers] for numbers in records]
-                made[f"{bank}.packed.{format.name}"] = self._packed(
-                    format, matrices, members, first, seen, read.get(bank)
-                )
-        gone = self._dropped(layer)
+                experts = self._experts(format, matrices, members, first, seen, read.get(bank))
+                made[bank].append(Made(format, records, experts))
+        gone, others = self._dropped(layer), {}
         for name, tensor in own.items():
             if gone and ".moe.router." in name and tensor.dim():
                 tensor = tensor[[expert for expert in range(len(tensor)) if expert not in gone]]
-            made[name] = tensor.to(self.dtype(name))
-        return made
+            others[name] = tensor.to(self.dtype(name))
+        return made, others
 
     def _rows(self, layer: int, first: int, count: int) -> list[Row]:
         rows = self.plan.of_layer(layer)
         return [rows[first + expert] for expert in range(count)]
 
-    def _packed(
+    def _experts(
         self,
         format: Format,
         matrices: list[Tensor],
@@ -163,40 +191,38 @@ class Job:
         first: int,
         seen: Seen | None,
         read: Read | None,
-    ) -> Tensor:
-        """[records, bytes]: an expert at a time."""
-        rows = []
+    ) -> Iterator[Sequence[Part]]:
+        """Up and down of one expert after the other."""
         for group in members:
             experts = [first + expert for expert in group]
             weights = [matrix[group] for matrix in matrices]
             if len(group) > 1:
                 use = [1.0] * len(group) if seen is None else seen.count[experts].tolist()
                 weights = [merged[None] for merged in merge(weights[0], weights[1], use)]
-            moments: list[Tensor | None] = [None, None]
             if read is not None:
                 token_N, weight_N = map(
                     torch.cat, zip(*(tokens_of(read.route, expert) for expert in group), strict=True)
                 )
                 own = read.rows[token_N]
-                parts = expert_to_format(weights[0][0], weights[1][0], format, own, weight_N, read.activation)
-                rows.append(to_record(format, parts))
+                yield expert_to_format(weights[0][0], weights[1][0], format, own, weight_N, read.activation)
                 continue
+            moments: list[Tensor | None] = [None, None]
             if seen is not None:
                 width = weights[1].shape[-1]
                 # The hidden units of merged experts are in the first one's order.
                 moments = [seen.input_moment[experts].mean(0, True), seen.hidden_moment[experts[:1], :width]]
-            rows.append(to_record(format, [to_format(w, format, m) for w, m in zip(weights, moments, strict=True)]))
-        return torch.cat(rows)
+            yield [to_format(w, format, m) for w, m in zip(weights, moments, strict=True)]
 
-    def run(self, folder: Path, tell: Tell = silent) -> None:
-        """Writes ``folder``, whole or not at all; what an interrupted run has done of the same job is kept.
+    def run(self, folder: Path, tell: Tell = silent) -> str:
+        """Writes ``folder``, whole or not at all; what an interrupted run has done of the same job is kept. Says what
+        kind of folder it is.
 
         Raises UserError when it cannot be written.
         """
         fresh = folder.with_name(f".{folder.name}.unfinished")
         try:
             _start(fresh, self.fingerprint)
-            reading = Reading(self.streamed, self.text) if self.plan.rounding == "gptq" else None
+            reading = Reading(self.streamed, self.text) if self.reads else None
             for part in self.parts:
                 path = fresh / self.file(part)
                 if not path.exists():
@@ -206,6 +232,7 @@ class Job:
                 tell(part)
             self._finish(fresh)
             replace_folder(fresh, folder)
+            return MODEL_TYPE
         except (OSError, SafetensorError) as error:
             again = f"what is done lies in {fresh.name}: the same command goes on from there"
             raise UserError(f"cannot write {folder}: {error}. The model is untouched; {again}") from error

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moeforge.errors import UserError
-from moeforge.hub.layout import Names, plan
+from moeforge.hub.layout import Names, Piece, plan
 
 METHODS = ("mxfp4", "fp8", "compressed-tensors")
 """What ``quantization_config`` may name."""
@@ -119,8 +119,13 @@ def to_int32(weight: Tensor, bits: int, group: int | None) -> tuple[Tensor, Tens
     grouped = weight.float().unflatten(-1, (-1, group or weight.shape[-1]))
     scales = (grouped.abs().amax(-1) / largest).bfloat16()
     codes = (grouped / scales.float()[..., None]).nan_to_num(0).round().clamp(-largest, largest).flatten(-2)
+    return words_of(codes, bits), scales
+
+
+def words_of(codes: Tensor, bits: int) -> Tensor:
+    """Whole numbers [R, C] -> [R, words] int32."""
     words = (codes.to(torch.int64) + (1 << bits - 1)).unflatten(-1, (-1, 32 // bits)) << torch.arange(0, 32, bits)
-    return words.sum(-1).to(torch.int32), scales
+    return words.sum(-1).to(torch.int32)
 
 
 @dataclass(frozen=True)
@@ -134,33 +139,49 @@ class PackedExperts:
     """Names of the weights that they stand for."""
 
 
+def matrices_of(model: nn.Module, names: Names) -> list[Piece]:
+    """The experts' matrices as a family's files have them. Raises UserError where there are none, or where they lie in
+    one tensor, which the format does not know."""
+    own = model.state_dict()
+    found = [piece for piece in plan(model, names) if piece.expert is not None and own[piece.parameter].dim() == 3]
+    if not found:
+        raise UserError("there are no experts with files' tensors of their own: compressed-tensors packs only those")
+    return found
+
+
 @torch.no_grad()
 def pack_experts(model: nn.Module, names: Names, bits: int) -> PackedExperts:
     """Rounds the experts of a model in place, to 4 bits in groups of 128, 64 or 32, the first that fits all, or to 8 in
     whole rows: W4A16 and W8A16.
 
     ``names`` are its family's. Raises UserError, before anything is rounded, where that would round nothing or a matrix
-    does not fit, and for families that store their experts in one tensor, which the format does not know.
+    does not fit, and for families that store their experts in one tensor.
     """
-    own, pieces = model.state_dict(), plan(model, names)
-    matrices = [piece for piece in pieces if piece.expert is not None and own[piece.parameter].dim() == 3]
-    if not matrices:
-        raise UserError("there are no experts with files' tensors of their own: compressed-tensors packs only those")
+    own, matrices = model.state_dict(), matrices_of(model, names)
     widths = {piece.as_theirs(own[piece.parameter]).shape[-1] for piece in matrices}
     fitting = [group for group in GROUPS if not any(width % group for width in widths)]
     group = (fitting or GROUPS)[0] if bits == 4 else None
     try:
-        packed = {piece.name: to_int32(piece.as_theirs(own[piece.parameter]), bits, group) for piece in matrices}
+        words = {piece.name: to_int32(piece.as_theirs(own[piece.parameter]), bits, group) for piece in matrices}
     except ValueError as error:
         raise UserError(f"the experts do not go into {bits} bits: {error}") from error
-    tensors: dict[str, Tensor] = {}
-    for piece in matrices:
-        values, scales = packed[piece.name]
+    return packed_experts(model, names, words, bits, group)
+
+
+@torch.no_grad()
+def packed_experts(
+    model: nn.Module, names: Names, words: Mapping[str, tuple[Tensor, Tensor]], bits: int, group: int | None
+) -> PackedExperts:
+    """``words`` and scales of every expert's matrix, by its name, as a folder has them; the model gets what they stand
+    for."""
+    own, tensors = model.state_dict(), dict[str, Tensor]()
+    for piece in matrices_of(model, names):
+        values, scales = words[piece.name]
         rounded = from_int32(values, scales, bits)
         tensors |= {f"{piece.name}_packed": values, f"{piece.name}_scale": scales}
         tensors[f"{piece.name}_shape"] = torch.tensor(rounded.shape)
         piece.of_ours(own[piece.parameter]).copy_(piece.as_ours(rounded))
-    linear = [piece.name for piece in pieces if own[piece.parameter].dim() == 2]
+    linear = [piece.name for piece in plan(model, names) if own[piece.parameter].dim() == 2]
     linear += names["output.weight"][0].parts  # a module of its own in transformers where it is tied as well
     whole = {name.removesuffix(".weight") for name in linear}
     weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group" if group else "channel"}
@@ -173,4 +194,4 @@ def pack_experts(model: nn.Module, names: Names, bits: int) -> PackedExperts:
         "config_groups": {"group_0": scheme},
         "ignore": sorted(whole),
     }
-    return PackedExperts(settings, tensors, {*packed})
+    return PackedExperts(settings, tensors, {*words})

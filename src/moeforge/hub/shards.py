@@ -46,6 +46,7 @@ class Shards:
         self.shapes: dict[str, torch.Size] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self.file_of: dict[str, Path] = {}
+        self._folded: dict[str, int] = {}
         self._open: tuple[Path | None, Any] = (None, None)
         for file in files:
             for name, (shape, dtype) in _header(file).items():
@@ -65,7 +66,9 @@ class Shards:
         except ValueError as error:
             raise UserError(f"{self.folder}: {error}") from error
         for name, packed in found.items():
-            for part in (packed.values, packed.scales, *packed.beside):
+            parts = (packed.values, packed.scales, *packed.beside)
+            self._folded[name] = sum(map(self.nbytes, parts))
+            for part in parts:
                 del self.shapes[part], self.dtypes[part]
             self.shapes[name], self.dtypes[name] = packed.shape, torch.bfloat16
             self.file_of[name] = self.file_of[packed.values]
@@ -88,6 +91,10 @@ class Shards:
     def nbytes(self, name: str) -> int:
         """Bytes of one tensor."""
         return self.shapes[name].numel() * self.dtypes[name].itemsize
+
+    def bytes_on_disk(self, name: str) -> int:
+        """Bytes that it takes in its file: fewer than ``nbytes`` where it lies packed."""
+        return self._folded.get(name, self.nbytes(name))
 
     def close(self) -> None:
         """Lets go of the mapped file."""

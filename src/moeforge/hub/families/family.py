@@ -29,6 +29,8 @@ TRAINING_ONLY = (
     *("moe.router.controller.rate", "moe.router.controller.by", "moe.experts.engine", "moe.router.gate.frozen"),
 )
 """Settings that no logit depends on in evaluation mode, and that no config.json of these families holds."""
+OF_AN_MLP = ("d_ff", "activation", "mlp_bias")
+"""Settings of a layer that say nothing where it has experts instead."""
 
 
 class Ours(Mapping[str, Any]):
@@ -186,8 +188,8 @@ def _for_logits(config: ModelConfig) -> Tree:
     tree = {name: value for name, value in config.model_dump().items() if name not in of_layers | {"init"}}
     tree |= {"num_kv_heads": config.num_key_heads, "head_dim": config.size_of_head}
     for number, layer in enumerate(config.all_layers):
-        flat = _flat(layer.model_dump())
-        ours = {path for path in flat if not any(f"{path}.".startswith(f"{part}.") for part in TRAINING_ONLY)}
+        flat, idle = _flat(layer.model_dump()), (*TRAINING_ONLY, *(OF_AN_MLP if layer.moe else ()))
+        ours = {path for path in flat if not any(f"{path}.".startswith(f"{part}.") for part in idle)}
         tree |= {f"layers.{number}.{path}": flat[path] for path in ours}
     return _flat(tree)
 
