@@ -279,6 +279,13 @@ def test_any_fields_get_an_answer_or_an_error_object(server: Served, fields: dic
         assert answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("prompt", [[-5], [2**70], [[97], [2**70]]], ids=str)
+def test_ids_that_are_no_tokens_are_refused_before_they_are_echoed(post: Any, prompt: Any, stream: bool) -> None:
+    answer = post("/v1/completions", prompt=prompt, max_tokens=2, echo=True, stream=stream)
+    assert answer.status_code == 400 and "there is no token" in answer.json()["error"]["message"]
+
+
 def test_events_end_with_done(post: Any) -> None:
     answer = post("/v1/completions", prompt="a", max_tokens=2, stream=True)
     assert answer.headers["content-type"].startswith("text/event-stream") and events(answer)[-1] == "[DONE]"

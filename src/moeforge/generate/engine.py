@@ -98,10 +98,9 @@ class Engine:
     ) -> Request:
         """Takes a request; its events go to ``put``, ``End`` last. Prefixes are reused among requests of one ``owner``.
 
-        Raises UserError for a prompt that is empty, has ids that are no tokens or leaves no room in the context, and
-        ``FullError`` where too many wait already.
+        Raises UserError as ``check``, and ``FullError`` where too many wait already.
         """
-        self._check(prompt, sampling)
+        self.check(prompt, sampling)
         request = Request(prompt, sampling, put, show_experts)
         if sampling.contrast is not None:  # the weak pass has keys and values only of texts of its own kind
             owner = f"{owner}\0{sampling.contrast.rank}"
@@ -116,6 +115,22 @@ class Engine:
             self._new.append(text)
             self._wake.notify()
         return request
+
+    def check(self, prompt: Sequence[int], sampling: Sampling) -> None:
+        """Raises UserError for a prompt that is empty, has ids that are no tokens or leaves no room in the context, and
+        for settings that the model does not take."""
+        if not prompt:
+            raise UserError("the prompt is empty: give at least one token")
+        absent = [token for token in prompt if not 0 <= token < self.vocab_size]
+        if absent:
+            raise UserError(f"there is no token {absent[0]}: ids go from 0 to {self.vocab_size - 1}")
+        room = self.max_len - len(prompt)
+        if room < min(1, sampling.max_tokens):
+            raise ContextError(
+                f"the prompt has {len(prompt)} tokens, and the context takes {self.max_len} with what is to be written"
+            )
+        sampling.check(self.vocab_size)
+        self.runner.check(sampling)
 
     def cancel(self, request: Request) -> None:
         """Ends a request; nothing happens to one that has ended."""
@@ -170,20 +185,6 @@ class Engine:
     @property
     def _waiting(self) -> int:
         return len(self._new) + len(self._schedule.waiting)
-
-    def _check(self, prompt: Sequence[int], sampling: Sampling) -> None:
-        if not prompt:
-            raise UserError("the prompt is empty: give at least one token")
-        absent = [token for token in prompt if not 0 <= token < self.vocab_size]
-        if absent:
-            raise UserError(f"there is no token {absent[0]}: ids go from 0 to {self.vocab_size - 1}")
-        room = self.max_len - len(prompt)
-        if room < min(1, sampling.max_tokens):
-            raise ContextError(
-                f"the prompt has {len(prompt)} tokens, and the context takes {self.max_len} with what is to be written"
-            )
-        sampling.check(self.vocab_size)
-        self.runner.check(sampling)
 
     def _work(self) -> None:
         """The thread."""

@@ -172,6 +172,8 @@ async def _chunks(
 
     ends: dict[int, End] = {}
     if asked.echo:
+        for prompt, sampling in jobs:
+            state.accepts(prompt, sampling)
         for index, (prompt, sampling) in enumerate(jobs):
             if sampling.prompt_logprobs is None:
                 yield chunk(index, state.engine.tokenizer.decode(_shown(state, asked, index, prompt)), [], None)

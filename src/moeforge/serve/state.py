@@ -3,6 +3,7 @@
 import asyncio
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +11,7 @@ from pydantic import ValidationError
 
 from moeforge.errors import UserError
 from moeforge.generate import Engine, Sampling
-from moeforge.serve.errors import ApiError
+from moeforge.serve.errors import ApiError, of_engine
 from moeforge.serve.limits import Keys, Limits
 from moeforge.serve.metrics import Metrics
 from moeforge.serve.protocol import Drawing, Writing
@@ -74,6 +75,13 @@ class State:
             raise ApiError(400, f"{where + ': ' if where else ''}{first['msg']}", "invalid_value", where) from error
         except UserError as error:
             raise ApiError(400, str(error), "invalid_value") from error
+
+    def accepts(self, prompt: Sequence[int], sampling: Sampling) -> None:
+        """Raises ApiError as the engine would refuse."""
+        try:
+            self.engine.check(prompt, sampling)
+        except UserError as error:
+            raise of_engine(error) from error
 
     def many(self, n: int) -> None:
         """Raises ApiError for more completions at once than are allowed."""
