@@ -9,6 +9,7 @@
 namespace {
 
 constexpr int PLACES = 16;  // positions whose scores are softened at once
+constexpr int FEW = 12;     // queries that meet positions one after the other: most lanes of a vector would be empty
 constexpr float NOTHING = -1e30f;  // below every score, and no infinity: differences stay numbers
 
 struct Chunk {
@@ -47,6 +48,7 @@ struct Attending {
 
     void attend(const Chunk& c, Value* out) const {
         int lanes = Unit<N>::lanes_for(c.lanes), vectors = (lanes + VECTOR - 1) / VECTOR;
+        const bool few = c.lanes <= FEW;
         float* asked = scratch<0>(size_t(lanes) * words_of(W, N::pair));
         pack_rows<N>([&](int lane) { return (const Value*)p.queries_in + (size_t(row(c, lane)) * p.queries + query(c, lane)) * W; },
                      c.lanes, lanes, W, asked);
@@ -59,7 +61,7 @@ struct Attending {
         alignas(64) float most[LANES], total[LANES] = {}, scores[PLACES * LANES], products[PLACES * LANES];
         std::fill_n(most, LANES, NOTHING);
         float* sums = scratch<1>(size_t(V) * LANES);  // [V][LANES]
-        memset(sums, 0, size_t(V) * (lanes < VECTOR ? c.lanes : LANES) * 4);
+        memset(sums, 0, size_t(V) * (few ? c.lanes : LANES) * 4);
         float* turned_values = scratch<3>(size_t(V) * LANES);
         Unit<N> unit;
         int64_t start = p.window ? std::max<int64_t>(0, earliest + 1 - p.window) : 0;
@@ -73,7 +75,7 @@ struct Attending {
                 unit.product((const Value*)p.keys + place * p.key_stride, p.key_stride, group, asked, lanes, W, scores,
                              (const Value*)p.keys + (place + PLACES) * p.key_stride);
                 const Value* values = (const Value*)p.values + place * p.value_stride;
-                if (lanes < VECTOR) {
+                if (few) {
                     for (int lane = 0; lane < c.lanes; lane++)
                         one_lane(scores + lane, group, at, seen[lane], unseen[lane], most[lane], total[lane], values,
                                  sums + size_t(lane) * V);
@@ -83,7 +85,7 @@ struct Attending {
                 }
             }
         add_sinks(c, most, total);
-        lanes < VECTOR ? finish_lanes(c, total, sums, out) : finish(c, vectors, total, sums, out);
+        few ? finish_lanes(c, total, sums, out) : finish(c, vectors, total, sums, out);
     }
 
     // What soften and add_values do, bit for bit, of one lane: positions are the lanes of its vectors, then values are.

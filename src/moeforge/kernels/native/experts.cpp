@@ -59,6 +59,8 @@ struct Pass {
         auto tasks = plan.tasks(l, N(), true);
         on_threads(tasks.size(), l.threads, [&](int task) {
             const Task& t = tasks[task];
+            const Task* soon = task + l.threads < int(tasks.size()) ? &tasks[task + l.threads] : nullptr;  // the thread's next
+            const Value* then = soon ? matrix(up, plan.blocks[soon->block].expert) + size_t(soon->unit) * D : nullptr;
             const float* panels = gather(t, x);
             const Value* rows = matrix(up, plan.blocks[t.block].expert);
             alignas(64) float gate[GROUP * LANES], linear[GROUP * LANES];
@@ -68,7 +70,7 @@ struct Pass {
                 for (int i = t.block; i < t.end; i++) {
                     const Block& b = plan.blocks[i];
                     const float* in = panels + (b.before - plan.blocks[t.block].before) * words_of(D, N::pair);
-                    const Value *own = rows + size_t(u) * D, *next = own + size_t(many) * D;
+                    const Value *own = rows + size_t(u) * D, *next = u + many < t.last ? own + size_t(many) * D : then;
                     const Value* other = own + size_t(H) * D;
                     bool last = i + 1 == t.end;
                     const Value* first_next = l.gated ? other : next;
@@ -115,7 +117,7 @@ struct Pass {
     // `turned` the matrix is [D][k] (down); with it [width][D] (up), of which columns are turned over first.
     template <bool turned>
     void combine(const Value* matrices, int k, float* panels, const float* weight, Value* y) const {
-        int columns = std::max(GROUP, (D / ((l.tokens > 4 ? 4 : 1) * l.threads) + GROUP - 1) / GROUP * GROUP);
+        int columns = std::max(GROUP, (D / ((l.tokens > FEW_TOKENS ? 4 : 1) * l.threads) + GROUP - 1) / GROUP * GROUP);
         on_threads((D + columns - 1) / columns, l.threads, [&](int range) {
             int from = range * columns, many = std::min(columns, D - from);
             float* sums = scratch<0>(l.tokens * columns);

@@ -24,6 +24,8 @@ struct Layer {
     }
 };
 
+constexpr int FEW_TOKENS = 32;  // up to which a pass waits for weights: a thread reads one long range of them
+
 enum Status { done, unsound, no_memory };
 
 // What Python gets of a pass: nothing may be thrown at it.

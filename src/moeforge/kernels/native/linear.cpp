@@ -22,9 +22,10 @@ void linear(const typename N::Value* x, const typename N::Value* w, const float*
     });
     // For few tokens a range per thread: rows pass once, and what is fetched ahead is the thread's own. For more, enough
     // ranges for all threads, each of so many rows that they stay in a core's cache while all tokens pass.
+    const bool few = tokens <= FEW_TOKENS;
     int fit = std::max<int>(GROUP, (256 << 10) / (k * sizeof(*w)) / GROUP * GROUP);
-    int share = (out / ((tokens > 4 ? 4 : 1) * threads) + GROUP - 1) / GROUP * GROUP;
-    int range = std::max(GROUP, tokens > 4 ? std::min(fit, share) : share);
+    int share = (out / ((few ? 1 : 4) * threads) + GROUP - 1) / GROUP * GROUP;
+    int range = std::max(GROUP, few ? share : std::min(fit, share));
     on_threads((out + range - 1) / range, threads, [&](int r) {
         alignas(64) float c[GROUP * LANES];
         Unit<N> unit;

@@ -61,7 +61,7 @@ inline void tile_product(const uint16_t* a, size_t lda, int rows, const float* p
     if (V > 1) _tile_zero(1);
     if (two) _tile_zero(2);
     if (V > 1 && two) _tile_zero(3);
-    (V > 1 && ahead ? tile_steps<V, two, true> : tile_steps<V, two, false>)(a, lda, panel, k / 32, (const char*)ahead);
+    (ahead ? tile_steps<V, two, true> : tile_steps<V, two, false>)(a, lda, panel, k / 32, (const char*)ahead);
     if (int left = k % 32) {  // filled up with zeros: a row and a panel may end, and the tensor with them
         alignas(64) uint16_t rest[32][32] = {};
         alignas(64) float lanes[16 * V * VECTOR] = {};
