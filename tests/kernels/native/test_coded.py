@@ -123,7 +123,7 @@ def test_experts_of_several_formats_run_in_one_call(count: int) -> None:
     up, down = mixture()
     ids_TK = torch.rand(count, 6).argsort(1)[:, :3]
     weights_TK, x_TD = torch.rand(count, 3), torch.randn(count, 96).bfloat16()
-    found = expert_mlp_quantised(x_TD, Route.from_top_k(ids_TK, weights_TK, 6), up, down, "swiglu").float()
+    found = expert_mlp_quantised(x_TD, Route.from_top_k(ids_TK, weights_TK, 6), up, down, "swiglu", "bf16").float()
     exact_TD = torch.zeros(count, 96)
     for expert, (part, row) in enumerate(up.place):
         up_HD, down_DH = (weight.parts[part].dequantise()[row] for weight in (up, down))
