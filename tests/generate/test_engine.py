@@ -1,6 +1,7 @@
 """The engine's side towards those who ask: what is refused, what ends how, and that one request never harms another."""
 
 import math
+import os
 import queue
 import threading
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,8 @@ from moeforge.generate.engine import ContextError, FullError
 from moeforge.generate.request import Read
 from moeforge.generate.runner import BlockRunner
 from moeforge.generate.sample import likely
+from moeforge.kernels.apart import linear
+from moeforge.kernels.native.engine import missing
 from moeforge.models import Cache, Decoder, ModelConfig
 from tests.generate.driving import collect, drive, engine, sampling
 
@@ -55,6 +58,21 @@ def greedy(model: Decoder, prompt: Sequence[int], count: int) -> list[int]:
             ids = [int(logits[:256].argmax())]
             written += ids
     return written
+
+
+@pytest.mark.skipif(missing() is not None, reason="the native engine is not there")
+def test_the_thread_that_made_it_keeps_no_workers(model: Decoder) -> None:
+    """More of them than cores, and all would sleep between the calls of a pass."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        wide = torch.randn(64, 2048)
+        linear(wide, wide)
+        before = len(os.listdir("/proc/self/task"))
+        with engine(model):
+            assert len(os.listdir("/proc/self/task")) == before  # one of ours has ended, the engine's has begun
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_it_writes_what_the_plain_model_writes(running: Engine, model: Decoder) -> None:
@@ -216,10 +234,10 @@ def test_a_sampler_that_raises_ends_its_own_request_alone(running: Engine, monke
     import moeforge.generate.engine as module
 
     class Breaks(module.Sampler):
-        def pick(self, logits_V: torch.Tensor, weak_V: torch.Tensor | None = None) -> Any:
+        def pick(self, *args: Any) -> Any:
             if self.sampling.seed == 1:
                 raise RuntimeError("no such bit")
-            return super().pick(logits_V, weak_V)
+            return super().pick(*args)
 
     monkeypatch.setattr(module, "Sampler", Breaks)
     broken, mine = drive(running, [(PROMPT, sampling(1)), (PROMPT, sampling(2))])
