@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moeforge.kernels.allocator import HUGE, ask_for_huge_pages
+from moeforge.kernels.allocator import HUGE, ask_for_huge_pages, blank
 
 GRANTED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -34,3 +34,16 @@ def test_large_tensors_come_in_huge_pages() -> None:
 @pytest.mark.parametrize("tensor", [torch.zeros(3), torch.zeros(0), torch.empty(HUGE, device="meta")])
 def test_what_is_small_or_elsewhere_is_left_alone(tensor: torch.Tensor) -> None:
     assert ask_for_huge_pages(tensor) is tensor
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc is Linux's")
+def test_blank_memory_is_zero_and_comes_when_it_is_written_to() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    before = resident()
+    pool = blank(torch.empty(0, dtype=torch.bfloat16), 64, HUGE // 2)
+    assert pool.shape == (64, HUGE // 2) and pool.dtype == torch.bfloat16 and resident() - before < 8 * HUGE
+    pool[3] = 1
+    assert float(pool[2:5].sum()) == HUGE // 2 and resident() - before < 16 * HUGE
+    assert blank(torch.empty(3), 0, 4).shape == (0, 4) and blank(torch.empty(1, device="meta"), 2).device.type == "meta"

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +34,8 @@ CARRIED = (
 )
 """Files beside the weights that a saved folder gets from the one that was opened."""
 
+READERS = 2
+"""Threads that copy weights: what takes the time is memory that is touched for the first time."""
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -250,19 +254,28 @@ def _read(
         own = wanted.get(piece.parameter, shards.dtypes[piece.name])
         types[piece.parameter] = torch.promote_types(types.get(piece.parameter, own), own)
     tensors = {
-        name: ask_for_huge_pages(torch.empty_like(tensor, dtype=types[name], device=device))
+        name: ask_for_huge_pages(torch.empty(tensor.shape, dtype=types[name], device=device))
         for name, tensor in meta.items()
     }
-    with _one_thread():
+
+    def copy(piece: Piece, theirs: Tensor) -> None:
+        piece.of_ours(tensors[piece.parameter]).copy_(piece.as_ours(theirs))
+
+    with _one_thread(), ThreadPoolExecutor(READERS) as pool, torch.no_grad():
+        waiting = deque[Future[None]]()
         for piece in sorted(pieces, key=lambda piece: shards.file_of[piece.name]):
-            piece.of_ours(tensors[piece.parameter]).copy_(piece.as_ours(shards.get(piece.name)))
+            waiting.append(pool.submit(copy, piece, shards.get(piece.name)))
+            if len(waiting) > 4 * READERS:
+                waiting.popleft().result()
+        for copied in waiting:
+            copied.result()
     return tensors
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
     """Thousands of copies that each wait for a second thread take many times as long where another program holds its
-    core; one thread reads as fast as memory gives."""
+    core: each is of one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

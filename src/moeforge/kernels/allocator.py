@@ -1,9 +1,11 @@
 """What Linux can be asked about memory: to keep what is freed, and to lay out weights in huge pages."""
 
 import ctypes
+import math
 import mmap
 import sys
 
+import torch
 from torch import Tensor
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
@@ -31,6 +33,15 @@ def return_freed_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def blank(like: Tensor, *shape: int) -> Tensor:
+    """Zeros of the type of ``like`` and where that is; on a CPU they take memory, and time, when they are written to."""
+    size = math.prod(shape) * like.element_size()
+    if like.device.type != "cpu" or not size:
+        return like.new_zeros(shape)
+    memory = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+    return ask_for_huge_pages(memory).view(like.dtype).view(shape)
 
 
 def ask_for_huge_pages(fresh: Tensor) -> Tensor:

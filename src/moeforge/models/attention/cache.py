@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moeforge.kernels.allocator import blank
 from moeforge.kernels.paged import Rows, attend_blocks, store
 
 
@@ -53,7 +54,7 @@ class BlockLayer:
     def __init__(
         self, blocks: int, block_size: int, shapes: tuple[tuple[int, int], ...], like: Tensor, window: int | None
     ) -> None:
-        self.pools = [like.new_zeros(blocks, heads, block_size, width) for heads, width in shapes]
+        self.pools = [blank(like, blocks, heads, block_size, width) for heads, width in shapes]
         self.window = window
         self.rows: Rows | None = None
 
