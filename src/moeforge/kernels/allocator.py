@@ -36,7 +36,7 @@ def return_freed_memory() -> None:
 
 
 def blank(like: Tensor, *shape: int) -> Tensor:
-    """Zeros of the type of ``like`` and where that is; on a CPU they take memory, and time, when they are written to."""
+    """Zeros of the type of ``like``, where that is; on a CPU they take memory, and time, when they are written to."""
     size = math.prod(shape) * like.element_size()
     if like.device.type != "cpu" or not size:
         return like.new_zeros(shape)
