@@ -157,12 +157,15 @@ REFUSED = {
     "an MLP": (["--nproc=2", "--tp=2", "--model.first_dense_layers=1", "--model.d_ff=15"], "layer 0: d_ff = 15 cannot"),
     "keys in slices": (["--nproc=2", "--tp=2", "--model.num_kv_heads=1"], "layer 0: num_kv_heads = 1 cannot be cut"),
     "a norm over heads": (["--nproc=2", "--tp=2", "--model.qk_norm=whole"], "qk_norm: whole is over all heads"),
-    "biases": (["--nproc=2", "--tp=2", "--model.moe.experts.bias=true"], "experts with biases are not cut"),
     "mixed slices": (
         [*"--nproc=2 --tp=2".split(), *SOFT],
         "select: soft asks or mixes whole experts: it needs a tensor",
     ),
-    "cut and cut": (["--nproc=2", "--tp=2", "--shard"], "--tp does not go with --shard yet"),
+    "nothing left to cut": (["--nproc=2", "--tp=2", "--shard"], "--shard does nothing where one tensor group is all"),
+    "no two levels of slices": (
+        "--nproc=8 --ep=4 --tp=2 --two-level --node-size=2".split(),
+        "two levels need expert groups that fill several machines of several tensor groups of 2 each",
+    ),
     "nothing to move": (["--nproc=2", "--rebalance=5"], "--rebalance is about experts on several processes: add --ep"),
     "cut and moved": (["--nproc=4", "--ep=2", "--rebalance=5", "--shard"], "--rebalance moves whole experts, and"),
     "unlike shares": (

@@ -49,15 +49,14 @@ class Layout:
                 raise UserError(f"{flag.partition('=')[0]} is about experts on several processes: add --ep")
         if self.fetch and (self.two_level or self.chunks != 1):
             raise UserError("--fetch sends no rows: leave --two-level and --chunks out")
-        if self.tp > 1 and (self.shard or self.two_level):
-            other = "--shard" if self.shard else "--two-level"
-            raise UserError(f"--tp does not go with {other} yet: leave one of them out")
-        if self.rebalance and self.shard and size > self.ep:
+        if self.shard and size == self.tp:
+            raise UserError("--shard does nothing where one tensor group is all: leave it out, or take a smaller --tp")
+        if self.rebalance and self.shard and size > self.ep * self.tp:
             raise UserError(
                 "--rebalance moves whole experts, and --shard has cut them: leave one out, or let --ep be all"
             )
         if self.two_level:
-            check_levels(self.ep, self.processes_per_node(size))
+            check_levels(self.ep, self.processes_per_node(size), self.tp)
 
     def check_model(self, config: "ModelConfig") -> None:
         """Raises UserError when the model cannot be laid out so."""

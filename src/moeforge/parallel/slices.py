@@ -23,6 +23,7 @@ from moeforge.models.attention import Attention, LatentAttention, Positions, loc
 from moeforge.models.config import LayerConfig
 from moeforge.models.heads import AllHeads, LatentHeads
 from moeforge.moe.bank import Bank, LowRankExperts, MLPExperts
+from moeforge.moe.bank.mlp import MLPBank
 from moeforge.moe.route import Route
 from moeforge.moe.shared import MLP
 from moeforge.parallel.exchange import Run, as_computed
@@ -31,7 +32,7 @@ from moeforge.parallel.wire import Wire
 HEADS = {f"{name}_proj.{kind}": 0 for name in "qkv" for kind in ("weight", "bias")} | {"o_proj.weight": 1, "sinks": 0}
 LATENT = {"q_proj.weight": 0, "q_b_proj.weight": 0, "kv_b_proj.weight": 0, "o_proj.weight": 1}
 HIDDEN = {"gate_up_proj.weight": 0, "gate_up_proj.bias": 0, "down_proj.weight": 1}
-EXPERTS = {"gate_up_proj": 1, "gate_out": 1, "up_proj": 1, "down_proj": 2}
+EXPERTS = {"gate_up_proj": 1, "gate_up_bias": 1, "gate_out": 1, "up_proj": 1, "down_proj": 2}
 """The dimension of heads or hidden units, of what has one."""
 SLICED = (MLPExperts, LowRankExperts)
 """Banks whose experts have hidden units to cut. Others stay whole, as routed heads do."""
@@ -63,6 +64,20 @@ def sliced(model: Decoder, size: int) -> Iterator[tuple[str, int, tuple[tuple[in
                 yield f"{name}.{key}", dim, tuple(map(tuple, shares.tolist()))
 
 
+def share_biases(model: Decoder, size: int) -> None:
+    """Biases that no slice has for itself are added once by all ``size`` together. Before banks are copied."""
+
+    def add(last: nn.Linear, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, last.weight, None if last.bias is None else last.bias / size)
+
+    for module, *_ in cuts(model).values():
+        if isinstance(module, MLPBank):
+            module.bias_share = 1 / size
+        elif not isinstance(module, Bank):
+            last: Any = module.down_proj if isinstance(module, MLP) else module.o_proj
+            last.forward = partial(add, last)  # type: ignore[method-assign]
+
+
 class Slices:
     """The other processes of a tensor group, as the parts of a model that are cut see them."""
 
@@ -75,9 +90,6 @@ class Slices:
             if isinstance(module, Bank):
                 module.forward = partial(self._experts, module.forward)  # type: ignore[method-assign]
                 continue
-            last: Any = module.down_proj if isinstance(module, MLP) else module.o_proj
-            if last.bias is not None:
-                last.forward = partial(self._share, last)  # type: ignore[method-assign]
             if isinstance(module, LatentAttention):
                 module.num_heads //= group.size()
             module.forward = partial(self._rows, module.forward)  # type: ignore[method-assign]
@@ -119,11 +131,6 @@ class Slices:
         slot, token_N = (None, place_N) if route.slot is None else (place_N, place_N // (route.top_k or 1))
         whole = Route(token_N, weight_N[order_N], ends, sum(tokens), route.top_k, slot)
         return route.add_carry(self._sum(run(all_TD, whole), tokens), x_TD)
-
-    def _share(self, last: nn.Linear, x: Tensor) -> Tensor:
-        """A bias is added once by all together."""
-        assert last.bias is not None
-        return nn.functional.linear(x, last.weight, last.bias / self.group.size())
 
     def _gather(self, rows: Tensor, sizes: list[int]) -> Tensor:
         """[own, ...] -> [sum(sizes), ...]; gradients are added up over the group."""
@@ -194,6 +201,4 @@ def _widths(config: ModelConfig, layer: LayerConfig, where: str) -> Iterator[tup
         yield f"{where}: shared d_expert", layer.moe.shared.d_ff
     for bank in layer.moe.experts:
         if isinstance(bank, SLICED):
-            if getattr(bank, "bias", False):
-                raise UserError(f"{where}: experts with biases are not cut: they need a tensor size of 1")
             yield f"{where}: d_expert", bank.d_expert
