@@ -166,6 +166,11 @@ REFUSED = {
         "--nproc=8 --ep=4 --tp=2 --two-level --node-size=2".split(),
         "two levels need expert groups that fill several machines of several tensor groups of 2 each",
     ),
+    "all rows in parts": (
+        "--nproc=2 --ep=2 --by-index --chunks=2".split(),
+        "--by-index gathers all rows at once: leave --fetch, --two-level and --chunks out",
+    ),
+    "nothing to pick": (["--nproc=2", "--by-index"], "--by-index is about experts on several processes: add --ep"),
     "nothing to move": (["--nproc=2", "--rebalance=5"], "--rebalance is about experts on several processes: add --ep"),
     "cut and moved": (["--nproc=4", "--ep=2", "--rebalance=5", "--shard"], "--rebalance moves whole experts, and"),
     "unlike shares": (

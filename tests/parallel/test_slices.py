@@ -40,6 +40,7 @@ LAYOUTS = {
     "slices of experts elsewhere": Layout(2, tp=2),
     "in chunks": Layout(2, tp=2, chunks=3),
     "weights travel": Layout(2, tp=2, fetch=True),
+    "by index": Layout(2, tp=2, by_index=True),
     "replicas": Layout(2, tp=2, placement=PLACED),
     "cut, all experts here": Layout(tp=2, shard=True),
     "cut, experts elsewhere": Layout(2, tp=2, shard=True),

@@ -165,6 +165,8 @@ OPTIONS = {
     "chunks, cut": Layout(ep=2, shard=True, chunks=2),
     "weights travel": Layout(ep=4, fetch=True),
     "weights travel, cut": Layout(ep=2, shard=True, fetch=True),
+    "by index": Layout(ep=4, by_index=True),
+    "by index, cut": Layout(ep=2, shard=True, by_index=True),
     "all": Layout(ep=4, shard=True, node_size=2, two_level=True, chunks=2),
 }
 

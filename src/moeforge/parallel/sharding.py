@@ -17,6 +17,7 @@ from moeforge.errors import UserError
 from moeforge.models import Decoder, ModelConfig
 from moeforge.moe import MoEConfig
 from moeforge.moe.bank import Bank, LowRankExperts, MLPExperts, NeuronExperts
+from moeforge.parallel.by_index import ByIndex
 from moeforge.parallel.exchange import Exchange
 from moeforge.parallel.fetch import Fetch
 from moeforge.parallel.layout import Layout
@@ -33,7 +34,7 @@ DEALT = (MLPExperts, LowRankExperts, NeuronExperts)
 class Sharding:
     """A decoder's parameters on a mesh. The model is changed in place; each process must hold the same one before."""
 
-    def __init__(self, model: Decoder, mesh: Mesh, exchange: Exchange | Fetch, layout: Layout) -> None:
+    def __init__(self, model: Decoder, mesh: Mesh, exchange: Exchange | Fetch | ByIndex, layout: Layout) -> None:
         """Raises UserError where ``dealt`` does."""
         self.mesh = mesh
         self.banks = dealt(model.config, layout)

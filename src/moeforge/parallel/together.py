@@ -17,6 +17,7 @@ from torch.distributed import ProcessGroup
 from moeforge.data.packing import Batch
 from moeforge.errors import UserError
 from moeforge.models import Decoder
+from moeforge.parallel.by_index import ByIndex
 from moeforge.parallel.chunks import Chunks
 from moeforge.parallel.exchange import Exchange
 from moeforge.parallel.fetch import Fetch
@@ -57,8 +58,10 @@ class Together:
         """Spreads the parameters, in place. Raises UserError for what cannot be."""
         mesh, wire = self.mesh, self.wire
         position = mesh.grid.get_local_rank("expert")
-        fetch, exchange = Fetch(mesh.expert_group, wire), Exchange(mesh.levels, wire, self.chunks, position)
-        self.sharding = Sharding(model, mesh, fetch if self.layout.fetch else exchange, self.layout)
+        exchange: Exchange | Fetch | ByIndex = Exchange(mesh.levels, wire, self.chunks, position)
+        if self.layout.fetch or self.layout.by_index:
+            exchange = (Fetch if self.layout.fetch else ByIndex)(mesh.expert_group, wire)
+        self.sharding = Sharding(model, mesh, exchange, self.layout)
         self.rebalance = Rebalance(self.layout.rebalance, model, self.sharding, wire) if self.layout.rebalance else None
 
     def settle(self, step: int, loads: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
