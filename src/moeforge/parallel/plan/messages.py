@@ -5,6 +5,7 @@ and to, nothing to oneself, else [D or 1, Q] that each sends.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -100,6 +101,7 @@ def legs(job: Job, arrangement: Arrangement, weights: Weights, depth: int) -> Le
     return Legs((*told, met), (edges, gather), (scatter,), (gather,), (scatter, back))
 
 
+@lru_cache
 def _holders(placement: Placement) -> Tensor:
     """[E, P]: the part of an expert's rows that goes to each process."""
     at_EP = torch.zeros(len(placement.copies), len(placement.held), dtype=torch.float64)

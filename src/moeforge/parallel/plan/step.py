@@ -197,7 +197,8 @@ class _Writer:
         """One after the other, so much of each; returns the place of the last."""
         place = max(after)
         for message in messages:
-            place = self._add(name, replace(message, sent=message.sent / parts), *after)
+            piece = message if parts == 1 else replace(message, sent=message.sent / parts)
+            place = self._add(name, piece, *after)
             after = (place,)
         return place
 
