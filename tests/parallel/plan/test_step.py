@@ -22,15 +22,16 @@ MESHES = [
     (4, Layout(4)),
     (4, Layout(shard=True)),
     (4, Layout(2, shard=True)),
+    (4, Layout(2, tp=2)),
+]
+MORE = [
     (4, Layout(4, node_size=2, two_level=True, chunks=2)),
     (4, Layout(4, by_index=True)),
-    (4, Layout(2, tp=2)),
     (4, Layout(2, tp=2, chunks=2)),
     (4, Layout(tp=2, shard=True)),
     (4, Layout(2, tp=2, shard=True, by_index=True)),
     (4, Layout(2, shard=True, placement=PLACED)),
     (4, Layout(2, tp=2, placement=PLACED)),
-    (4, Layout(2, fetch=True, tp=2)),
 ]
 STEPS = [
     ("plain", [4, 4], False),
@@ -73,10 +74,10 @@ def arranged(size: int, layout: Layout, recompute: bool) -> Arrangement:
     return Arrangement(size, *meshed, way, node, layout.uneven, layout.placement)
 
 
-CASES = [(*step, *mesh) for step in STEPS for mesh in MESHES if step[0] == "plain" or not mesh[1].placement]
-CASES = [
-    case for case in CASES if len(case[1]) == 1 or not case[-1].fetch
-]  # of several, a mean says not what is needed
+CASES = [(*step, *mesh) for step in STEPS for mesh in (*MESHES, *MORE) if step == STEPS[0] or mesh in MESHES]
+# Of one micro-batch: of several, a mean does not say which experts are needed.
+CASES += [(*STEPS[1], 4, Layout(2, tp=tp, fetch=True)) for tp in (1, 2)]
+CASES += [(*STEPS[1], 4, Layout(2, True, tp=2, by_index=True)), (*STEPS[1], 4, Layout(2, tp=2, chunks=2))]
 
 
 @pytest.mark.dist
