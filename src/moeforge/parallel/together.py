@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from moeforge.config import Tree
 from moeforge.data.packing import Batch
 from moeforge.errors import UserError
 from moeforge.models import Decoder
@@ -68,6 +69,15 @@ class Together:
         """``step`` steps are done, the last of which gave experts these loads: they may move."""
         if self.rebalance is not None:
             self.rebalance.after(step, loads, optimizer)
+
+    def whereabouts(self) -> Tree:
+        """What a checkpoint keeps of experts that move, so that a run goes on with them where they were."""
+        return {} if self.rebalance is None else self.rebalance.whereabouts()
+
+    def take_up(self, whereabouts: Tree) -> None:
+        """The run whose tensors will be read next had experts there: where they move here too, they begin there."""
+        if self.rebalance is not None:
+            self.rebalance.take_up(whereabouts)
 
     def begin(self, seed: int, step: int) -> None:
         """A step: counts from zero, random numbers that are each process' own, and of which no checkpoint need know."""
