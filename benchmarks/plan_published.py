@@ -12,9 +12,9 @@ from report import write
 
 from moeforge.config import build
 from moeforge.models import ModelConfig
-from moeforge.parallel.plan.amounts import Message
 from moeforge.parallel.plan.cluster import Cluster
 from moeforge.parallel.plan.job import Arrangement, Job
+from moeforge.parallel.plan.messages import Message
 from moeforge.parallel.plan.search import Wanted, candidate, describe, search
 from moeforge.parallel.plan.simulate import Played, busy_seconds, play
 from moeforge.parallel.plan.step import step_of

@@ -62,6 +62,23 @@ def test_a_timeline_is_written(call, tiny, cluster, tmp_path):
     assert code == 0 and (tmp_path / "step.svg").read_text().startswith("<svg"), err
 
 
+@pytest.mark.parametrize(
+    "options, flags",
+    [
+        (["--tp", "2", "--two-level"], "--ep=4 --node-size=4 --two-level --tp=2"),
+        (["--fetch"], "--ep=4 --fetch"),
+        (["--by-index", "--uneven"], "--ep=4 --uneven --by-index"),
+        (["--placement", "PLACES"], "--ep=4 --placement=PLACES"),
+    ],
+)
+def test_what_train_can_do_is_planned(call, tiny, cluster, tmp_path, options, flags):
+    file = tmp_path / "places.yaml"
+    file.write_text("layer_01: [1, 0, 3, 2]", encoding="utf-8")
+    options = [str(file) if option == "PLACES" else option for option in options]
+    code, told, err = call("plan", tiny, "--cluster", cluster, "--ep", "4", "--no-shard", *options, "--json")
+    assert code == 0 and flags.replace("PLACES", str(file)) in json.loads(told)["command"], err
+
+
 @pytest.mark.parametrize("options", [[], ["--replicas", "2"], ["--transfers"]], ids=str)
 def test_places_are_written_for_a_run(call, run_folder, tmp_path, options):
     out = tmp_path / "places.yaml"
@@ -93,6 +110,11 @@ def test_places_are_written_for_a_run(call, run_folder, tmp_path, options):
         (["TINY", "--cluster", "CLUSTER", "--ep", "3"], "cannot form expert groups of 3"),
         (["TINY", "--cluster", "CLUSTER", "--ep", "8"], "4 experts cannot be spread evenly over 8 processes"),
         (["TINY", "--cluster", "CLUSTER", "--ep", "1", "--chunks", "2"], "--chunks is about experts on several"),
+        (["TINY", "--cluster", "CLUSTER", "--tp", "3"], "8 processes cannot form tensor groups of 3"),
+        (["TINY", "--cluster", "CLUSTER", "--tp", "4", "--ep", "2"], "num_heads = 2 cannot be cut in 4 slices"),
+        (["TINY", "--cluster", "CLUSTER", "--two-level"], "two levels need expert groups that fill several machines"),
+        (["TINY", "--cluster", "CLUSTER", "--by-index", "--chunks", "2"], "--by-index gathers all rows at once"),
+        (["TINY", "--cluster", "CLUSTER", "--by-index", "--fetch"], "--fetch sends no rows, --by-index all of them"),
         (["TINY", "--cluster", "CLUSTER", "--imbalance", "9"], "a layer has 4 experts"),
         (["TINY", "--cluster", "CLUSTER", "--imbalance", "2", "--loads", "RUN"], "leave one out"),
         (["dense", "--cluster", "CLUSTER", "--ep", "2"], "no layer has experts"),

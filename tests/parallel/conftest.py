@@ -45,7 +45,12 @@ model:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("text") / "tiny.yaml"
+    return write_tiny(tmp_path_factory.mktemp("text"))
+
+
+def write_tiny(folder: Path) -> Path:
+    """A run of a second on two processes, over a text of its own."""
+    file = folder / "tiny.yaml"
     text = file.with_name("corpus.txt")
     text.write_text("\n\n".join(f"paragraph {n}: the quick brown fox." for n in range(400)), encoding="utf-8")
     file.write_text(SETTINGS.replace("PATH", str(text)), encoding="utf-8")

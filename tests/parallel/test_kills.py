@@ -49,10 +49,10 @@ def interrupted(arguments: list[object], out: Path, step: int) -> list[Line]:
     return read_metrics(out / "metrics.jsonl")
 
 
-@pytest.mark.parametrize("background", ["false", "true"])
-def test_twenty_kills_lose_no_step_beyond_the_last_checkpoint(tiny, tmp_path, background):
+def kills(tiny: Path, folder: Path, background: str) -> dict[str, object]:
+    """What they cost; ``benchmarks/parallel_kills.py`` writes it down."""
     instants, settings = random.Random(20), [*SETTINGS, f"--save_in_background={background}"]
-    out, whole, taken, lost = tmp_path / "run", tmp_path / "whole", [], []
+    out, whole, taken, lost = folder / "run", folder / "whole", [], []
     arguments = [tiny, "--out", out, *settings]
     for _ in range(KILLS):
         before = newest(out)
@@ -62,7 +62,12 @@ def test_twenty_kills_lose_no_step_beyond_the_last_checkpoint(tiny, tmp_path, ba
         assert newest(out) >= before and lost[-1] <= EVERY * (1 if background == "false" else 2)
     ours = interrupted(arguments, out, newest(out))
     uninterrupted = interrupted([tiny, "--out", whole, *settings], whole, len(ours))[: len(ours)]
-    print(f"{KILLS} kills; all stopped within {max(taken):.1f} s; steps lost: {lost}; {len(ours)} steps")
     assert max(taken) < 30
     assert [line["step"] for line in ours] == [*range(1, len(ours) + 1)]
     assert [line["loss/lm"] for line in ours] == [line["loss/lm"] for line in uninterrupted]
+    return {"seconds_until_all_stopped": taken, "steps_lost": lost, "steps": len(ours), "checkpoint_every": EVERY}
+
+
+@pytest.mark.parametrize("background", ["false", "true"])
+def test_twenty_kills_lose_no_step_beyond_the_last_checkpoint(tiny, tmp_path, background):
+    print(kills(tiny, tmp_path, background))

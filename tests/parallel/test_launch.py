@@ -10,12 +10,13 @@ import pytest
 
 from moeforge.cli.main import main
 from moeforge.train.checkpoint import checkpoints
+from moeforge.train.metrics import read_metrics
 from tests.parallel.processes import children, start, until
 
 pytestmark = pytest.mark.dist
 
 
-def test_a_killed_process_is_named_the_others_stop_and_the_run_goes_on(tiny, tmp_path):
+def test_a_killed_process_is_named_the_others_stop_and_the_run_goes_on_until_it_is_interrupted(tiny, tmp_path):
     out = tmp_path / "run"
     run = start("moeforge", "train", tiny, "--out", out, "--nproc", 2, "--ep", 2)
     until(lambda: checkpoints(out / "checkpoints"), run)
@@ -30,24 +31,17 @@ def test_a_killed_process_is_named_the_others_stop_and_the_run_goes_on(tiny, tmp
     assert f"moeforge train {out}/config.yaml --out {out} --resume --nproc 2 --ep=2" in said
 
     saved = int(checkpoints(out / "checkpoints")[-1].name[5:])
-    settings = ["--out", out, "--resume", "--nproc", 2, "--ep", 2, "--json", f"--steps={saved + 2}"]
+    settings = ["--out", out, "--resume", "--nproc", 2, "--ep", 2, "--save_every=100000"]
     again = start("moeforge", "train", out / "config.yaml", *settings)
-    shown, said = again.communicate(timeout=90)
-    assert again.returncode == 0, said
-    metrics = json.loads(shown)["metrics"]
-    assert metrics["step"] == saved + 2 and metrics["sent/all_to_all"] > 0
+    until(lambda: read_metrics(out / "metrics.jsonl")[-1]["step"] == saved + 2, again)
+    again.send_signal(signal.SIGINT)
+    _, said = again.communicate(timeout=60)
+    assert again.returncode == 130, said
     assert f"resumed at step {saved}" in said and said.count("reading files") == 1
-
-
-def test_an_interrupted_run_saves_on_all_processes(tiny, tmp_path):
-    out = tmp_path / "run"
-    run = start("moeforge", "train", tiny, "--out", out, "--nproc", 2, "--save_every=100000")
-    until(lambda: (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size, run)
-    run.send_signal(signal.SIGINT)
-    _, said = run.communicate(timeout=60)
-    assert run.returncode == 130, said
     assert "is saved. Go on with" in said and "Traceback" not in said
-    assert checkpoints(out / "checkpoints")
+    last = read_metrics(out / "metrics.jsonl")[-1]
+    assert last["sent/all_to_all"] > 0
+    assert int(checkpoints(out / "checkpoints")[-1].name[5:]) == last["step"] > saved
 
 
 def test_torchrun_starts_it_too_and_one_process_says_what_is_wrong(tiny, tmp_path):
@@ -102,17 +96,16 @@ model: {moe: {router: {select: {k: 2}}}}
 """
 
 
-def test_a_claim_is_reproduced_on_several_processes_as_on_one(tiny, tmp_path, monkeypatch):
+def test_a_claim_is_reproduced_on_several_processes_as_on_one(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yaml").write_text(REPRODUCED.replace("TINY", str(tiny)), encoding="utf-8")
-    found = []
-    for options in ([], ["--nproc=2", "--ep=2"]):
-        name = f"--out=runs{len(found)}"
-        run = start("moeforge", "reproduce", "mine.yaml", "--seeds=1", "--json", name, *options)
-        shown, said = run.communicate(timeout=120)
-        assert run.returncode == 0, said
-        found.append(json.loads(shown)["runs"])
-    alone, together = found
+    told = ["reproduce", "mine.yaml", "--seeds=1", "--json"]
+    run = start("moeforge", *told, "--out=runs1", "--nproc=2", "--ep=2")
+    assert main([*told, "--out=runs0"]) == 0
+    alone = json.loads(capsys.readouterr().out)["runs"]
+    shown, said = run.communicate(timeout=120)
+    assert run.returncode == 0, said
+    together = json.loads(shown)["runs"]
     assert alone.keys() == together.keys()
     for label, (measured,) in alone.items():
         assert together[label][0]["bits_per_byte"] == pytest.approx(measured["bits_per_byte"], rel=1e-5)
@@ -157,12 +150,20 @@ REFUSED = {
     "an MLP": (["--nproc=2", "--tp=2", "--model.first_dense_layers=1", "--model.d_ff=15"], "layer 0: d_ff = 15 cannot"),
     "keys in slices": (["--nproc=2", "--tp=2", "--model.num_kv_heads=1"], "layer 0: num_kv_heads = 1 cannot be cut"),
     "a norm over heads": (["--nproc=2", "--tp=2", "--model.qk_norm=whole"], "qk_norm: whole is over all heads"),
-    "biases": (["--nproc=2", "--tp=2", "--model.moe.experts.bias=true"], "experts with biases are not cut"),
     "mixed slices": (
         [*"--nproc=2 --tp=2".split(), *SOFT],
         "select: soft asks or mixes whole experts: it needs a tensor",
     ),
-    "cut and cut": (["--nproc=2", "--tp=2", "--shard"], "--tp does not go with --shard yet"),
+    "nothing left to cut": (["--nproc=2", "--tp=2", "--shard"], "--shard does nothing where one tensor group is all"),
+    "no two levels of slices": (
+        "--nproc=8 --ep=4 --tp=2 --two-level --node-size=2".split(),
+        "two levels need expert groups that fill several machines of several tensor groups of 2 each",
+    ),
+    "all rows in parts": (
+        "--nproc=2 --ep=2 --by-index --chunks=2".split(),
+        "--by-index gathers all rows at once: leave --fetch, --two-level and --chunks out",
+    ),
+    "nothing to pick": (["--nproc=2", "--by-index"], "--by-index is about experts on several processes: add --ep"),
     "nothing to move": (["--nproc=2", "--rebalance=5"], "--rebalance is about experts on several processes: add --ep"),
     "cut and moved": (["--nproc=4", "--ep=2", "--rebalance=5", "--shard"], "--rebalance moves whole experts, and"),
     "unlike shares": (

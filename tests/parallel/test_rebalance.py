@@ -31,6 +31,7 @@ LAYOUTS = {
     "replicas": (2, Layout(2, rebalance=1, placement=REPLICAS)),
     "two groups": (4, Layout(2, rebalance=1)),
     "slices": (4, Layout(2, rebalance=1, tp=2)),
+    "slices, the rest cut": (4, Layout(2, rebalance=1, tp=2, shard=True)),
     "weights travel": (2, Layout(2, rebalance=1, fetch=True)),
     "the rest cut": (2, Layout(2, rebalance=1, shard=True)),
 }

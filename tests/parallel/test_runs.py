@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,7 @@ SETTINGS = {
 }
 ONE = (1, Layout())
 FOUR = (4, Layout(2))
+EVEN_ON_TWO = "layer_01: [1, [0, 1], [0, 1], 0]"
 ON_FOUR, ON_TWO = "layer_01: [3, [0, 2], 1, [3, 2]]", "layer_01: [1, [0, 1], 1, 0]"
 
 
@@ -121,6 +123,9 @@ def on(processes, mesh: tuple[int, Layout], function, *arguments) -> None:
         ((4, Layout(2, tp=2)), ONE),
         ((4, Layout(2, tp=2)), (4, Layout(2, True))),
         ((4, Layout(2, tp=2, placement=ON_TWO)), (4, Layout(tp=2))),
+        ((4, Layout(2, True, tp=2, placement=ON_TWO)), ONE),
+        ((4, Layout(1, True, tp=2)), (4, Layout(2, True, tp=2))),
+        (ONE, (4, Layout(2, True, tp=2))),
         (ONE, (4, Layout(2, tp=2))),
         ((4, Layout(4, True)), (2, Layout(tp=2))),
     ],
@@ -159,6 +164,25 @@ def test_the_same_mesh_goes_on_bit_for_bit(processes, config, tmp_path):
     processes(2).run(train_whole, config, tmp_path / "whole", Layout(2))
     uninterrupted = read_metrics(tmp_path / "whole" / "metrics.jsonl")[3:]
     assert [line["loss/lm"] for line in lines] == [line["loss/lm"] for line in uninterrupted]
+
+
+def test_experts_that_moved_are_still_there_when_a_run_goes_on(processes, config, tmp_path):
+    layout = written(Layout(2, rebalance=3, placement=EVEN_ON_TWO), tmp_path)  # just before the checkpoint
+    for function, out in ((begin, "two"), (finish, "two"), (train_whole, "whole")):
+        processes(2).run(function, config, tmp_path / out, layout)
+    processes(2).run(train_whole, config, tmp_path / "stays", replace(layout, rebalance=0))
+    two, whole, stays = (read_metrics(tmp_path / out / "metrics.jsonl")[-2:] for out in ("two", "whole", "stays"))
+    assert [line["loss/lm"] for line in two] == [line["loss/lm"] for line in whole]
+    sent = [[line["sent/all_to_all"] for line in lines] for lines in (two, whole, stays)]
+    assert sent[0] == sent[1] != sent[2]
+
+
+def test_a_run_that_goes_on_knows_what_experts_got_before(processes, config, tmp_path):
+    for function, out in ((begin, "two"), (finish, "two"), (train_whole, "whole")):
+        processes(2).run(function, config, tmp_path / out, Layout(2, rebalance=9))
+    (bank,) = json.loads((tmp_path / "two" / "checkpoints" / "step-5" / "state.json").read_text())["experts"].values()
+    loads = [line["moe/tokens_per_expert/layer_01"] for line in read_metrics(tmp_path / "whole" / "metrics.jsonl")]
+    assert bank == {"held": [[0, 1], [2, 3]], "loads": [sum(each) for each in zip(*loads, strict=True)]}
 
 
 @double()

@@ -12,8 +12,9 @@ from moeforge.parallel.layout import Layout
 from moeforge.parallel.mesh import Mesh
 from moeforge.parallel.ranks import ALONE
 from moeforge.parallel.together import Together
-from tests.parallel.test_bytes import BYTES, EXPERTS, LOSSES, WIDTH, one_step, ring
-from tests.parallel.test_training import LENGTH, LOW_RANK, MLP, MODELS, batches, cut, same, shaped, trained, written
+from tests.parallel.test_bytes import BYTES, EXPERTS, LOSSES, WIDTH, cut, one_step, ring
+from tests.parallel.test_training import LENGTH, LOW_RANK, MLP, MODELS, batches, same, shaped, trained, written
+from tests.parallel.test_training import cut as cut_rows
 
 pytestmark = pytest.mark.dist
 GROUPED: dict[str, Any] = {"num_heads": 4, "head_dim": 4, "num_kv_heads": 2, "qk_norm": True}
@@ -31,6 +32,7 @@ SHAPES: dict[str, Tree] = {
     "latent heads": shaped() | {"attention": LATENT},
     "rows in halves": {**MODELS["plain"], "moe": {**MODELS["plain"]["moe"], "heads": 2}},
     "plain experts": shaped(MLP | {"activation": "relu"}),
+    "experts with biases": shaped(MLP | {"bias": True, "clamp": {"limit": 0.1}}),
 }
 PLACED = "layer_01: [1, [0, 1], 1, 0]"
 LAYOUTS = {
@@ -38,19 +40,25 @@ LAYOUTS = {
     "slices of experts elsewhere": Layout(2, tp=2),
     "in chunks": Layout(2, tp=2, chunks=3),
     "weights travel": Layout(2, tp=2, fetch=True),
+    "by index": Layout(2, tp=2, by_index=True),
     "replicas": Layout(2, tp=2, placement=PLACED),
+    "cut, all experts here": Layout(tp=2, shard=True),
+    "cut, experts elsewhere": Layout(2, tp=2, shard=True),
+    "cut, replicas": Layout(2, tp=2, shard=True, placement=PLACED),
+    "cut, weights travel": Layout(2, tp=2, shard=True, fetch=True),
 }
 
 
 def sliced(name: str, rows: list[int], layout: Layout, dtype: torch.dtype, recompute: bool):
-    ranks = Together(Mesh.build(dist.get_world_size(), layout.ep, "cpu", None, layout.tp), layout)
+    node_size = layout.node_size if layout.two_level else None
+    ranks = Together(Mesh.build(dist.get_world_size(), layout.ep, "cpu", node_size, layout.tp), layout)
     return trained(decoder(name, dtype), ranks, [batches(rows, step, name) for step in (0, 1)], recompute)
 
 
 def whole(name: str, rows: list[int], dtype: torch.dtype):
     given = [batches(rows, step, name) for step in (0, 1)]
     if name == "capacity":  # of what a process routes at once
-        given = [[part for batch in parts for part in cut(batch, 4)] for parts in given]
+        given = [[part for batch in parts for part in cut_rows(batch, 4)] for parts in given]
     return trained(decoder(name, dtype), ALONE, given)
 
 
@@ -63,6 +71,8 @@ DOUBLE, SINGLE = torch.float64, torch.float32
 CASES = [(name, [7, 2], Layout(ep, tp=2), DOUBLE, False) for name in SHAPES for ep in (1, 2)]
 CASES += [("plain", [3], layout, DOUBLE, True) for layout in LAYOUTS.values()]
 CASES += [("grouped heads, biases", [1], Layout(2, tp=2), DOUBLE, True), ("plain", [5], Layout(2, tp=2), SINGLE, False)]
+CASES += [("any number of experts", [7, 2], Layout(ep, tp=2, shard=True), DOUBLE, False) for ep in (1, 2)]
+CASES += [("experts with biases", [3], Layout(2, tp=2, fetch=True), DOUBLE, True)]
 
 
 @pytest.mark.parametrize("name, rows, layout, dtype, recompute", CASES, ids=str)
@@ -72,7 +82,16 @@ def test_slices_together_are_the_whole(processes, tmp_path, name, rows, layout, 
         same(actual, expected, dtype)
 
 
-def expected_bytes(rows: list[int], ep: int, tp: int, recompute: bool) -> dict[str, int]:
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", [False, True])
+def test_slices_and_two_levels_of_links(processes, shard):
+    """Two machines of two tensor groups of two processes."""
+    layout, expected = Layout(4, shard, node_size=4, two_level=True, tp=2), whole("plain", [9, 3], DOUBLE)
+    for actual in processes(8).run(sliced, "plain", [9, 3], layout, DOUBLE, False):
+        same(actual, expected, DOUBLE)
+
+
+def expected_bytes(rows: list[int], ep: int, tp: int, shard: bool, recompute: bool) -> dict[str, int]:
     """On four processes. Attention twice, a dense MLP and a shared one; one bank."""
     model, size, others = decoder("plain", DOUBLE), 4, tp - 1
     tokens, counting, again = sum(rows) * LENGTH, int(len(rows) > 1), int(recompute)
@@ -96,25 +115,41 @@ def expected_bytes(rows: list[int], ep: int, tp: int, recompute: bool) -> dict[s
     if ep > 1:
         sent["all_to_all"] += (forward + again) * 8 * size * (ep - 1) * EXPERTS // ep * len(rows)
     sent["all_reduce"] += ring(size, 8 * (LOSSES + 1 + EXPERTS))
-    kinds = {kind: [0, 0] for kind in ("all", "slice", "expert slice")}
+    parts = {kind: [] for kind in ("all", "slice", "expert slice")}
     for name, parameter in model.named_parameters():
-        kind, parts = "all", 1
-        if "banks" in name:
-            kind, parts = ("expert slice", tp * ep) if ep > 1 else ("slice", tp)
-        elif any(part in name for part in ("_proj.", "mlp.")):
-            kind, parts = "slice", tp
-        kinds[kind][0] += parameter.numel() // parts
-        kinds[kind][1] += 1
-    for (values, parameters), holders in zip(kinds.values(), (size, size // tp, size // tp // ep), strict=True):
-        if holders > 1 and values:
-            sent["all_reduce"] += size // holders * ring(holders, (values + parameters) * BYTES)
+        kind, shape = "all", [*parameter.shape]
+        if "_proj" in name or "banks" in name:
+            kind, dim = "slice", "banks" in name
+            shape[dim + ("down_proj" in name or "o_proj" in name)] //= tp
+        if "banks" in name and ep > 1:
+            kind, shape[0] = "expert slice", shape[0] // ep
+        parts[kind].append((name, torch.empty(shape)))
+    if shard:
+        add_shards(sent, parts, size // tp, tp, len(rows), counting)
+        return sent
+    for held, holders in zip(parts.values(), (size, size // tp, size // tp // ep), strict=True):
+        if holders > 1 and held:
+            values = sum(1 + part.numel() for _, part in held)
+            sent["all_reduce"] += size // holders * ring(holders, values * BYTES)
     return sent
+
+
+def add_shards(sent: dict[str, int], parts: dict, group: int, tp: int, batches: int, counting: int) -> None:
+    """FSDP in each group of those with the same slices; what nobody slices is then summed over tensor groups."""
+    for unit, times in (("blocks.0", 2 + counting), ("blocks.1", 2 + counting), ("", 1)):
+        names = unit or ("embedding", "norm")
+        held = [part for name, part in parts["all"] + parts["slice"] if name.startswith(names)]
+        sent["all_gather"] += tp * cut(held, group) * batches * times
+        sent["reduce_scatter"] += tp * cut(held, group) * batches
+    for rank in range(group):
+        values = sum(1 + part.chunk(group)[rank].numel() for _, part in parts["all"])
+        sent["all_reduce"] += ring(tp, values * BYTES)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("rows", [[7], [5, 2]], ids=str)
-@pytest.mark.parametrize("ep", [1, 2])
-def test_a_step_sends_what_the_formula_says(processes, ep, rows, recompute):
-    wanted = expected_bytes(rows, ep, 2, recompute)
-    for sent in processes(4).run(one_step, rows, Layout(ep, tp=2), recompute):
+@pytest.mark.parametrize("ep, shard", [(1, False), (2, False), (1, True), (2, True)])
+def test_a_step_sends_what_the_formula_says(processes, ep, shard, rows, recompute):
+    wanted = expected_bytes(rows, ep, 2, shard, recompute)
+    for sent in processes(4).run(one_step, rows, Layout(ep, shard, tp=2), recompute):
         assert sent == wanted

@@ -16,12 +16,14 @@ if TYPE_CHECKING:
 
     from moeforge.models import ModelConfig
     from moeforge.parallel.plan.cluster import Cluster
-    from moeforge.parallel.plan.job import Job
+    from moeforge.parallel.plan.job import Arrangement, Job
     from moeforge.parallel.plan.search import Candidate
     from moeforge.train import RunConfig
 
 SHOWN = 5
 """Meshes in the table."""
+LIKE = ("tp", "two_level", "fetch", "by_index", "uneven", "placement")
+"""What ``moeforge train`` can be told too, and no search decides."""
 
 
 def plan(
@@ -34,6 +36,14 @@ def plan(
     ep: Annotated[int | None, typer.Option(min=1, help="Processes that share the experts; all are tried.")] = None,
     shard: Annotated[bool | None, typer.Option("--shard/--no-shard", help="Cut all weights; both are tried.")] = None,
     chunks: Annotated[int | None, typer.Option(min=1, help="Parts of an exchange; some are tried.")] = None,
+    tp: Annotated[int, typer.Option(min=1, help="Processes that hold slices of the same matrices.")] = 1,
+    two_level: Annotated[bool, typer.Option("--two-level", help="Rows go to other nodes by a neighbour.")] = False,
+    fetch: Annotated[bool, typer.Option("--fetch", help="Send weights of needed experts, not rows.")] = False,
+    by_index: Annotated[
+        bool, typer.Option("--by-index", help="Send rows to all; each picks those of its experts.")
+    ] = False,
+    uneven: Annotated[bool, typer.Option("--uneven", help="Shares of experts may differ by one.")] = False,
+    placement: Annotated[str | None, typer.Option(metavar="FILE", help="YAML: who holds which experts.")] = None,
     loads: Annotated[Path | None, typer.Option(help="A run folder: experts get rows as they did there.")] = None,
     imbalance: Annotated[float, typer.Option(min=1, help="Rows of the busiest expert, over the mean.")] = 1.0,
     timeline: Annotated[Path | None, typer.Option(help="Write when who does what: .json (Chrome) or .svg.")] = None,
@@ -63,20 +73,25 @@ def plan(
         raise UserError("name a recipe, a YAML file, or a model folder")
     if loads is not None and imbalance > 1:
         raise UserError("--loads says how rows are spread, and so does --imbalance: leave one out")
+    config = _run_config(what, context.obj)
+    job = _job(config, _loads(config.model, loads, imbalance))
+    _search(what, context, config, job, cluster)
+
+
+def _search(what: str, context: typer.Context, config: "RunConfig", job: "Job", cluster: Path) -> None:
     from moeforge.parallel.plan.cluster import read_cluster
     from moeforge.parallel.plan.search import CHUNKS, Wanted, search
 
-    devices, config = read_cluster(cluster), _run_config(what, context.obj)
-    job = _job(config, _loads(config.model, loads, imbalance))
-    tried = (chunks,) if chunks else CHUNKS if devices.overlap else (1,)
-    wanted = Wanted(ep, shard, config.recompute_activations or None, tried)
+    devices, given = read_cluster(cluster), context.params
+    tried = (given["chunks"],) if given["chunks"] else CHUNKS if devices.overlap else (1,)
+    wanted = Wanted(given["ep"], given["shard"], config.recompute_activations or None, tried, _like(given))
     found = search(job, devices, wanted)
-    if timeline is not None:
+    if given["timeline"] is not None:
         from moeforge.parallel.plan.timeline import write_timeline
 
-        write_timeline(found[0].played, found[0].arrangement, timeline)
+        write_timeline(found[0].played, found[0].arrangement, given["timeline"])
     tree = _tree(what, config, job, devices, found) | {"command": _command(what, context.obj, devices, found[0])}
-    print(json.dumps(tree, indent=2)) if as_json else _show(tree)
+    print(json.dumps(tree, indent=2)) if given["as_json"] else _show(tree)
 
 
 def _check_options(context: typer.Context, mode: str) -> None:
@@ -84,7 +99,7 @@ def _check_options(context: typer.Context, mode: str) -> None:
     looks_at = {
         "--place": ("place", "ep", "replicas", "transfers", "as_json"),
         "--profile": ("profile", "cluster", "nproc"),
-        "planning": ("cluster", "ep", "shard", "chunks", "loads", "imbalance", "timeline", "as_json"),
+        "planning": (*("cluster", "ep", "shard", "chunks", *LIKE, "loads", "imbalance", "timeline", "as_json"),),
     }
     for option in context.command.params:
         given = context.params[option.name or ""]
@@ -92,6 +107,19 @@ def _check_options(context: typer.Context, mode: str) -> None:
         if option.name not in known and given != option.default and option.name in context.params:
             wanted = next(other for other, names in looks_at.items() if option.name in names)
             raise UserError(f"{option.opts[0]} is not about {mode}: it goes with {wanted}")
+
+
+def _like(params: dict[str, Any]) -> "Arrangement":
+    """What all meshes are told. Raises UserError for two ways of bringing rows and experts together."""
+    from moeforge.parallel.plan.job import Arrangement
+
+    if params["fetch"] and params["by_index"]:
+        raise UserError("--fetch sends no rows, --by-index all of them: leave one out")
+    way = "fetch" if params["fetch"] else "by_index" if params["by_index"] else "exchange"
+    node = 1 if params["two_level"] else None
+    return Arrangement(
+        1, tensor=params["tp"], way=way, node=node, uneven=params["uneven"], placement=params["placement"]
+    )
 
 
 def _run_config(what: str, settings: list[str]) -> "RunConfig":

@@ -34,6 +34,9 @@ def train(
     chunks: Annotated[int, typer.Option(min=0, help="Exchange in so many parts; 0: what proves fastest.")] = 1,
     uneven: Annotated[bool, typer.Option("--uneven", help="Shares of experts may differ by one.")] = False,
     fetch: Annotated[bool, typer.Option("--fetch", help="Send weights of needed experts, not rows.")] = False,
+    by_index: Annotated[
+        bool, typer.Option("--by-index", help="Send rows to all; each picks those of its experts.")
+    ] = False,
     tp: Annotated[int, typer.Option(min=1, help="Processes that hold slices of the same matrices.")] = 1,
     rebalance: Annotated[int, typer.Option(min=0, help="Move experts by load, every so many steps.")] = 0,
     placement: Annotated[str | None, typer.Option(metavar="FILE", help="YAML: who holds which experts.")] = None,
@@ -47,7 +50,7 @@ def train(
 
     config = recipes.load(recipe, context.obj)
     folder = out or Path("runs") / config.name
-    layout = Layout(ep, shard, node_size, two_level, chunks, uneven, placement, fetch, tp, rebalance)
+    layout = Layout(ep, shard, node_size, two_level, chunks, uneven, placement, fetch, tp, by_index, rebalance)
     if dry_run:
         from moeforge.cli.dry_run import look_ahead, show
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from moeforge.parallel.piece import Piece
+from moeforge.parallel.piece import Piece, local
 from moeforge.parallel.sharding import Sharding
 from moeforge.parallel.wire import Wire
 
@@ -39,7 +39,8 @@ def _sum_replicas(sharding: Sharding, wire: Wire) -> None:
         if placement is None or not (replicated := placement.replicated):
             continue
         # FSDP leaves each row on one process of its data group, else all of them have the same.
-        group = sharding.mesh.world_group if isinstance(parameter, DTensor) else sharding.mesh.expert_group
+        mesh = sharding.mesh
+        group = mesh.same_slice.get_group() if isinstance(parameter, DTensor) else mesh.expert_group
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         piece = sharding.whole(name, gradient)
         assert isinstance(piece, Piece)
@@ -69,15 +70,16 @@ def buckets(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
 
 def _sum_bucket(parameters: list[nn.Parameter], group: ProcessGroup, wire: Wire) -> None:
     """One number per parameter goes along: how many processes have a gradient. Where none has, there stays none."""
-    like = parameters[0]
-    gradients = [p.new_zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in parameters]
-    present = like.new_tensor([p.grad is not None for p in parameters], dtype=like.dtype)
-    flat = torch.cat([present, *gradients])
+    here = [local(p) for p in parameters]
+    present = here[0].new_tensor([p.grad is not None for p in parameters], dtype=here[0].dtype)
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([present, *(local(gradient).flatten() for gradient in gradients)])
     wire.all_reduce(flat, group)
-    present, summed = flat[: len(parameters)], flat[len(parameters) :].split([p.numel() for p in parameters])
-    for parameter, gradient, holders in zip(parameters, summed, present.tolist(), strict=True):
+    present, summed = flat[: len(parameters)], flat[len(parameters) :].split([h.numel() for h in here])
+    for parameter, gradient, values, holders in zip(parameters, gradients, summed, present.tolist(), strict=True):
         if holders:
-            parameter.grad = gradient.view_as(parameter)
+            local(gradient).copy_(values.view_as(local(gradient)))
+            parameter.grad = gradient
 
 
 @torch.no_grad()
@@ -90,7 +92,7 @@ def clip_gradients(sharding: Sharding, wire: Wire, max_norm: float) -> Tensor:
     square = torch.zeros((), dtype=torch.float64, device=next(iter(sharding.parameters.values())).device)
     for name, parameter in sharding.parameters.items():
         if parameter.grad is not None:
-            gradients.append(parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad)
+            gradients.append(local(parameter.grad))
             copies = sharding.copies(name)
             if isinstance(copies, int):
                 square += torch.linalg.vector_norm(gradients[-1]).double().square() / copies

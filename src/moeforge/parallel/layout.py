@@ -32,6 +32,8 @@ class Layout:
     """Weights of the experts that are needed travel, not rows."""
     tp: int = 1
     """Processes that hold slices of the same matrices."""
+    by_index: bool = False
+    """Rows go to all who share the experts; each picks those of its own."""
     rebalance: int = 0
     """Steps after which experts move to where they share the rows of these steps best; 0: never."""
 
@@ -45,19 +47,20 @@ class Layout:
         if self.node_size is not None and (self.node_size < 1 or size % self.node_size):
             raise UserError(f"--node-size: {size} processes do not fill machines of {self.node_size}")
         for flag in self.flags if self.ep == 1 else ():
-            if flag.startswith(("--chunks", "--uneven", "--placement", "--fetch", "--rebalance")):
+            if flag.startswith(("--chunks", "--uneven", "--placement", "--fetch", "--by-index", "--rebalance")):
                 raise UserError(f"{flag.partition('=')[0]} is about experts on several processes: add --ep")
         if self.fetch and (self.two_level or self.chunks != 1):
             raise UserError("--fetch sends no rows: leave --two-level and --chunks out")
-        if self.tp > 1 and (self.shard or self.two_level):
-            other = "--shard" if self.shard else "--two-level"
-            raise UserError(f"--tp does not go with {other} yet: leave one of them out")
-        if self.rebalance and self.shard and size > self.ep:
+        if self.by_index and (self.fetch or self.two_level or self.chunks != 1):
+            raise UserError("--by-index gathers all rows at once: leave --fetch, --two-level and --chunks out")
+        if self.shard and size == self.tp:
+            raise UserError("--shard does nothing where one tensor group is all: leave it out, or take a smaller --tp")
+        if self.rebalance and self.shard and size > self.ep * self.tp:
             raise UserError(
                 "--rebalance moves whole experts, and --shard has cut them: leave one out, or let --ep be all"
             )
         if self.two_level:
-            check_levels(self.ep, self.processes_per_node(size))
+            check_levels(self.ep, self.processes_per_node(size), self.tp)
 
     def check_model(self, config: "ModelConfig") -> None:
         """Raises UserError when the model cannot be laid out so."""

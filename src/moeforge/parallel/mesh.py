@@ -29,7 +29,7 @@ class Mesh:
     same_experts: DeviceMesh
     """[tensor x data]: who holds the same experts, where the tensor axis does not cut them."""
     links: DeviceMesh | None = None
-    """[data, across machines, inside]: the expert axis in two; None where all links count as one. Without slices."""
+    """[data, across machines, inside]: the expert axis in two; None where all links count as one."""
 
     @classmethod
     def build(
@@ -51,9 +51,10 @@ class Mesh:
             same_slice = mesh(ranks_TED.flatten(1), "tensor", "same")["same"]
             same_experts = mesh(ranks_TED.transpose(0, 1).flatten(1), "expert", "same")["same"]
         if node_size is not None:
-            check_levels(expert_size, node_size)
-            by_machine = torch.arange(size).view(-1, expert_size // node_size, node_size)
-            links = mesh(by_machine, "data", "across", "inside")
+            check_levels(expert_size, node_size, tensor_size)
+            inside = node_size // tensor_size
+            by_machine = ranks_TED.mT.unflatten(2, (expert_size // inside, inside))
+            links = mesh(by_machine, "tensor", "data", "across", "inside")["data", "across", "inside"]
         return cls(grid, world, same_slice, same_experts, links)
 
     @property
@@ -122,11 +123,13 @@ def check_mesh(size: int, expert_size: int, tensor_size: int = 1) -> None:
         )
 
 
-def check_levels(expert_size: int, node_size: int) -> None:
+def check_levels(expert_size: int, node_size: int, tensor_size: int = 1) -> None:
     """Raises UserError when an expert group has no two levels of links: it must fill several machines."""
-    if not 1 < node_size < expert_size or expert_size % node_size:
+    inside = node_size // tensor_size
+    if node_size % tensor_size or not 1 < inside < expert_size or expert_size % inside:
+        who = f"tensor groups of {tensor_size}" if tensor_size > 1 else "processes"
         raise UserError(
-            f"two levels need expert groups that fill several machines of several processes each: "
+            f"two levels need expert groups that fill several machines of several {who} each: "
             f"an expert size of {expert_size} and a node size of {node_size} do not make them"
         )
 

@@ -60,7 +60,7 @@ class Piece:
             held[0] = held.get(0, tuple(range(shape[0])))[offsets[0] : offsets[0] + sizes[0]]
         self.held = held
         """By dimension, the indices that are here; all of the others."""
-        self.rows = (part.to_local() if isinstance(part, DTensor) else part).detach()
+        self.rows = local(part).detach()
         """What is here; shares memory with what it was made of."""
 
     @property
@@ -127,6 +127,11 @@ class Piece:
         """The block that a checkpoint has at this place."""
         assert index.offset is not None
         return self._runs()[tuple(index.offset)]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What is here of one that FSDP has cut; shares its memory. Any other as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def take(whole: Tensor, held: Mapping[int, Sequence[int]]) -> Tensor:

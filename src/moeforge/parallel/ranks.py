@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from moeforge.config import Tree
 from moeforge.data.packing import Batch
 from moeforge.models import Decoder
 
@@ -39,6 +40,13 @@ class Alone:
         """A step: the random numbers go on as they are."""
 
     def settle(self, step: int, loads: dict[str, Tensor], optimizer: Optimizer) -> None:
+        """Experts stay where they are."""
+
+    def whereabouts(self) -> Tree:
+        """Experts are all here."""
+        return {}
+
+    def take_up(self, whereabouts: Tree) -> None:
         """Experts stay where they are."""
 
     def sent(self) -> dict[str, int]:

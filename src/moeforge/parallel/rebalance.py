@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from moeforge.config import Tree
 from moeforge.models import Decoder
 from moeforge.parallel.placement import Placement
 from moeforge.parallel.plan.places import busiest, greedy
@@ -37,6 +38,21 @@ class Rebalance:
         for name, load_E in self.loads.items():
             self._settle(name, load_E, optimizer)
         self.loads = {}
+
+    def whereabouts(self) -> Tree:
+        """By bank: the experts of each process, and the rows that they got since they last could move."""
+        banks = self.sharding.banks
+        loads = {name: load_E.tolist() for name, load_E in self.loads.items()}
+        return {name: {"held": banks[name].held, "loads": loads.get(name)} for _, name, _ in self.parts}
+
+    def take_up(self, whereabouts: Tree) -> None:
+        """Experts are to be there; whoever calls this will fill them with what they were. Of another grid: stays."""
+        for name, there in whereabouts.items():
+            held, here = tuple(map(tuple, there["held"])), self.sharding.banks.get(name)
+            if here is not None and [*map(len, held)] == here.sizes:
+                self.sharding.move(name, Placement(held))
+            if there["loads"] is not None:
+                self.loads[name] = torch.tensor(there["loads"])
 
     def _settle(self, name: str, load_E: Tensor, optimizer: torch.optim.Optimizer) -> None:
         old = self.sharding.banks[name]

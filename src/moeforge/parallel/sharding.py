@@ -17,13 +17,14 @@ from moeforge.errors import UserError
 from moeforge.models import Decoder, ModelConfig
 from moeforge.moe import MoEConfig
 from moeforge.moe.bank import Bank, LowRankExperts, MLPExperts, NeuronExperts
+from moeforge.parallel.by_index import ByIndex
 from moeforge.parallel.exchange import Exchange
 from moeforge.parallel.fetch import Fetch
 from moeforge.parallel.layout import Layout
 from moeforge.parallel.mesh import Mesh, check_experts
 from moeforge.parallel.piece import Axis, Piece, take
 from moeforge.parallel.placement import Placement, placed, read_placements
-from moeforge.parallel.slices import Slices, check_slices, sliced
+from moeforge.parallel.slices import Slices, check_slices, share_biases, sliced
 from moeforge.parallel.wire import Wire
 
 DEALT = (MLPExperts, LowRankExperts, NeuronExperts)
@@ -33,7 +34,7 @@ DEALT = (MLPExperts, LowRankExperts, NeuronExperts)
 class Sharding:
     """A decoder's parameters on a mesh. The model is changed in place; each process must hold the same one before."""
 
-    def __init__(self, model: Decoder, mesh: Mesh, exchange: Exchange | Fetch, layout: Layout) -> None:
+    def __init__(self, model: Decoder, mesh: Mesh, exchange: Exchange | Fetch | ByIndex, layout: Layout) -> None:
         """Raises UserError where ``dealt`` does."""
         self.mesh = mesh
         self.banks = dealt(model.config, layout)
@@ -51,6 +52,8 @@ class Sharding:
                 self.axes[name] = parameter.shape, tuple(axes)
                 own = take(parameter.detach(), {axis.dim: axis.here for axis in axes})
                 setattr(model.get_submodule(owner), key, nn.Parameter(own))
+        if slices:
+            share_biases(model, layout.tp)
         banks: dict[str, Bank] = {name: model.get_submodule(name) for name in self.banks}  # type: ignore[misc]
         # Rows that are exchanged are gathered where they come to; weights are fetched for rows that are gathered.
         if slices and not layout.fetch:
@@ -84,10 +87,11 @@ class Sharding:
         return Piece(shape, tensor, axes)
 
     def group(self, name: str) -> ProcessGroup | None:
-        """Who else has the same piece of a parameter, and a part of its gradient; None: FSDP has summed it already."""
-        if isinstance(self.parameters[name], DTensor):
-            return None
-        return self.mesh.holders(self.placement(name) is not None, self.is_sliced(name)).get_group()
+        """Who else has the same piece of a parameter, and a part of its gradient; None: nobody."""
+        cut = self.is_sliced(name)
+        if isinstance(self.parameters[name], DTensor):  # FSDP has summed it over those with the same slices
+            return None if cut or self.mesh.tensor_size == 1 else self.mesh.tensor_group
+        return self.mesh.holders(self.placement(name) is not None, cut).get_group()
 
     def is_sliced(self, name: str) -> bool:
         """Whether the tensor axis cuts a parameter."""
@@ -153,7 +157,10 @@ def _check_layer(layer: MoEConfig, name: str) -> None:
 
 
 def _fully_shard(model: Decoder, banks: list[Bank], mesh: Mesh, wire: Wire) -> None:
-    """Blocks and the root over all processes; dealt banks, each a group of its own, over those that hold the same."""
+    """Blocks and the root over all processes; dealt banks, each a group of its own, over those that hold the same.
+
+    With slices, over those with the same slices: what the tensor axis does not cut, each tensor group cuts alike.
+    """
     data, kept = mesh.grid["data"], set[nn.Parameter]()
     for bank in banks:
         if data.size() > 1:
@@ -161,7 +168,7 @@ def _fully_shard(model: Decoder, banks: list[Bank], mesh: Mesh, wire: Wire) -> N
         else:
             kept.update(bank.parameters())
     for module in (*model.blocks, model):
-        fully_shard(module, mesh=mesh.world, ignored_params=kept)
+        fully_shard(module, mesh=mesh.same_slice, ignored_params=kept)
     # Such a view must not be changed in place, and the decoder adds it up out of place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for module in model.modules():

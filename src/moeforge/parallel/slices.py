@@ -23,15 +23,16 @@ from moeforge.models.attention import Attention, LatentAttention, Positions, loc
 from moeforge.models.config import LayerConfig
 from moeforge.models.heads import AllHeads, LatentHeads
 from moeforge.moe.bank import Bank, LowRankExperts, MLPExperts
+from moeforge.moe.bank.mlp import MLPBank
 from moeforge.moe.route import Route
 from moeforge.moe.shared import MLP
 from moeforge.parallel.exchange import Run, as_computed
-from moeforge.parallel.wire import Wire
+from moeforge.parallel.wire import Wire, gather_rows, sum_rows
 
 HEADS = {f"{name}_proj.{kind}": 0 for name in "qkv" for kind in ("weight", "bias")} | {"o_proj.weight": 1, "sinks": 0}
 LATENT = {"q_proj.weight": 0, "q_b_proj.weight": 0, "kv_b_proj.weight": 0, "o_proj.weight": 1}
 HIDDEN = {"gate_up_proj.weight": 0, "gate_up_proj.bias": 0, "down_proj.weight": 1}
-EXPERTS = {"gate_up_proj": 1, "gate_out": 1, "up_proj": 1, "down_proj": 2}
+EXPERTS = {"gate_up_proj": 1, "gate_up_bias": 1, "gate_out": 1, "up_proj": 1, "down_proj": 2}
 """The dimension of heads or hidden units, of what has one."""
 SLICED = (MLPExperts, LowRankExperts)
 """Banks whose experts have hidden units to cut. Others stay whole, as routed heads do."""
@@ -63,6 +64,20 @@ def sliced(model: Decoder, size: int) -> Iterator[tuple[str, int, tuple[tuple[in
                 yield f"{name}.{key}", dim, tuple(map(tuple, shares.tolist()))
 
 
+def share_biases(model: Decoder, size: int) -> None:
+    """Biases that no slice has for itself are added once by all ``size`` together. Before banks are copied."""
+
+    def add(last: nn.Linear, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, last.weight, None if last.bias is None else last.bias / size)
+
+    for module, *_ in cuts(model).values():
+        if isinstance(module, MLPBank):
+            module.bias_share = 1 / size
+        elif not isinstance(module, Bank):
+            last: Any = module.down_proj if isinstance(module, MLP) else module.o_proj
+            last.forward = partial(add, last)  # type: ignore[method-assign]
+
+
 class Slices:
     """The other processes of a tensor group, as the parts of a model that are cut see them."""
 
@@ -75,9 +90,6 @@ class Slices:
             if isinstance(module, Bank):
                 module.forward = partial(self._experts, module.forward)  # type: ignore[method-assign]
                 continue
-            last: Any = module.down_proj if isinstance(module, MLP) else module.o_proj
-            if last.bias is not None:
-                last.forward = partial(self._share, last)  # type: ignore[method-assign]
             if isinstance(module, LatentAttention):
                 module.num_heads //= group.size()
             module.forward = partial(self._rows, module.forward)  # type: ignore[method-assign]
@@ -93,11 +105,11 @@ class Slices:
     def _rows(self, run: Callable[..., Tensor], x: Tensor, *rest: Any) -> Tensor:
         """[..., D] -> [..., D], of attention or an MLP."""
         sizes = [size * self.d_model // x.shape[-1] for size in self.tokens]  # of experts, rows may be parts of tokens
-        all_TD = self._gather(as_computed(x).flatten(0, -2), sizes)
+        all_TD = gather_rows(as_computed(x).flatten(0, -2), sizes, self.group, self.wire)
         whole = all_TD.view(sum(sizes) // x.shape[1:-1].numel(), *x.shape[1:])
         if rest and isinstance(rest[0], Positions):
             rest = (self.positions, *rest[1:])
-        return self._sum(run(whole, *rest).flatten(0, -2), sizes).view_as(x)
+        return sum_rows(run(whole, *rest).flatten(0, -2), sizes, self.group, self.wire).view_as(x)
 
     def _experts(self, run: Run, x_TD: Tensor, route: object) -> Tensor:
         """[T, D] -> [T, D], of experts: edges are gathered too.
@@ -110,7 +122,8 @@ class Slices:
         told = self.wire.all_gather(own[None], self.ones, self.group)
         size_R, counts_RE = told[:, 0], told[:, 1:]
         tokens, edges = size_R.tolist(), counts_RE.sum(1).tolist()
-        all_TD, weight_N = self._gather(as_computed(x_TD), tokens), self._gather(route.weight, edges)
+        all_TD = gather_rows(as_computed(x_TD), tokens, self.group, self.wire)
+        weight_N = gather_rows(route.weight, edges, self.group, self.wire)
         place_N = self.wire.all_gather(route.token if route.slot is None else route.slot, edges, self.group)
         place_N = place_N + ((size_R.cumsum(0) - size_R) * (route.top_k or 1)).repeat_interleave(counts_RE.sum(1))
         expert_N = torch.arange(route.num_experts, device=place_N.device).repeat(len(tokens))
@@ -118,44 +131,7 @@ class Slices:
         place_N, ends = place_N[order_N], counts_RE.sum(0).cumsum(0).to(torch.int32)
         slot, token_N = (None, place_N) if route.slot is None else (place_N, place_N // (route.top_k or 1))
         whole = Route(token_N, weight_N[order_N], ends, sum(tokens), route.top_k, slot)
-        return route.add_carry(self._sum(run(all_TD, whole), tokens), x_TD)
-
-    def _share(self, last: nn.Linear, x: Tensor) -> Tensor:
-        """A bias is added once by all together."""
-        assert last.bias is not None
-        return nn.functional.linear(x, last.weight, last.bias / self.group.size())
-
-    def _gather(self, rows: Tensor, sizes: list[int]) -> Tensor:
-        """[own, ...] -> [sum(sizes), ...]; gradients are added up over the group."""
-        return _Gather.apply(rows, sizes, self.group, self.wire)
-
-    def _sum(self, rows: Tensor, sizes: list[int]) -> Tensor:
-        """[sum(sizes), ...] -> [own, ...]: the sum over the group."""
-        return _Sum.apply(rows, sizes, self.group, self.wire)
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, sizes: list[int], group: ProcessGroup, wire: Wire) -> Tensor:
-        ctx.where, ctx.wire = (sizes, group), wire
-        return wire.all_gather(rows, *ctx.where)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
-        return ctx.wire.reduce_scatter(grad_outputs[0], *ctx.where), None, None, None
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, sizes: list[int], group: ProcessGroup, wire: Wire) -> Tensor:
-        ctx.where, ctx.wire = (sizes, group), wire
-        return wire.reduce_scatter(rows, *ctx.where)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
-        return ctx.wire.all_gather(grad_outputs[0], *ctx.where), None, None, None
+        return route.add_carry(sum_rows(run(all_TD, whole), tokens, self.group, self.wire), x_TD)
 
 
 def check_slices(config: ModelConfig, size: int) -> None:
@@ -194,6 +170,4 @@ def _widths(config: ModelConfig, layer: LayerConfig, where: str) -> Iterator[tup
         yield f"{where}: shared d_expert", layer.moe.shared.d_ff
     for bank in layer.moe.experts:
         if isinstance(bank, SLICED):
-            if getattr(bank, "bias", False):
-                raise UserError(f"{where}: experts with biases are not cut: they need a tensor size of 1")
             yield f"{where}: d_expert", bank.d_expert

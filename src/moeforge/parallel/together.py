@@ -14,9 +14,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from moeforge.config import Tree
 from moeforge.data.packing import Batch
 from moeforge.errors import UserError
 from moeforge.models import Decoder
+from moeforge.parallel.by_index import ByIndex
 from moeforge.parallel.chunks import Chunks
 from moeforge.parallel.exchange import Exchange
 from moeforge.parallel.fetch import Fetch
@@ -57,14 +59,25 @@ class Together:
         """Spreads the parameters, in place. Raises UserError for what cannot be."""
         mesh, wire = self.mesh, self.wire
         position = mesh.grid.get_local_rank("expert")
-        fetch, exchange = Fetch(mesh.expert_group, wire), Exchange(mesh.levels, wire, self.chunks, position)
-        self.sharding = Sharding(model, mesh, fetch if self.layout.fetch else exchange, self.layout)
+        exchange: Exchange | Fetch | ByIndex = Exchange(mesh.levels, wire, self.chunks, position)
+        if self.layout.fetch or self.layout.by_index:
+            exchange = (Fetch if self.layout.fetch else ByIndex)(mesh.expert_group, wire)
+        self.sharding = Sharding(model, mesh, exchange, self.layout)
         self.rebalance = Rebalance(self.layout.rebalance, model, self.sharding, wire) if self.layout.rebalance else None
 
     def settle(self, step: int, loads: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
         """``step`` steps are done, the last of which gave experts these loads: they may move."""
         if self.rebalance is not None:
             self.rebalance.after(step, loads, optimizer)
+
+    def whereabouts(self) -> Tree:
+        """What a checkpoint keeps of experts that move, so that a run goes on with them where they were."""
+        return {} if self.rebalance is None else self.rebalance.whereabouts()
+
+    def take_up(self, whereabouts: Tree) -> None:
+        """The run whose tensors will be read next had experts there: where they move here too, they begin there."""
+        if self.rebalance is not None:
+            self.rebalance.take_up(whereabouts)
 
     def begin(self, seed: int, step: int) -> None:
         """A step: counts from zero, random numbers that are each process' own, and of which no checkpoint need know."""

@@ -152,3 +152,37 @@ class _Arrive(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         ctx.flight.begin(grad_outputs[0], ctx.flight.back)
         return grad_outputs[0], None  # of the right shape; what is under way has the one of what departed
+
+
+def gather_rows(rows: Tensor, sizes: list[int], group: ProcessGroup, wire: Wire) -> Tensor:
+    """[own, ...] -> [sum(sizes), ...]: ``Wire.all_gather``; gradients are added up over the group."""
+    return _Gather.apply(rows, sizes, group, wire)
+
+
+def sum_rows(rows: Tensor, sizes: list[int], group: ProcessGroup, wire: Wire) -> Tensor:
+    """[sum(sizes), ...] -> [own, ...]: ``Wire.reduce_scatter``; gradients are gathered."""
+    return _Sum.apply(rows, sizes, group, wire)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, sizes: list[int], group: ProcessGroup, wire: Wire) -> Tensor:
+        ctx.where, ctx.wire = (sizes, group), wire
+        return wire.all_gather(rows, *ctx.where)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
+        return ctx.wire.reduce_scatter(grad_outputs[0], *ctx.where), None, None, None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, sizes: list[int], group: ProcessGroup, wire: Wire) -> Tensor:
+        ctx.where, ctx.wire = (sizes, group), wire
+        return wire.reduce_scatter(rows, *ctx.where)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
+        return ctx.wire.all_gather(grad_outputs[0], *ctx.where), None, None, None

@@ -65,6 +65,7 @@ def save_checkpoint(
     target = folder / f"step-{progress.step}"
     state = _everything(model, optimizer, ranks)
     details = {**vars(progress), "loader": loader, "config": json.loads(config.model_dump_json())}
+    details["experts"] = ranks.whereabouts()
     if saving is None:
         _write(target, state, details, config.keep_checkpoints, ranks)
     else:
@@ -111,6 +112,7 @@ def load_checkpoint(
     """
     state = _read_state(path)
     _same_config(path, state["config"], config)
+    ranks.take_up(state.get("experts", {}))
     _read_tensors(path, model, optimizer, ranks)
     return Progress(state["step"], state["tokens"], state["seconds"]), state["loader"]
 

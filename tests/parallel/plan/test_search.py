@@ -67,7 +67,7 @@ def test_a_mesh_that_cannot_be_is_refused(expert, said):
 
 def test_experts_that_cannot_be_dealt_out_stay_where_they_are():
     job = Job(model(moe={"experts": {"num_experts": 6, "d_expert": 32}}), 16, 64)
-    assert {arrangement.expert for arrangement in arrangements(job, 8, Wanted())} == {1, 2}
+    assert {arrangement.expert for arrangement in arrangements(job, CLUSTER, Wanted())} == {1, 2}
 
 
 def test_sharding_and_dealing_hold_less():

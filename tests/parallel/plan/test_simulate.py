@@ -1,5 +1,7 @@
 """The players of a step against one that takes process by process and looks at the clock of each."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,9 +9,10 @@ from hypothesis import strategies as st
 
 from moeforge.config import build
 from moeforge.models import ModelConfig
-from moeforge.parallel.plan.amounts import Message, Work
+from moeforge.parallel.plan.amounts import Work
 from moeforge.parallel.plan.cluster import Cluster, Link
 from moeforge.parallel.plan.job import Arrangement, Job, skewed
+from moeforge.parallel.plan.messages import Message
 from moeforge.parallel.plan.simulate import (
     busy_seconds,
     message_seconds,
@@ -40,22 +43,43 @@ CLUSTER = Cluster(
 )
 
 
+SLICED = [
+    Arrangement(8, 2, tensor=2),
+    Arrangement(8, 2, True, tensor=2, way="by_index"),
+    Arrangement(8, 4, tensor=2, node=4),
+    Arrangement(8, 4, node=2),
+    Arrangement(8, 4, way="fetch"),
+]
+
+
 def model(**changes: object) -> ModelConfig:
     return build(ModelConfig, {**MODEL, **changes})
 
 
 def group(rank: int, axis: str, arrangement: Arrangement) -> list[int]:
     """Ranks that a process meets."""
-    row, place = divmod(rank, arrangement.expert)
-    if axis == "expert":
-        return [row * arrangement.expert + other for other in range(arrangement.expert)]
-    if axis == "data":
-        return [other * arrangement.expert + place for other in range(arrangement.data)]
-    return list(range(arrangement.size))
+    tensor, inside = arrangement.tensor, arrangement.inside
+
+    def where(rank: int) -> dict[str, int]:
+        data, place = divmod(rank // tensor, arrangement.expert)
+        return {"data": data, "machine": place // inside, "place": place % inside, "slice": rank % tensor}
+
+    differ = {
+        "tensor": ["slice"],
+        "inside": ["place"],
+        "across": ["machine"],
+        "expert": ["machine", "place"],
+        "data": ["data"],
+        "same": ["data", "slice"],
+        "slice": ["data", "machine", "place"],
+        "world": ["data", "machine", "place", "slice"],
+    }[axis]
+    ours = where(rank)
+    return [r for r in range(arrangement.size) if all(where(r)[key] == ours[key] for key in ours if key not in differ)]
 
 
 def at(values: torch.Tensor, rank: int, arrangement: Arrangement) -> float:
-    return float(values.expand(arrangement.data, arrangement.expert).flatten()[rank])
+    return float(values.expand(arrangement.data, arrangement.team).flatten()[rank])
 
 
 def slow_play(part: Part, arrangement: Arrangement, cluster: Cluster) -> list[dict[int, float]]:
@@ -84,9 +108,9 @@ def slow_play(part: Part, arrangement: Arrangement, cluster: Cluster) -> list[di
 @pytest.mark.parametrize("batch_size", [8, 11], ids=["all alike", "uneven rows"])
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("chunks", [1, 3])
-@pytest.mark.parametrize("expert, shard", [(1, False), (2, True), (4, False), (8, False)])
-def test_all_at_once_is_one_by_one(expert, shard, chunks, overlap, batch_size):
-    arrangement = Arrangement(8, expert, shard, chunks=chunks)
+@pytest.mark.parametrize("like", [*(Arrangement(8, *each) for each in ((1,), (2, True), (4,), (8,))), *SLICED], ids=str)
+def test_all_at_once_is_one_by_one(like, chunks, overlap, batch_size):
+    arrangement = replace(like, chunks=chunks)
     loads = {2: skewed(8, 3.0)}
     job = Job(model(), batch_size, 16, accumulate=2, loads=loads)
     cluster = CLUSTER.replace(overlap=overlap)
@@ -116,10 +140,12 @@ def test_an_exchange_takes_as_long_as_its_busiest_process(sizes, near):
     assert took == pytest.approx(wanted)
 
 
-@pytest.mark.parametrize("expert", [1, 2, 4, 8])
-@pytest.mark.parametrize("axis", ["expert", "data", "world"])
-def test_neighbours_are_those_on_the_first_ones_node(axis, expert):
-    arrangement = Arrangement(8, expert)
+AXES = ["tensor", "expert", "inside", "across", "data", "slice", "same", "world"]
+
+
+@pytest.mark.parametrize("arrangement", [*(Arrangement(8, expert) for expert in (1, 2, 4, 8)), *SLICED], ids=str)
+@pytest.mark.parametrize("axis", AXES)
+def test_neighbours_are_those_on_the_first_ones_node(axis, arrangement):
     members = group(0, axis, arrangement)
     assert neighbours(arrangement, axis, CLUSTER) == sum(rank // CLUSTER.devices_per_node == 0 for rank in members)
 

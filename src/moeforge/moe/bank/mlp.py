@@ -29,6 +29,8 @@ class MLPBank(Bank):
         self.down_proj = matrix(config.num_experts, d_model, config.d_expert)
         self.gate_up_bias = nn.Parameter(torch.zeros(config.num_experts, width)) if config.bias else None
         self.down_bias = nn.Parameter(torch.zeros(config.num_experts, d_model)) if config.bias else None
+        self.bias_share = 1.0
+        """Of ``down_bias``, what is added here: less, where others hold slices of the same experts and add the rest."""
 
     def rows(self, rows_ND: Tensor, ends_E: Tensor) -> Tensor:
         """[N, D] -> [N, D], every row an edge of weight one to itself."""
@@ -49,7 +51,8 @@ class MLPBank(Bank):
         up, down = stack(self.gate_up_proj, 1, self.gates), stack(self.down_proj, 2)
         if not (self.config.bias or self.config.clamp):
             return expert_mlp(x_TD, route, up, down, self.config.activation, self.config.engine)
-        biases = stack(self.gate_up_bias, 1, self.gates), stack(self.down_bias)
+        share = None if self.down_bias is None else self.down_bias * self.bias_share
+        biases = stack(self.gate_up_bias, 1, self.gates), stack(share)
         return biased_mlp(x_TD, route, (up, down), biases, self.config.clamp or self.config.activation)
 
 

@@ -1,7 +1,7 @@
 """How much a step's operations are: FLOPs, bytes of memory, bytes to others. ``step`` says in which order they come."""
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -9,17 +9,16 @@ from torch import Tensor
 from moeforge.models.count import LayerWork, layer_work
 from moeforge.models.memory import kept_by_block
 from moeforge.parallel.plan.job import Arrangement, Job, Weights, experts_of, nbytes
+from moeforge.parallel.plan.messages import Legs, Sliced, arrived, legs, sliced_banks, slices
 
 KERNELS = {"attention": 30, "routing": 40, "beside": 10, "experts": 15, "update": 1}
 """About how many a part starts on its way forward; its way back starts twice as many."""
-FLOAT64 = 8
-"""Bytes of a number in counts, loads, and sums of losses."""
 NOTHING = torch.zeros(1, 1, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
 class Work:
-    """What each process computes; [D or 1, P or 1]."""
+    """What each process computes; [D or 1, Q or 1]."""
 
     flops: Tensor
     strips: Tensor
@@ -34,31 +33,25 @@ class Work:
         return Work(self.flops * factor, self.strips * factor, self.traffic * factor, round(started))
 
 
-@dataclass(frozen=True)
-class Message:
-    """A collective in every group along an axis."""
-
-    kind: str
-    axis: str
-    sent: Tensor
-    """Bytes: of all_to_all [D or 1, P, P] from and to, nothing to oneself; of others [] what each process sends."""
-    calls: int = 1
-    """Collectives that it stands for."""
-
-
 class Amounts:
     """Of a job on a mesh. What layers that are the same come to is found once."""
 
     def __init__(self, job: Job, arrangement: Arrangement) -> None:
         """Raises UserError for experts that cannot be dealt out so."""
         self.job, self.arrangement, self.weights = job, arrangement, Weights.of(job, arrangement)
-        self.tokens_DP, self.work = job.tokens(arrangement), layer_work(job.decoder, job.seq_len)
+        self.tokens_DQ, self.work = job.tokens(arrangement), layer_work(job.decoder, job.seq_len)
         self.first: dict[str, int] = {}
-        self._sends_once, self._works_once = cache(self._sends), cache(self._works)
+        self._works_once = cache(self._works)
+        self._legs_once = cache(partial(legs, job, arrangement, self.weights))
+        self._slices_once = cache(partial(slices, job, arrangement, self.weights))
 
-    def sends(self, depth: int) -> tuple[Message, Message, Message] | None:
-        """(counts, rows out, rows back) of the layer's banks that are dealt out; None where none is."""
-        return self._sends_once(self._like(depth))
+    def legs(self, depth: int) -> Legs | None:
+        """How rows of the layer and experts that are dealt out come together; None where none is."""
+        return self._legs_once(self._like(depth))
+
+    def slices(self, depth: int) -> dict[str, Sliced]:
+        """What tensor groups tell one another in a layer: for attention, beside, experts, where those are cut."""
+        return self._slices_once(self._like(depth))
 
     def works(self, depth: int) -> dict[str, Work]:
         """What a layer computes on its way forward: attention, routing, beside, experts."""
@@ -71,32 +64,14 @@ class Amounts:
         each = 2.0 * vocabulary * width
         moved = (job.row + 8) * vocabulary if flops else 0
         table = float(job.value * vocabulary * width * (flops > 0))
-        done = self.tokens_DP * each * flops
-        return Work(done, done / width, (self.tokens_DP * (moved + 12 * width) + table) * traffic, 10)
+        done = self.tokens_DQ * each * flops
+        return Work(done, done / width, (self.tokens_DQ * (moved + 12 * width) + table) * traffic, 10)
 
     def _like(self, depth: int) -> int:
         """The first layer that is the same, so that what all such come to is found once."""
         if depth in self.job.loads:
             return depth
         return self.first.setdefault(self.job.model.applied_layers[depth].model_dump_json(), depth)
-
-    def _sends(self, depth: int) -> tuple[Message, Message, Message] | None:
-        job, size, index = self.job, self.arrangement.expert, depth % self.job.model.num_layers
-        banks, layer = self.weights.banks[index], job.model.applied_layers[depth]
-        if not banks or layer.moe is None:
-            return None
-        edges_DPE, places = job.edges(depth, self.arrangement), experts_of(layer)
-        away_DPP = sum(edges_DPE[..., places[bank]].unflatten(-1, (size, -1)).sum(-1) for bank in banks)
-        away_DPP = away_DPP * (1 - torch.eye(size, dtype=torch.float64))  # type: ignore[operator]
-        counted = FLOAT64 * sum(layer.moe.experts[bank].num_experts for bank in banks) / size
-        everyone = (counted * (1 - torch.eye(size, dtype=torch.float64)))[None]
-        row = layer.moe.row_width(job.model.d_model) * job.row
-        calls = len(banks)
-        return (
-            Message("all_to_all", "expert", everyone, calls),
-            Message("all_to_all", "expert", away_DPP * (row + job.value), 2 * calls),
-            Message("all_to_all", "expert", away_DPP * row, calls),
-        )
 
     def _works(self, depth: int) -> dict[str, Work]:
         job, index = self.job, depth % self.job.model.num_layers
@@ -109,10 +84,14 @@ class Amounts:
         attention = size.get("attention", 0)
         small = 12 * layer.moe.num_experts * layer.moe.heads if layer.moe else 0
 
+        cut = {name: self.arrangement.tensor if name in self.slices(depth) else 1 for name in KERNELS}
+
         def part(name: str, flops: float, width: float, weights: int, moved: float, scores: float = 0.0) -> Work:
-            tokens, strips = self.tokens_DP, flops / width + scores / job.model.size_of_head
+            strips, tokens = flops / width + scores / job.model.size_of_head, self.tokens_DQ
+            if cut[name] > 1:  # a slice of the rows of all
+                tokens = self.arrangement.mean(tokens)
             kernels = KERNELS[name] if flops or moved else 0
-            return Work(tokens * (flops + scores), tokens * strips, weights + 2 * tokens * moved, kernels)
+            return Work(tokens * (flops + scores), tokens * strips, weights / cut[name] + 2 * tokens * moved, kernels)
 
         width = job.model.d_model
         narrow = min(width, layer.moe.num_experts if layer.moe else width)
@@ -128,24 +107,25 @@ class Amounts:
         job, layer, index = self.job, self.job.model.applied_layers[depth], depth % self.job.model.num_layers
         if layer.moe is None:
             return Work(NOTHING, NOTHING, NOTHING, 0)
-        edges_DPE, size = job.edges(depth, self.arrangement), self.arrangement.expert
+        edges_DQE, arrangement = job.edges(depth, self.arrangement), self.arrangement
         width = layer.moe.row_width(job.model.d_model)
         cost_E = 2.0 * torch.tensor(layer.moe.costs(width), dtype=torch.float64)
         mean = job.model.d_model / width * layer.moe.router.select.mean_experts(layer.moe.num_experts)
         fixed = max(0.0, work.experts - mean * float(cost_E.mean()))
-        flops_DP, rows_DP = self.tokens_DP * fixed, torch.zeros(1, 1, dtype=torch.float64)
-        for number, place in enumerate(experts_of(layer)):
-            held_DPE, held_cost = edges_DPE[..., place], cost_E[place]
-            if number in self.weights.banks[index]:
-                held_DPE = held_DPE.sum(1, keepdim=True).unflatten(-1, (size, -1)).squeeze(1)
-                held_cost = held_cost.view(size, -1)
-            flops_DP = flops_DP + (held_DPE * held_cost).sum(-1)
-            rows_DP = rows_DP + held_DPE.sum(-1)
-        banks = self.weights.banks[index]
+        flops_DQ, rows_DQ = self.tokens_DQ * fixed, NOTHING
+        banks, places = self.weights.banks[index], self.weights.places[index]
+        for number, span in enumerate(experts_of(layer)):
+            held_DQE = edges_DQE[..., span]
+            if number in banks and arrangement.way != "fetch":
+                held_DQE = arrived(held_DQE, places[number], arrangement)
+            if arrangement.tensor > 1 and number in sliced_banks(layer):
+                held_DQE = arrangement.mean(held_DQE)
+            flops_DQ = flops_DQ + (held_DQE * cost_E[span]).sum(-1)
+            rows_DQ = rows_DQ + held_DQE.sum(-1)
         if banks:
-            weights = sum(nbytes(bank) for bank in banks.values())
+            weights = sum(nbytes(self.weights.held(index, number, 0)) for number in banks)
         kept = kept_by_block(job.model, layer, job.row, 1, edges=1.0)[2]
         narrow = min([width, *(bank.d_expert for bank in layer.moe.experts if hasattr(bank, "d_expert"))])
         return Work(
-            flops_DP, flops_DP / narrow, weights + rows_DP * (2 * kept + 4 * width * job.row), KERNELS["experts"]
+            flops_DQ, flops_DQ / narrow, weights + rows_DQ * (2 * kept + 4 * width * job.row), KERNELS["experts"]
         )

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from moeforge.models.memory import activation_bytes
 from moeforge.parallel.gradients import buckets
 from moeforge.parallel.plan.job import Arrangement, Job, Weights, experts_of, nbytes
+from moeforge.parallel.plan.messages import arrived, legs, slices
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,7 @@ class Memory:
 def memory_of(job: Job, arrangement: Arrangement) -> Memory:
     """Raises UserError for experts that cannot be dealt out so."""
     weights = Weights.of(job, arrangement)
-    everywhere, dealt = weights.everywhere, weights.shared_out
-    cut = (arrangement.size, arrangement.data) if arrangement.shard else (1, 1)
-    own = nbytes(everywhere, cut[0]) + nbytes(dealt, cut[1])
+    own = weights.size(arrangement)
     edges, came = _edges(job, arrangement, weights)
     tokens = int(job.tokens(arrangement).max())
     # An owner keeps the rows that came to it besides what its experts make of them.
@@ -43,32 +42,45 @@ def memory_of(job: Job, arrangement: Arrangement) -> Memory:
 
 
 def _edges(job: Job, arrangement: Arrangement, weights: Weights) -> tuple[dict[int, float], dict[int, float]]:
-    """By depth: rows through the busiest process' experts, and bytes of those that came to it over the exchange."""
+    """By depth: rows through the busiest process' experts, and bytes of those that came to it from others.
+
+    A slice of the rows of all counts as its part of them; what they are gathered into comes on top.
+    """
     edges, came = {}, {}
     for depth, layer in enumerate(job.model.applied_layers):
         if layer.moe is None:
             continue
-        edges_DPE, rows, width = job.edges(depth, arrangement), 0.0, layer.moe.row_width(job.model.d_model)
-        for number, place in enumerate(experts_of(layer)):
-            held_DPE = edges_DPE[..., place]
-            if number in weights.banks[depth % job.model.num_layers]:
-                held_DPE = held_DPE.sum(1).unflatten(-1, (arrangement.expert, -1))
-                came[depth] = came.get(depth, 0.0) + float(held_DPE.sum(-1).max()) * width * job.row
-            rows += float(held_DPE.sum(-1).max())
+        edges_DQE, rows, width = job.edges(depth, arrangement), 0.0, layer.moe.row_width(job.model.d_model)
+        for number, span in enumerate(experts_of(layer)):
+            held_DQE, placement = edges_DQE[..., span], weights.places[depth % job.model.num_layers].get(number)
+            if placement is not None and arrangement.way != "fetch":
+                held_DQE = arrived(held_DQE, placement, arrangement)
+                moved = held_DQE.sum(-1)
+                if arrangement.way == "by_index":
+                    moved = arrangement.total(job.tokens(arrangement), "expert") * job.model.d_model / width
+                came[depth] = came.get(depth, 0.0) + float(moved.max()) * width * job.row
+            rows += float(held_DQE.sum(-1).max())
         edges[depth] = rows
+        for part in slices(job, arrangement, weights, depth).values():
+            gathered = float(arrangement.total(part.gather.sent, "tensor").max()) / (arrangement.tensor - 1)
+            came[depth] = came.get(depth, 0.0) + gathered
     return edges, came
 
 
-def _buffers(job: Job, arrangement: Arrangement, weights: Weights) -> int:
-    """Sharded: the root, two blocks with their experts (one at work, one on its way), and one's whole gradients."""
+def _buffers(job: Job, arrangement: Arrangement, weights: Weights) -> float:
+    """Sharded: the root, two blocks with their experts (one at work, one on its way), and one's whole gradients.
+
+    And the experts that are fetched for a layer, with their gradients.
+    """
+    fetched = 0.0
+    if arrangement.way == "fetch":
+        each = (legs(job, arrangement, weights, depth) for depth in range(len(job.model.applied_layers)))
+        fetched = 2 * max((float(leg.there[0].sent.sum(1).max()) for leg in each if leg), default=0.0)
     if not arrangement.shard:
-        groups = (parameters for parameters, size in _summed(arrangement, weights) if size > 1)
-        return max((nbytes(bucket) for parameters in groups for bucket in buckets(parameters)), default=0)
-    banks = [sum(nbytes(bank) for bank in some.values()) for some in weights.banks] if arrangement.data > 1 else []
+        everything = [*weights.everywhere] * (arrangement.size > 1)
+        everything += weights.dealt(0) * (arrangement.data > 1)
+        return fetched + max((nbytes(bucket) for bucket in buckets(everything)), default=0)
+    banks = [sum(nbytes(weights.held(d, number, 0)) for number in some) for d, some in enumerate(weights.banks)]
     blocks = [nbytes(block) for block in weights.blocks]
-    whole = [block + bank for block, bank in zip(blocks, banks or [0] * len(blocks), strict=True)]
-    return nbytes(weights.root) + 3 * max(whole)
-
-
-def _summed(arrangement: Arrangement, weights: Weights) -> list[tuple[list, int]]:
-    return [(weights.everywhere, arrangement.size), (weights.shared_out, arrangement.data)]
+    whole = [block + bank * (arrangement.data > 1) for block, bank in zip(blocks, banks, strict=True)]
+    return fetched + nbytes(weights.root) + 3 * max(whole)

@@ -1,10 +1,11 @@
 """The mesh for a job on a cluster: all that can be, the fastest of those that fit."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import product
 
 from moeforge.errors import UserError
-from moeforge.parallel.layout import Layout
 from moeforge.parallel.mesh import divisors
 from moeforge.parallel.plan.cluster import Cluster
 from moeforge.parallel.plan.job import Arrangement, Job
@@ -42,6 +43,8 @@ class Wanted:
     recompute: bool | None = None
     chunks: tuple[int, ...] = (1,)
     """Parts of an exchange that are tried."""
+    like: Arrangement = field(default_factory=partial(Arrangement, 1))
+    """All else that a mesh is told; ``node`` is any number, where rows go by two levels of links."""
 
 
 def candidate(job: Job, arrangement: Arrangement, cluster: Cluster) -> Candidate:
@@ -50,26 +53,37 @@ def candidate(job: Job, arrangement: Arrangement, cluster: Cluster) -> Candidate
     return Candidate(arrangement, memory_of(job, arrangement), parts, play(parts, arrangement, cluster))
 
 
-def arrangements(job: Job, size: int, wanted: Wanted) -> Iterator[Arrangement]:
-    """All meshes of ``size`` processes. Raises UserError for one that is wanted and cannot be."""
-    if wanted.expert is not None or wanted.shard:
-        told = Layout(
-            ep=wanted.expert or 1, shard=bool(wanted.shard), chunks=max(wanted.chunks) if wanted.expert else 1
-        )
-        told.check(size)
-        told.check_model(job.model)
-    for expert in [wanted.expert] if wanted.expert else [p for p in divisors(size) if _deals(job, p)]:
-        for shard in (False, True) if wanted.shard is None and size > 1 else (bool(wanted.shard),):
-            for recompute in (False, True) if wanted.recompute is None else (wanted.recompute,):
-                for chunks in wanted.chunks if expert > 1 else (1,):
-                    yield Arrangement(size, expert, shard, recompute, chunks)
+def arrangements(job: Job, cluster: Cluster, wanted: Wanted) -> Iterator[Arrangement]:
+    """All meshes. Raises UserError for one that is wanted and cannot be, and where none can."""
+    size, like, found, refused = cluster.size, wanted.like, 0, None
+    like = replace(like, size=size, node=None if like.node is None else cluster.devices_per_node)
+    experts = [wanted.expert] if wanted.expert else divisors(size // like.tensor)
+    if replace(like, tensor=1) != Arrangement(size):  # about experts on several processes
+        experts = experts[1:] or experts
+    sharded = (False, True) if wanted.shard is None and size > like.tensor else (bool(wanted.shard),)
+    for expert, shard in product(experts, sharded):
+        asked = len(wanted.chunks) == 1 and (wanted.expert is not None or like.way != "exchange")
+        chunks = wanted.chunks if asked or (expert > 1 and like.way == "exchange") else (1,)
+        for recompute in (False, True) if wanted.recompute is None else (wanted.recompute,):
+            for parts in chunks:
+                tried = replace(like, expert=expert, shard=shard, recompute=recompute, chunks=parts)
+                try:
+                    tried.layout.check(size)
+                    tried.layout.check_model(job.model)
+                except UserError as error:
+                    refused = refused or error
+                    continue
+                found += 1
+                yield tried
+    if refused is not None and not found:
+        raise refused
 
 
 def search(job: Job, cluster: Cluster, wanted: Wanted) -> list[Candidate]:
     """Those that fit, the fastest first. Raises UserError when none does, and says on how many nodes one would."""
     fitting = [
         arrangement
-        for arrangement in arrangements(job, cluster.size, wanted)
+        for arrangement in arrangements(job, cluster, wanted)
         if memory_of(job, arrangement).total <= cluster.memory
     ]
     if not fitting:
@@ -77,26 +91,18 @@ def search(job: Job, cluster: Cluster, wanted: Wanted) -> list[Candidate]:
     return sorted((candidate(job, arrangement, cluster) for arrangement in fitting), key=lambda each: each.seconds)
 
 
-def _deals(job: Job, expert: int) -> bool:
-    try:
-        Layout(ep=expert).check_model(job.model)
-    except UserError:
-        return False
-    return True
-
-
-def _smallest(job: Job, size: int, wanted: Wanted) -> tuple[int, Arrangement]:
+def _smallest(job: Job, cluster: Cluster, wanted: Wanted) -> tuple[int, Arrangement]:
     return min(
         (
             (memory_of(job, arrangement).total, arrangement)
-            for arrangement in arrangements(job, size, replace(wanted, chunks=(1,)))
+            for arrangement in arrangements(job, cluster, replace(wanted, chunks=(1,)))
         ),
         key=lambda found: found[0],
     )
 
 
 def _too_large(job: Job, cluster: Cluster, wanted: Wanted) -> str:
-    least, arrangement = _smallest(job, cluster.size, wanted)
+    least, arrangement = _smallest(job, cluster, wanted)
     has, most = _gigabytes(cluster.memory), memory_of(job, arrangement)
     said = (
         f"the model fits on no mesh of {cluster.size} devices with {has} each: the smallest needs {_gigabytes(least)} "
@@ -106,12 +112,12 @@ def _too_large(job: Job, cluster: Cluster, wanted: Wanted) -> str:
     nodes = cluster.nodes
     while nodes < MOST_NODES:
         nodes *= 2
-        needed, arrangement = _smallest(job, nodes * cluster.devices_per_node, wanted)
+        needed, arrangement = _smallest(job, cluster.replace(nodes=nodes), wanted)
         if needed <= cluster.memory:
             low, high = nodes // 2, nodes
             while high - low > 1:
                 middle = (low + high) // 2
-                tried = _smallest(job, middle * cluster.devices_per_node, wanted)
+                tried = _smallest(job, cluster.replace(nodes=middle), wanted)
                 if tried[0] <= cluster.memory:
                     high, arrangement = middle, tried[1]
                 else:
@@ -123,8 +129,10 @@ def _too_large(job: Job, cluster: Cluster, wanted: Wanted) -> str:
 def describe(arrangement: Arrangement) -> str:
     """``data 4 x expert 2, sharded``."""
     marks = [f"data {arrangement.data} x expert {arrangement.expert}"]
+    marks[0] += f" x tensor {arrangement.tensor}" * (arrangement.tensor > 1)
     marks += ["sharded"] * arrangement.shard + ["activations made again"] * arrangement.recompute
     marks += [f"{arrangement.chunks} chunks"] * (arrangement.chunks > 1)
+    marks += ["two levels"] * (arrangement.node is not None) + [arrangement.way] * (arrangement.way != "exchange")
     return ", ".join(marks)
 
 

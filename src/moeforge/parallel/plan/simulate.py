@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moeforge.parallel.plan.amounts import Message, Work
+from moeforge.parallel.plan.amounts import Work
 from moeforge.parallel.plan.cluster import Cluster
 from moeforge.parallel.plan.job import Arrangement
+from moeforge.parallel.plan.messages import Message
 from moeforge.parallel.plan.step import Operation, Part
 
 
@@ -78,19 +79,12 @@ def _play(part: Part, arrangement: Arrangement, cluster: Cluster) -> list[Event]
             end = start + took
         else:
             # Waiting for the others is no sending: it shows as a gap.
-            start = _together(ready, operation.does.axis)
+            start = arrangement.latest(ready, operation.does.axis)
             end = start + message_seconds(operation.does, arrangement, cluster)
         start, end = torch.broadcast_tensors(start, end)
         events.append(Event(operation, start, end))
         free[lane] = end
     return events
-
-
-def _together(ready_DP: Tensor, axis: str) -> Tensor:
-    """When the last of each group is there."""
-    if axis == "world":
-        return ready_DP.amax().view(1, 1)
-    return ready_DP.amax(1 if axis == "expert" else 0, keepdim=True)
 
 
 def work_seconds(work: Work, cluster: Cluster) -> Tensor:
@@ -101,7 +95,7 @@ def work_seconds(work: Work, cluster: Cluster) -> Tensor:
 
 
 def message_seconds(message: Message, arrangement: Arrangement, cluster: Cluster) -> Tensor:
-    """[D or 1, 1] for groups along ``expert``, else [1, 1]: latencies and bytes, of the slowest of the group."""
+    """[D or 1, Q or 1]: latencies and bytes, of the slowest of the group."""
     count = arrangement.group(message.axis)
     if count == 1:
         return torch.zeros(1, 1, dtype=torch.float64)
@@ -109,31 +103,46 @@ def message_seconds(message: Message, arrangement: Arrangement, cluster: Cluster
     inside = cluster.inside.line(message.kind)
     between = cluster.between.line(message.kind) if cluster.between and near < count else None
     if message.kind == "all_to_all":
-        return _exchange_seconds(message, near, (inside, between))
+        return _exchange_seconds(message, near, (inside, between), arrangement)
     steps = (count - 1) * (2 if message.kind == "all_reduce" else 1)
     latency, bandwidth = inside.latency, inside.bandwidth
     if between is not None:
         # As many rings as a node has members share its links to others.
         latency, bandwidth = between.latency, min(bandwidth, near * between.bandwidth)
-    return (message.calls * steps * latency + message.sent / bandwidth).view(1, 1)
+    most = message.sent.view(1, 1) if message.sent.ndim == 0 else arrangement.latest(message.sent, message.axis)
+    return message.calls * steps * latency + most / bandwidth
 
 
-def _exchange_seconds(message: Message, near: int, lines: tuple) -> Tensor:
+def _exchange_seconds(message: Message, near: int, lines: tuple, arrangement: Arrangement) -> Tensor:
     """Near and far at the same time; the slower of sending and receiving, of the busiest process."""
-    count = message.sent.shape[-1]
-    node_P = torch.arange(count) // near
-    same_PP = node_P[:, None] == node_P
+    count, team = arrangement.group(message.axis), message.sent.shape[-1]
+    node_Q = torch.arange(team) // (near * STRIDES[message.axis](arrangement))
+    same_QQ = node_Q[:, None] == node_Q
     took = []
-    for line, some_PP, peers in zip(lines, (same_PP, ~same_PP), (min(near, count) - 1, count - near), strict=True):
+    for line, some_QQ, peers in zip(lines, (same_QQ, ~same_QQ), (near - 1, count - near), strict=True):
         if line is not None:
-            sent_DPP = message.sent * some_PP
-            most_D = torch.maximum(sent_DPP.sum(2).amax(1), sent_DPP.sum(1).amax(1))
-            took.append(message.calls * max(0, peers) * line.latency + most_D / line.bandwidth)
-    return torch.stack(took).amax(0)[:, None]
+            sent_DQQ = message.sent * some_QQ
+            most_DQ = arrangement.latest(torch.maximum(sent_DQQ.sum(2), sent_DQQ.sum(1)), message.axis)
+            took.append(message.calls * max(0, peers) * line.latency + most_DQ / line.bandwidth)
+    return torch.stack(took).amax(0)
+
+
+STRIDES = {
+    "world": lambda _: 1,
+    "tensor": lambda _: 1,
+    "expert": lambda arrangement: arrangement.tensor,
+    "inside": lambda arrangement: arrangement.tensor,
+    "across": lambda arrangement: arrangement.tensor * arrangement.inside,
+    "slice": lambda arrangement: arrangement.tensor,
+    "data": lambda arrangement: arrangement.team,
+}
+"""How far apart neighbours in a group along an axis are."""
 
 
 def neighbours(arrangement: Arrangement, axis: str, cluster: Cluster) -> int:
-    """How many of a group are on the node of its first process; neighbouring ranks share an expert group."""
-    node = cluster.devices_per_node
-    apart = arrangement.expert if axis == "data" else 1
-    return min(arrangement.group(axis), max(1, -(-node // apart)))
+    """How many of a group are on the node of its first process."""
+    node, tensor = cluster.devices_per_node, arrangement.tensor
+    if axis == "same":  # the tensor group, and those of other teams in its place
+        whole, rest = divmod(min(node, arrangement.size), arrangement.team)
+        return max(1, whole * tensor + min(tensor, rest))
+    return min(arrangement.group(axis), max(1, -(-node // STRIDES[axis](arrangement))))

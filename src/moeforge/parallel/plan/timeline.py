@@ -9,8 +9,8 @@ from xml.sax.saxutils import escape
 import torch
 
 from moeforge.errors import UserError
-from moeforge.parallel.plan.amounts import Message
 from moeforge.parallel.plan.job import Arrangement
+from moeforge.parallel.plan.messages import Message
 from moeforge.parallel.plan.simulate import Played
 
 SHOWN = 16
@@ -67,7 +67,7 @@ def bars(played: list[Played], arrangement: Arrangement) -> Iterator[Bar]:
         for event in each.events:
             lane, starts, ends = int(isinstance(event.operation.does, Message)), event.start, event.end
             for rank in shown:
-                group, place = divmod(rank, arrangement.expert)
+                group, place = divmod(rank, arrangement.team)
                 where = min(group, len(starts) - 1), min(place, starts.shape[1] - 1)
                 start, end = float(starts[where]), float(ends[where])
                 if end > start:
@@ -78,7 +78,7 @@ def bars(played: list[Played], arrangement: Arrangement) -> Iterator[Bar]:
 def _shown(played: list[Played], arrangement: Arrangement) -> list[int]:
     """Ranks, ascending; of data groups that are all alike, those of the first."""
     shape = torch.broadcast_shapes(*(event.start.shape for each in played for event in each.events))
-    busy = torch.zeros(shape[0], arrangement.expert, dtype=torch.float64)
+    busy = torch.zeros(shape[0], arrangement.team, dtype=torch.float64)
     for each in played:
         for event in each.events:
             if not isinstance(event.operation.does, Message):
