@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +125,12 @@ class Profile:
             for name, tensor in tensors.items():
                 layer, _, what = name.partition(".")
                 layers.setdefault(int(layer), {})[what] = tensor
-            if about.pop("formats") != [list(format) for format in FORMATS]:
-                raise ValueError("its formats are not those of this version")
+            wanted = {part.name for part in fields(Seen)}
+            if about.pop("formats") != [list(format) for format in FORMATS] or any(
+                seen.keys() != wanted for seen in layers.values()
+            ):
+                again = "move it away, and the command that reads it makes a new one in its place"
+                raise UserError(f"{folder} is the profile of another version of moeforge: {again}")
             about.pop("scarce")
             return cls({layer: Seen(**seen) for layer, seen in sorted(layers.items())}, about)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -191,6 +195,7 @@ def _see_layer(block: Block, text: Text, streamed: Streamed) -> tuple[Seen, Tens
     for _ in text.pass_layer(block, streamed.config):
         pass
     hook.remove()
+    return_freed_memory()  # glibc keeps it otherwise, and experts ask for other sizes
     parts = [_of_bank(bank, *watch.done()[:2]) for bank, watch in zip(banks, watches, strict=True)]
     mask_TE = torch.cat(decisions.masks)
     energy = sum(float(x.float().square().sum()) for x in text.x) / text.num_tokens
