@@ -70,6 +70,6 @@ def _find(what: str, settings: list[str]) -> Found:
     fields: dict[str, Any] = config_json(folder)
     stored = fields.pop("quantization_config", None)
     if stored is not None:
-        fields = {"dtype": "bfloat16"} | fields
+        fields.setdefault("dtype", "bfloat16")
     config, size = understand(fields, folder)
     return Found(fields["model_type"], config, size, (stored or {}).get("quant_method"), fields.get(PACKED))
