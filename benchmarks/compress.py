@@ -22,7 +22,7 @@ from moeforge.compress.plan import Rounding, Row, packable
 from moeforge.compress.profile import FORMATS
 from moeforge.compress.prune import ORDERS, drop, since, skip
 from moeforge.compress.run import Task
-from moeforge.compress.solve import WHOLE, solve
+from moeforge.compress.solve import CODEBOOK, WHOLE, solve
 from moeforge.compress.stream import Streamed
 from moeforge.config import build, read_yaml
 from moeforge.hub.folder import open_model
@@ -33,7 +33,7 @@ SHARES = (0.125, 0.25, 0.5)
 SKIPPED = (0.25, 0.5, 0.75, 0.9)
 COLOURS = {"uniform": "C0", "mixed by expert": "C1", "mixed by layer": "C2", "merge": "C9"}
 COLOURS |= {f"drop by {order}": f"C{3 + number}" for number, order in enumerate(ORDERS)}
-COLOURS |= {"student": "black"}
+COLOURS |= {"student": "black", "codebooks": "magenta", "mixed with codebooks": "teal"}
 PLAIN = ("drop", "merge", "student")
 """How the labels begin that need no rounding beside them."""
 Plans = dict[tuple[str, Rounding, str], list[Row]]
@@ -57,6 +57,7 @@ def plans_of(task: Task, base: Path | None) -> Plans:
             plans["uniform", rounding, format.name] = uniform(rows, format)
             plans["mixed by expert", rounding, format.name] = mixed["expert"]
         plans["mixed by layer", "nearest", format.name] = mixed["layer"]
+    plans |= with_codebooks(task, rows)
     for order in ORDERS:
         for share in SHARES:
             plans[f"drop by {order}", "nearest", f"{share:.1%}"] = drop(task.profile, rows, share, order)
@@ -67,6 +68,20 @@ def plans_of(task: Task, base: Path | None) -> Plans:
             plans["drop by router_norm since the base", "nearest", f"{share:.1%}"] = drop(
                 grown, rows, share, "router_norm"
             )
+    return plans
+
+
+def with_codebooks(task: Task, rows: list[Row]) -> Plans:
+    """Vectors alone, in groups as fine, and among the formats of a mixture at the bytes of some others; two bits in
+    groups of 64 are nearest to them in bytes."""
+    plans: Plans = {("codebooks", "nearest", CODEBOOK.name): uniform(rows, CODEBOOK)}
+    for format in (CODEBOOK, Format("vector", 64)):
+        plans["codebooks", "gptq", format.name] = uniform(rows, format)
+    plans["groups of 64", "gptq", "2x64"] = uniform(rows, Format(2, 64))
+    for format in (Format(3, 128), Format(2, 32), Format(2, 128)):
+        budget = sum(task.record_bytes(row.layer, row.expert, format) for row in rows)
+        mixed = solve(task.profile, rows, budget, task.record_bytes, formats=(*FORMATS, CODEBOOK, WHOLE))
+        plans["mixed with codebooks", "gptq", format.name] = mixed
     return plans
 
 
@@ -118,7 +133,7 @@ def for_transformers(task: Task) -> Iterator[dict[str, Any]]:
 
 def smaller(task: Task, student: Task) -> Iterator[dict[str, Any]]:
     """A student in a few formats, judged by its teacher."""
-    for format in (WHOLE, Format(4, 32), Format(2, 32)):
+    for format in (Format(8, 128), Format(4, 32), Format(3, 32), Format(2, 32)):
         found = measured(student, uniform(rows_of(student), format), "gptq", task.reference)
         yield {"method": "student", "rounding": "gptq", "at": format.name, **found}
 

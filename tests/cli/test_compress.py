@@ -76,6 +76,29 @@ def test_a_dry_run_says_the_size_and_writes_nothing(place: Path, capsys: pytest.
     assert "layer   1" in capsys.readouterr().out and not (place / "dry").exists()
 
 
+def test_codebooks_are_among_the_formats_where_asked_for(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    moe = {"experts": {"num_experts": 4, "d_expert": 128}, "router": {"select": {"k": 2}}}
+    model_folder(place / "wide", d_model=128, num_layers=1, first_dense_layers=0, layers={}, moe=moe)
+    for asked in ([], ["--codebooks"]):
+        assert run(place, "--bits-per-weight=2.4", *asked, "--dry-run", "--json", model="wide") == 0
+        rows = json.loads(capsys.readouterr().out)["plan"]["rows"]
+        assert any(row["bits"] == "vector" for row in rows) == bool(asked)
+
+
+def test_a_packed_folder_is_inspected_as_it_lies(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(place, "--merge=50%", "--bits-per-weight=9", f"--out={place / 'packed'}", "--json") == 0
+    experts = json.loads(capsys.readouterr().out)["bytes"]["experts"]
+    found = []
+    for folder in (place / "m", place / "packed"):
+        assert main(["inspect", str(folder), "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    weights = 10 * 3 * 32 * 24
+    assert found[0]["bytes"] == 4 * found[0]["total_params"]
+    assert found[1]["bytes"] == 2 * (found[1]["total_params"] - weights) + experts
+    assert main(["inspect", str(place / "packed")]) == 0
+    assert "experts packed" in capsys.readouterr().out
+
+
 def test_its_plan_can_be_given_back(place: Path) -> None:
     assert run(place, "--bits-per-weight=9", f"--out={place / 'one'}") == 0
     plan = place / "one" / "plan.json"
@@ -102,6 +125,7 @@ BAD = {
     "is what --drop-by router_norm counts from": ["--drop=25%", "--base=m"],
     "drops no expert": ["--drop=1%"],
     "is missing": ["--plan=none.json"],
+    "--codebooks goes with": ["--drop=25%", "--codebooks"],
 }
 
 

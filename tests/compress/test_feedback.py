@@ -11,7 +11,14 @@ from moeforge.kernels.activation import activate
 from moeforge.kernels.mixed import Part
 from moeforge.kernels.native.coded import ZEROS, CodedWeight, capacity
 
-FORMATS = (Format(4, 32), Format(3, 128), Format(2, 64), Format("ternary", 128), Format("coded", None))
+FORMATS = (
+    Format(4, 32),
+    Format(3, 128),
+    Format(2, 64),
+    Format("vector", 64),
+    Format("ternary", 128),
+    Format("coded", None),
+)
 
 
 def rows(count: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -25,7 +32,7 @@ def scale(values: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
     return best_scales(values[:, None], 3, moment)[:, 0]
 
 
-def code(values: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+def code(values: torch.Tensor, step: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
     return codes_of(values, step, 3)
 
 

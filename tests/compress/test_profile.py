@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from moeforge.compress.profile import FLOOR, FORMATS, Profile, profile
 from moeforge.compress.rounding import to_format
@@ -93,6 +94,10 @@ def test_it_comes_back_from_disk_and_belongs_to_one_model(folder: Path, tmp_path
     back.check(Streamed(folder))
     with pytest.raises(UserError, match="another model"):
         back.check(Streamed(model_folder(tmp_path / "other", layers={})))
+    tensors = load_file(tmp_path / "p" / "profile.safetensors")
+    save_file({k: v for k, v in tensors.items() if k != "2.hint"}, tmp_path / "p" / "profile.safetensors")
+    with pytest.raises(UserError, match="profile of another version of moeforge: move it away"):
+        Profile.load(tmp_path / "p")
     (tmp_path / "p" / "profile.json").write_text("{}")
     with pytest.raises(UserError, match="no profile"):
         Profile.load(tmp_path / "p")
@@ -116,3 +121,14 @@ def test_a_short_text_and_one_of_another_vocabulary_are_refused(folder: Path, tm
     many[0].input_ids[0, 0] = 257
     with pytest.raises(UserError, match="token 257"):
         profile(streamed, many)
+
+
+def test_a_layer_that_is_done_leaves_memory(tmp_path: Path) -> None:
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("only Linux says what is mapped")
+    streamed = Streamed(model_folder(tmp_path / "m"))
+    read = streamed.layer(1)
+    assert read
+    del read
+    assert str(tmp_path) not in maps.read_text()

@@ -40,7 +40,7 @@ def rows(change: Callable[[int, int], dict[str, object]]) -> list[Row]:
     ]
 
 
-KINDS = [(8, 128), (4, 32), (3, 64), (2, 128), ("ternary", 32), ("coded", None), (16, None)]
+KINDS = [(8, 128), (4, 32), (3, 64), (2, 128), ("vector", 128), ("ternary", 32), ("coded", None), (16, None)]
 
 
 def mixed(layer: int, expert: int) -> dict[str, object]:

@@ -16,6 +16,7 @@ FORMATS = (
     Format(4, 32),
     Format(3, 64),
     Format(2, 128),
+    Format("vector", 64),
     Format("ternary", 128),
     Format("coded", None),
     Format(16, None),

@@ -36,6 +36,9 @@ Rounding = Annotated[
     Literal["nearest", "gptq"] | None,
     typer.Option(help="Each weight by itself, or for the calibration text.", show_default="gptq, or as --plan says"),
 ]
+Codebooks = Annotated[
+    bool, typer.Option("--codebooks", help="Experts may become vectors of a codebook of their own: 2.1 bits.")
+]
 UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
@@ -57,6 +60,7 @@ def compress(
     to_dense: Dense = None,
     granularity: Granularity = None,
     to: To = None,
+    codebooks: Codebooks = False,
     rounding: Rounding = None,
     out: Annotated[Path | None, typer.Option(help="The folder to write.", show_default="PATH-compressed")] = None,
     profile: Annotated[Path | None, typer.Option(help="A profile to use, or to keep if there is none.")] = None,
@@ -77,15 +81,14 @@ def compress(
     check(context.obj)
     sizes = {"--fit": fit, "--bits-per-weight": bits_per_weight, "--max-loss": max_loss, "--plan": plan}
     _check_wishes(sizes, {"--drop": drop, "--merge": merge}, {"--skip": skip}, to_dense is not None, dry_run)
-    _check_fits(to, granularity, base, drop and drop_by)
-    target = out or model.with_name(f"{model.name}-compressed")
-    if target.exists() and not (force or dry_run):
-        raise UserError(f"{target} exists: name another with --out, or add --force to write over it")
+    _check_fits(to, granularity, base, drop and drop_by, codebooks and not (fit or bits_per_weight or max_loss))
+    target = _target(model, out, force or dry_run)
     shares = {"max_loss": max_loss, "drop": drop, "merge": merge, "skip": skip}
     told = {name: _share(share, f"--{name.replace('_', '-')}") for name, share in shares.items() if share is not None}
     by = granularity or ("model" if to else "expert")
-    size = None if fit is None else _bytes(fit)
-    wish = Wish(size, bits_per_weight, plan=plan, drop_by=drop_by, base=base, granularity=by, **told)
+    wish = Wish(
+        _bytes(fit), bits_per_weight, plan=plan, drop_by=drop_by, base=base, granularity=by, codebooks=codebooks, **told
+    )
     with Console(stderr=True).status("reading text") as status:
         tell = partial(_tell, status)
         task = Task(model, count(tokens), count(held_out), profile, tell, rounding, to == "hf")
@@ -99,6 +102,14 @@ def compress(
         _say(report, target, as_json)
     elif job:
         _show(task, job, as_json)
+
+
+def _target(model: Path, out: Path | None, over: bool) -> Path:
+    """The folder to write. Raises UserError where there is one already, and it may not be written ``over``."""
+    target = out or model.with_name(f"{model.name}-compressed")
+    if target.exists() and not over:
+        raise UserError(f"{target} exists: name another with --out, or add --force to write over it")
+    return target
 
 
 def _tell(status: Status, what: str, layers: int) -> None:
@@ -119,8 +130,10 @@ def _check_wishes(
         raise UserError("say how large it may be: --fit 3GiB, --bits-per-weight 3, --max-loss +2%, or --plan FILE")
 
 
-def _check_fits(to: str | None, granularity: str | None, base: Path | None, drop_by: str | None) -> None:
-    """Raises UserError for options that need others, or go without them."""
+def _check_fits(to: str | None, granularity: str | None, base: Path | None, drop_by: str | None, no_size: bool) -> None:
+    """Raises UserError for options that need others, or go without them; ``no_size``: codebooks without one."""
+    if no_size:
+        raise UserError("--codebooks goes with --fit, --bits-per-weight or --max-loss")
     if to and granularity not in (None, "model"):
         raise UserError(
             "transformers reads the experts of all layers by one scheme: leave --granularity out, or --to hf"
@@ -164,9 +177,11 @@ def _show(task: "Task", job: "Job | Export", as_json: bool) -> None:
     )
 
 
-def _bytes(text: str) -> int:
+def _bytes(text: str | None) -> int | None:
     import re
 
+    if text is None:
+        return None
     match = re.fullmatch(r"\s*([\d.]+)\s*([KMG]?I?)B?\s*", text, re.IGNORECASE)
     try:
         assert match is not None

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -20,6 +20,8 @@ class Found(NamedTuple):
     bytes_per_weight: int = 4
     stored: str | None = None
     """How its weights are quantised on disk."""
+    packed: dict[str, Any] | None = None
+    """Its experts as ``moeforge compress`` packed them."""
 
 
 def inspect(
@@ -35,25 +37,29 @@ def inspect(
     """
     from rich.console import Console
 
-    from moeforge.cli.sizes import describe, show, summarise
+    from moeforge.cli.sizes import describe, show, summarise, with_packed
     from moeforge.cli.speed import show_speed
 
     if detail and not as_json:
         raise UserError("the tables show every layer anyway: --detail goes with --json")
     found = _find(what, context.obj)
     tree = describe(found.config, found.bytes_per_weight)
+    if found.packed:
+        tree = with_packed(tree, found.config, found.bytes_per_weight, found.packed)
     if as_json:
         print(json.dumps(summarise(found.family, tree) | ({"detail": tree} if detail else {}), indent=2))
         return
     console = Console()
-    print(f"{found.family}{f', stored as {found.stored}: sizes are those once opened' if found.stored else ''}")
+    stored = f", stored as {found.stored}: sizes are those once opened" if found.stored else ""
+    print(f"{found.family}{stored or (', experts packed' if found.packed else '')}")
     show(tree, console)
-    show_speed(tree, found.config.tie_embeddings)
+    show_speed(tree)
 
 
 def _find(what: str, settings: list[str]) -> Found:
     from moeforge.cli.sizes import with_vocabulary
     from moeforge.hub.folder import MODEL_TYPE, config_json, model_folder, understand
+    from moeforge.hub.store import PACKED
     from moeforge.recipes import load as load_recipe
 
     if not Path(what).is_dir():
@@ -61,8 +67,9 @@ def _find(what: str, settings: list[str]) -> Found:
     if settings:
         raise UserError(f"{settings[0]}: a trained model's settings are fixed; only a recipe's can be changed")
     folder = model_folder(Path(what))
-    fields = config_json(folder)
+    fields: dict[str, Any] = config_json(folder)
     stored = fields.pop("quantization_config", None)
     if stored is not None:
-        fields = {"dtype": "bfloat16"} | fields
-    return Found(fields["model_type"], *understand(fields, folder), (stored or {}).get("quant_method"))
+        fields.setdefault("dtype", "bfloat16")
+    config, size = understand(fields, folder)
+    return Found(fields["model_type"], config, size, (stored or {}).get("quant_method"), fields.get(PACKED))

@@ -44,10 +44,25 @@ def describe(config: "ModelConfig", bytes_per_weight: int = 4, seq_len: int | No
         "context": context,
         "flops_per_token": size.flops_per_token,
         "weight_bytes": size.weight_bytes,
+        # A row of the input table is read, not the table; where it is the output matrix too, all of it is.
+        "read_bytes": bytes_per_weight
+        * (size.active.all if config.tie_embeddings else size.active.without_input_embedding),
         "optimizer_bytes": size.optimizer_bytes,
         "kv_bytes_per_token": size.kv_bytes_per_token,
         "kv_bytes": size.kv_bytes_per_token * context,
     }
+
+
+def with_packed(tree: Tree, config: "ModelConfig", bytes_per_weight: int, packed: Tree) -> Tree:
+    """What ``describe`` found, with the bytes of experts as they lie in a compressed folder."""
+    from moeforge.hub.store import packed_bytes
+
+    weights, read = tree["weight_bytes"], tree["read_bytes"]
+    for layer, count, own, served in packed_bytes(config, packed):
+        found, plain = tree["layers"][layer], count * bytes_per_weight
+        weights += own - plain
+        read += (served - plain) * found["experts_per_token"] / found["num_experts"]
+    return {**tree, "weight_bytes": weights, "read_bytes": read}
 
 
 def summarise(family: str, tree: Tree) -> Tree:

@@ -27,15 +27,13 @@ def read_bandwidth() -> float:
     return SIZE / best
 
 
-def show_speed(tree: dict[str, Any], tied: bool) -> None:
+def show_speed(tree: dict[str, Any]) -> None:
     """Prints the most tokens per second of one document on this machine, or that its memory is too small."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if tree["weight_bytes"] > memory:
         print(f"decoding         not on this machine: its memory is {in_bytes(memory)}")
         return
-    # A row of the input table is read, not the table; where it is the output matrix too, all of it is.
-    weights = tree["active_params"]["all" if tied else "without_input_embedding"]
-    read = weights * tree["weight_bytes"] / tree["total_params"]["all"]
+    read = tree["read_bytes"]
     if read < CACHED:
         print(f"decoding         {in_bytes(read)} of weights per token: so few that memory does not bound it")
         return

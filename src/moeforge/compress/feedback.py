@@ -19,8 +19,9 @@ DAMP = 0.01
 
 Scale = Callable[[Tensor, Tensor], Tensor]
 """Weights [R, group] and the second moments [group] of their inputs -> float16 [R]."""
-Code = Callable[[Tensor, Tensor], Tensor]
-"""Weights [R] of one input and their scales [R] float32 -> codes int8 [R]."""
+Code = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Weights [n, R] of n inputs that are rounded together, their scales [R] float32, and U [n, n] of these inputs (see
+``upper``) -> codes int8 [n, R]."""
 Rounded = tuple[Tensor, Tensor]
 """Codes int8 [R, C] and scales float16 [R, groups]."""
 
@@ -58,16 +59,16 @@ class Inputs:
         return torch.linalg.cholesky(inverse, upper=True).float()
 
 
-def round_twice(weight: Tensor, inputs: Inputs, group: int, scale: Scale, code: Code) -> Rounded:
+def round_twice(weight: Tensor, inputs: Inputs, group: int, scale: Scale, code: Code, size: int = 1) -> Rounded:
     """Codes in order, scales fitted to them, codes in order for these scales, and scales fitted again."""
-    codes, _ = round_in_order(weight, inputs, group, scale, code)
+    codes, _ = round_in_order(weight, inputs, group, scale, code, size)
     fitted = iter(fit_scales(codes, weight, inputs, group).unbind(1))
-    codes, _ = round_in_order(weight, inputs, group, lambda *_: next(fitted), code)
+    codes, _ = round_in_order(weight, inputs, group, lambda *_: next(fitted), code, size)
     return codes, fit_scales(codes, weight, inputs, group)
 
 
-def round_in_order(weight: Tensor, inputs: Inputs, group: int, scale: Scale, code: Code) -> Rounded:
-    """Input after input: its code, and the error of that spread over the inputs after it.
+def round_in_order(weight: Tensor, inputs: Inputs, group: int, scale: Scale, code: Code, size: int = 1) -> Rounded:
+    """``size`` inputs after ``size``: their codes, and the error of those spread over the inputs after them.
 
     A group's scale is chosen when its first input's turn comes, for the weights as they are then.
     """
@@ -77,14 +78,16 @@ def round_in_order(weight: Tensor, inputs: Inputs, group: int, scale: Scale, cod
         end = start + BLOCK
         block, own = left[start:end], inputs.upper[start:end, start:end]
         errors = torch.empty_like(block)
-        for at in range(BLOCK):
+        for at in range(0, BLOCK, size):
+            here, after = slice(at, at + size), slice(at + size, None)
             if (start + at) % group == 0:
                 among = slice(start + at, start + at + group)
                 scales.append(scale(left[among].T, moment[among]))
             step = scales[-1].float()
-            codes[start + at] = chosen = code(block[at], step)
-            errors[at] = (block[at] - chosen * step) / own[at, at]
-            block[at + 1 :].addr_(own[at, at + 1 :], errors[at], alpha=-1)
+            codes[start:end][here] = chosen = code(block[here], step, own[here, here])
+            lost = block[here] - chosen * step
+            errors[here] = torch.linalg.solve_triangular(own[here, here].T, lost, upper=False)
+            block[after].addmm_(own[here, after].T, errors[here], alpha=-1)
         left[end:] -= inputs.upper[start:end, end:].T @ errors
     return codes.T.contiguous(), torch.stack(scales, 1)
 

@@ -7,7 +7,7 @@ from moeforge.analyze.report import environment
 from moeforge.compress.plan import Plan, Row
 from moeforge.config import Tree
 
-STRENGTH = {16: 100, 8: 75, 4: 55, 3: 40, 2: 26, "ternary": 14, "coded": 7}
+STRENGTH = {16: 100, 8: 75, 4: 55, 3: 40, 2: 26, "vector": 20, "ternary": 14, "coded": 7}
 """Percent of colour of a cell."""
 
 

@@ -32,7 +32,7 @@ class Row(Config):
     into: int | None = Field(None, ge=0)
     """The expert that a merged one joins."""
     bits: Bits = 16
-    """Of a kept expert's weights; 16 is bfloat16, ``coded`` less than one."""
+    """Of a kept expert's weights; 16 is bfloat16, ``vector`` two and a codebook, ``coded`` less than one."""
     group: Literal[32, 64, 128] | None = None
     """Inputs that share a scale; null with 16 bits and coded ones."""
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ FORMATS = (
 
 
 TOGETHER = 4096
-"""Tokens, the first ones, of which experts' outputs are kept side by side."""
+"""Tokens that an expert runs at once, and the first ones, of which all experts' outputs are compared."""
 
 
 @dataclass
@@ -125,8 +125,12 @@ class Profile:
             for name, tensor in tensors.items():
                 layer, _, what = name.partition(".")
                 layers.setdefault(int(layer), {})[what] = tensor
-            if about.pop("formats") != [list(format) for format in FORMATS]:
-                raise ValueError("its formats are not those of this version")
+            wanted = {part.name for part in fields(Seen)}
+            if about.pop("formats") != [list(format) for format in FORMATS] or any(
+                seen.keys() != wanted for seen in layers.values()
+            ):
+                again = "move it away, and the command that reads it makes a new one in its place"
+                raise UserError(f"{folder} is the profile of another version of moeforge: {again}")
             about.pop("scarce")
             return cls({layer: Seen(**seen) for layer, seen in sorted(layers.items())}, about)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -191,6 +195,7 @@ def _see_layer(block: Block, text: Text, streamed: Streamed) -> tuple[Seen, Tens
     for _ in text.pass_layer(block, streamed.config):
         pass
     hook.remove()
+    return_freed_memory()  # glibc keeps it otherwise, and experts ask for other sizes
     parts = [_of_bank(bank, *watch.done()[:2]) for bank, watch in zip(banks, watches, strict=True)]
     mask_TE = torch.cat(decisions.masks)
     energy = sum(float(x.float().square().sum()) for x in text.x) / text.num_tokens
@@ -267,18 +272,23 @@ def _of_bank(bank: MLPBank, rows_TD: Tensor, route: Route) -> dict[str, Tensor]:
     kept: dict[str, list[Tensor]] = {"reap": [], "hint": [], "error": [], "input_moment": [], "hidden_moment": []}
     for expert in range(len(up_EHD)):
         token_N, weight_N = tokens_of(route, expert)
-        own = rows_TD[token_N]
-        hidden = activate(own @ up_EHD[expert].T, activation)
-        norms_N = (hidden @ down_EDH[expert].T).float().norm(dim=1)
-        kept["reap"].append((weight_N * norms_N).mean())
-        read = ((up_EHD[expert], own), (down_EDH[expert], hidden))
-        hints = [weight.float().abs() @ (weight_N[:, None] * x.float()).square().mean(0).sqrt() for weight, x in read]
+        matrices, total = (up_EHD[expert], down_EDH[expert]), len(token_N)
+        reap, squares = torch.zeros(()), [torch.zeros(2, matrix.shape[1]) for matrix in matrices]
+        for at in range(0, total, TOGETHER):  # some experts have nearly all tokens
+            own, weights = rows_TD[token_N[at : at + TOGETHER]], weight_N[at : at + TOGETHER]
+            hidden = activate(own @ matrices[0].T, activation)
+            reap += weights @ (hidden @ matrices[1].T).float().norm(dim=1)
+            counted = torch.stack([torch.ones_like(weights), weights.square()])
+            for square, read in zip(squares, (own, hidden), strict=True):
+                square += counted @ read.float().square()
+        moments = squares[0][0] / total, squares[1][0] / total
+        hints = [matrix.float().abs() @ (s[1] / total).sqrt() for matrix, s in zip(matrices, squares, strict=True)]
+        kept["reap"].append(reap / total)
         kept["hint"].append(torch.cat(hints).sum() * route.counts[expert].sqrt())
-        kept["input_moment"].append(own.float().square().mean(0))
-        kept["hidden_moment"].append(hidden.float().square().mean(0))
-        some = torch.linspace(0, len(own) - 1, min(ROWS, len(own))).round().long()
-        moments = kept["input_moment"][-1], kept["hidden_moment"][-1]
-        kept["error"].append(_errors(own[some], (up_EHD[expert], down_EDH[expert]), moments, activation))
+        kept["input_moment"].append(moments[0])
+        kept["hidden_moment"].append(moments[1])
+        some = torch.linspace(0, total - 1, min(ROWS, total)).round().long()
+        kept["error"].append(_errors(rows_TD[token_N[some]], matrices, moments, activation))
     counts = route.counts.float()
     weight, square = (
         torch.zeros(len(counts)).index_add(0, route.expert, value) for value in (route.weight, route.weight.square())

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moeforge.compress import threshold
+from moeforge.compress import threshold, vectors
 from moeforge.compress.feedback import Inputs, Rounded, round_twice
 from moeforge.config import Activation
 from moeforge.errors import UserError
@@ -14,6 +14,7 @@ from moeforge.kernels.mixed import Part
 from moeforge.kernels.native.coded import CodedWeight, stack
 from moeforge.kernels.native.formats import BLOCK, FORMATS, Bits
 from moeforge.kernels.native.quantised import GROUPS, QuantisedWeight, quantise
+from moeforge.kernels.native.vectors import VectorWeight
 
 FEW = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 SHRUNK: dict[Bits, tuple[float, ...]] = {
@@ -33,11 +34,13 @@ def to_format(weight: Tensor, format: Format, moment: Tensor | None = None) -> P
         return weight.to(torch.bfloat16)
     if not bool(weight.isfinite().all()):
         raise UserError("a weight that is not finite cannot be quantised")
+    counts = torch.ones(len(weight), weight.shape[-1]) if moment is None else moment.float()
     if format.bits == "coded":
-        alike = torch.ones(len(weight), weight.shape[-1]) if moment is None else moment.float()
-        return stack([threshold.nearest(*one) for one in zip(weight.float(), alike, strict=True)])
+        return stack([threshold.nearest(*one) for one in zip(weight.float(), counts, strict=True)])
     if format.group not in GROUPS:
         raise UserError(f"groups are of {', '.join(map(str, GROUPS))} weights, not of {format.group}")
+    if format.bits == "vector":
+        return vectors.nearest(weight, counts, format.group)
     if format.bits == 8:
         return quantise(weight, 8, format.group)
     codes, scales = nearest(weight, format, moment)
@@ -59,7 +62,7 @@ def expert_to_format(
     return up, _with_feedback(down_DH, Inputs.of(hidden_NH, weight_N), format)
 
 
-def _with_feedback(weight: Tensor, inputs: Inputs, format: Format) -> QuantisedWeight | CodedWeight:
+def _with_feedback(weight: Tensor, inputs: Inputs, format: Format) -> QuantisedWeight | CodedWeight | VectorWeight:
     if not bool(weight.isfinite().all()):
         raise UserError("a weight that is not finite cannot be quantised")
     width = weight.shape[-1]
@@ -67,6 +70,8 @@ def _with_feedback(weight: Tensor, inputs: Inputs, format: Format) -> QuantisedW
     if format.bits == "coded":
         return threshold.with_feedback(weight, inputs, width)
     assert format.bits != 16 and format.group is not None
+    if format.bits == "vector":
+        return vectors.with_feedback(weight, inputs, format.group, width)
     codes, scales = feedback(weight, inputs, format.bits, format.group)
     return QuantisedWeight.of_codes(codes[None], scales[None], format.bits, format.group, width)
 
@@ -77,12 +82,12 @@ def feedback(weight: Tensor, inputs: Inputs, bits: Bits, group: int) -> Rounded:
     def scale(values: Tensor, moment: Tensor) -> Tensor:
         return best_scales(values[:, None], bits, moment)[:, 0]
 
-    return round_twice(weight, inputs, group, scale, lambda values, step: codes_of(values, step, bits))
+    return round_twice(weight, inputs, group, scale, lambda values, step, _: codes_of(values, step, bits))
 
 
 def nearest(weight: Tensor, format: Format, moment: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Codes [n, out, multiple of 128] int8 and scales [n, out, groups] float16."""
-    assert format.bits != 16 and format.bits != "coded" and format.group is not None
+    assert format.bits not in (16, "coded", "vector") and format.group is not None
     padding = -weight.shape[-1] % BLOCK
     groups = F.pad(weight.float(), (0, padding)).unflatten(-1, (-1, format.group))
     counts = None if moment is None else F.pad(moment.float(), (0, padding)).unflatten(-1, (-1, format.group))[:, None]

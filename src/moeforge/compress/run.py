@@ -20,7 +20,7 @@ from moeforge.compress.page import page
 from moeforge.compress.plan import Plan, Rounding, Row, Skip, packable
 from moeforge.compress.profile import FORMATS, Profile, profile
 from moeforge.compress.prune import drop, since, skip
-from moeforge.compress.solve import WHOLE, Granularity, solve
+from moeforge.compress.solve import CODEBOOK, WHOLE, Granularity, solve
 from moeforge.compress.stream import Streamed, Tell, silent
 from moeforge.compress.write import Job
 from moeforge.config import Tree
@@ -57,6 +57,8 @@ class Wish:
     merge: float | None = None
     skip: float | None = None
     granularity: Granularity = "expert"
+    codebooks: bool = False
+    """Whether experts may become vectors of a codebook."""
 
 
 class Task:
@@ -75,7 +77,7 @@ class Task:
         """``rounding`` None: as an own plan says, else gptq. ``to_hf``: a folder for transformers is written."""
         self.rounding, self.to_hf = rounding, to_hf
         self.skip: dict[int, Skip] = {}
-        self.formats = export.FORMATS if to_hf else FORMATS
+        self.formats: tuple[Format, ...] = export.FORMATS if to_hf else FORMATS
         self.streamed, self.tell = Streamed(folder), tell
         self.tokens, self.held_out, self.kept_profile = tokens, held_out, kept_profile
 
@@ -126,6 +128,10 @@ class Task:
             raise UserError(
                 f"{self.streamed.folder} has no experts that could be packed: MLPs without biases or limits"
             )
+        if wish.codebooks and self.to_hf:
+            raise UserError("compressed-tensors has no vectors of a codebook: leave --codebooks out, or --to hf")
+        if wish.codebooks:
+            self.formats = (*self.formats, CODEBOOK)
         self.skip = skip(self.profile, wish.skip, self.streamed.config) if wish.skip else {}
         if wish.drop is not None:
             found = since(self.profile, Streamed(wish.base)) if wish.base else self.profile

@@ -62,7 +62,9 @@ class Streamed:
     def layer(self, index: int) -> dict[str, Tensor]:
         """One layer's tensors, by their names inside it, as they are on disk."""
         prefix = f"blocks.{index}."
-        return {name.removeprefix(prefix): tensor for name, tensor in self.outline.read(prefix).items()}
+        read = self.outline.read(prefix)
+        self.outline.shards.close()  # mapped anew for each layer: pages that were read leave memory with its tensors
+        return {name.removeprefix(prefix): tensor for name, tensor in read.items()}
 
     def block(self, tensors: dict[str, Tensor], index: int) -> Block:
         """A layer around such tensors, in evaluation mode."""

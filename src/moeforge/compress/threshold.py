@@ -43,7 +43,7 @@ def with_feedback(weight: Tensor, inputs: Inputs, width: int) -> CodedWeight:
     def rounded(multiple: float) -> Rounded:
         threshold, scales = split(inner, moment, multiple)
         codes, fitted = round_twice(
-            weight, inputs, weight.shape[1], lambda *_: scales, lambda values, _: beyond(values, threshold)
+            weight, inputs, weight.shape[1], lambda *_: scales, lambda values, *_: beyond(values, threshold)
         )
         return codes[:, :width], fitted
 

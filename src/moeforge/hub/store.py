@@ -22,21 +22,23 @@ from moeforge.kernels.mixed import MixedWeight, Part
 from moeforge.kernels.native.coded import ZEROS, CodedWeight, capacity
 from moeforge.kernels.native.formats import BLOCK, FORMATS
 from moeforge.kernels.native.quantised import QuantisedWeight
-from moeforge.models import Decoder
-from moeforge.moe.bank.mlp import MLPBank
+from moeforge.kernels.native.vectors import LENGTH, VECTORS, VectorWeight
+from moeforge.models import Decoder, ModelConfig
+from moeforge.moe.bank.mlp import MLPBank, MLPExperts
 
 PACKED = "packed_experts"
 """The field of config.json."""
 PAGE, LINE = 4096, 64
 LARGE = 64 << 10
 """Bytes of a record from which on it is padded to whole pages."""
-Bits = Literal[16, 8, 4, 3, 2, "ternary", "coded"]
+Bits = Literal[16, 8, 4, 3, 2, "vector", "ternary", "coded"]
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Format(NamedTuple):
-    """How experts are kept; 16 bits are bfloat16, without groups; ``coded`` is less than a bit (``CodedWeight``), in
-    records for as many words as the most that a matrix may have."""
+    """How experts are kept; 16 bits are bfloat16, without groups; ``vector`` are vectors of a codebook
+    (``VectorWeight``), ``coded`` is less than a bit (``CodedWeight``), in records for as many words as the most that a
+    matrix may have."""
 
     bits: Bits
     group: int | None
@@ -53,11 +55,11 @@ class Format(NamedTuple):
         if self.bits == 16 or self.group is None:
             return [(torch.bfloat16, (rows, width))]
         blocks = -(-width // BLOCK)
+        scales = torch.float16, (rows, blocks * BLOCK // self.group)
+        if self.bits == "vector":
+            return [(torch.uint8, (rows, blocks * BLOCK // LENGTH)), scales, (torch.int16, (1, VECTORS))]
         codes = torch.int8 if self.bits == 8 else torch.uint8
-        return [
-            (codes, (rows, blocks * FORMATS[self.bits].block)),
-            (torch.float16, (rows, blocks * BLOCK // self.group)),
-        ]
+        return [(codes, (rows, blocks * FORMATS[self.bits].block)), scales]
 
 
 class Section(NamedTuple):
@@ -79,10 +81,24 @@ def record(format: Format, shapes: Sequence[tuple[int, int]]) -> tuple[list[Sect
     return sections, end + -end % (PAGE if end >= LARGE else LINE)
 
 
-def shapes_of(bank: MLPBank, d_model: int) -> tuple[tuple[int, int], tuple[int, int]]:
+def shapes_of(bank: MLPExperts, d_model: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """Of an expert's two matrices."""
-    width = bank.config.d_expert * (1 + is_gated(bank.config.activation))
-    return (width, d_model), (d_model, bank.config.d_expert)
+    return (bank.d_expert * (1 + is_gated(bank.activation)), d_model), (d_model, bank.d_expert)
+
+
+def packed_bytes(config: ModelConfig, packed: Mapping[str, Any]) -> Iterator[tuple[int, int, int, int]]:
+    """Of each bank that lies packed: its layer, the weights of its experts, the bytes of their records, and the bytes
+    if those that several share were counted for each."""
+    for name, parts in packed.items():
+        _, layer, _, _, index = name.split(".")
+        moe = config.all_layers[int(layer)].moe
+        bank = moe.experts[int(index)] if moe else None
+        assert isinstance(bank, MLPExperts)
+        shapes, own, served = shapes_of(bank, config.d_model), 0, 0
+        for format, rows in formats(parts):
+            size = record(format, shapes)[1]
+            own, served = own + size * len(rows), served + size * sum(map(len, rows))
+        yield int(layer), bank.num_experts * sum(a * b for a, b in shapes), own, served
 
 
 def to_record(format: Format, matrices: Sequence[Part]) -> Tensor:
@@ -106,6 +122,8 @@ def _tensors(part: Part) -> list[Tensor]:
         if part.zeros != ZEROS:
             raise UserError(f"coded experts are kept in words of the dictionary for {ZEROS}, not for {part.zeros}")
         return [part.words, part.ends, part.scales]
+    if isinstance(part, VectorWeight):
+        return [part.packed, part.scales, part.codebook]
     return [part] if isinstance(part, Tensor) else [part.packed, part.scales]
 
 
@@ -123,6 +141,9 @@ def from_record(format: Format, raw: Tensor, shapes: Sequence[tuple[int, int]]) 
     if format.bits == 16 or format.group is None:
         return [tensor.contiguous() for tensor in tensors]
     bits, group = format.bits, format.group
+    if bits == "vector":
+        triples = zip(tensors[::3], tensors[1::3], tensors[2::3], shapes, strict=True)
+        return [VectorWeight(p, s, book.flatten(1), group, (count, *shape)) for p, s, book, shape in triples]
     pairs = zip(tensors[::2], tensors[1::2], shapes, strict=True)
     return [QuantisedWeight(packed, scales, bits, group, (count, *shape)) for packed, scales, shape in pairs]
 
@@ -195,7 +216,7 @@ def _hold(bank: MLPBank, name: str, parts: list[tuple[Format, list[list[int]]]],
         raw = shards.get(f"{name}.packed.{format.name}")
         if len(raw) != len(rows):
             raise ValueError(f"{len(raw)} records for {len(rows)} rows")
-        found.append(from_record(format, raw, shapes_of(bank, d_model)))
+        found.append(from_record(format, raw, shapes_of(bank.config, d_model)))
     where = tuple(place[expert] for expert in range(len(place)))
     whole = len(found) == 1 and not isinstance(found[0][0], Tensor) and where == tuple((0, e) for e in place)
     for index, parameter in enumerate(("gate_up_proj", "down_proj")):

@@ -14,8 +14,9 @@ from moeforge.kernels.edges import Edges, EdgeTensors
 from moeforge.kernels.native.coded import CodedWeight
 from moeforge.kernels.native.formats import BLOCK
 from moeforge.kernels.native.quantised import Copied, Matrix, QuantisedWeight, array
+from moeforge.kernels.native.vectors import VectorWeight
 
-Part = Tensor | QuantisedWeight | CodedWeight
+Part = Tensor | QuantisedWeight | CodedWeight | VectorWeight
 """A stack [n, out, in] in one format."""
 
 

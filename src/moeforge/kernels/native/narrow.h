@@ -1,5 +1,5 @@
-// Rows of less than 4 bits made ones of 4 on use: codes plus 8, 64 bytes to a block of 128 (formats.py and coded.py
-// describe what they are made of). Codes of 3 and 2 bits are odd numbers, of which a level is half.
+// Rows of less than 4 bits made ones of 4 on use: codes plus 8, 64 bytes to a block of 128 (formats.py, coded.py
+// and vectors.py describe what they are made of). Codes of 3 and 2 bits are odd numbers, of which a level is half.
 #pragma once
 #include <immintrin.h>
 
@@ -44,6 +44,19 @@ inline __m512i nibbles_of_levels(const uint8_t* p) {  // 0 to 2 in two bits each
     return _mm512_add_epi8(spread(_mm256_loadu_si256((const __m256i*)p)), _mm512_set1_epi8(0x77));
 }
 
+// 32 numbers of vectors, whose entries have 16 bits: the first 16 vectors are the lower nibbles.
+inline __m512i nibbles_of_vectors(const uint8_t* p, const void* entries) {
+    auto bytes = [&](int from) {
+        __m512i at = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(p + from)));
+        __m512i two = _mm512_i32gather_epi32(_mm512_srli_epi32(at, 1), entries, 4);  // it and the one beside it
+        __m512i odd = _mm512_and_si512(_mm512_slli_epi32(at, 4), _mm512_set1_epi32(16));
+        __m512i v = _mm512_and_si512(_mm512_srlv_epi32(two, odd), _mm512_set1_epi32(0xFFFF));
+        v = _mm512_and_si512(_mm512_or_si512(v, _mm512_slli_epi32(v, 8)), _mm512_set1_epi32(0x00FF00FF));
+        return _mm512_and_si512(_mm512_or_si512(v, _mm512_slli_epi32(v, 4)), _mm512_set1_epi32(0x0F0F0F0F));
+    };
+    return _mm512_or_si512(bytes(0), _mm512_slli_epi32(bytes(16), 4));
+}
+
 // The words of a row to fields of two bits, 32 bytes to a block; up to 8 bytes past them are written as well.
 inline void decode(const Quantised& q, int row, uint8_t* fields) {
     auto* words = (const uint16_t*)q.packed;
@@ -75,6 +88,9 @@ inline void widen_row(const Quantised& q, int row, uint8_t* to) {
     switch (q.bits) {
         case 3: return blocks_of<48>(at(48), q.blocks, nibbles_of_3, to);
         case 2: return blocks_of<32>(at(32), q.blocks, nibbles_of_2, to);
+        case vectors:
+            return blocks_of<32>(
+                at(32), q.blocks, [&](const uint8_t* p) { return nibbles_of_vectors(p, q.entries); }, to);
         case ternary: return blocks_of<26>(at(26), q.blocks, nibbles_of_ternary, to);
         default: {
             uint8_t* fields = to + size_t(q.blocks) * 32;  // read before what they become is written there
