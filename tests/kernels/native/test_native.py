@@ -190,11 +190,19 @@ class Broken:
         ("moeforge_backward", 5, "the gradient of weight for"),
         ("moeforge_backward", 6, "the gradient of up for"),
         ("moeforge_backward", 7, "the gradient of down for"),
+        ("moeforge_pack", 7, "packing to 8 bits"),
+        ("moeforge_pack", 8, "packing to 8 bits"),
+        ("moeforge_quantised_linear", 5, "a matrix of 8 bits"),
+        ("moeforge_quantised", 2, "experts in few bits"),
     ],
 )
-def test_the_check_of_a_new_library_sees_every_result(name: str, spoilt: int, message: str) -> None:
+def test_the_check_of_a_new_library_sees_every_result(
+    name: str, spoilt: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     broken: Any = Broken(name, spoilt)
-    assert str(engine._wrong(broken)).startswith(message)
+    monkeypatch.setattr(engine, "library", lambda check: check(broken))
+    with pytest.raises(UserError, match=f"cannot run here: {message}"):
+        engine.open_library()
 
 
 def test_auto_takes_it_and_the_environment_overrules_auto_alone(monkeypatch: pytest.MonkeyPatch) -> None:

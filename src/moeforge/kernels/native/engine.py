@@ -51,7 +51,7 @@ def why_not(x_TD: Tensor, up_EHD: Tensor, down_EDH: Tensor) -> str | None:
 @constant
 def missing() -> str | None:
     """Why there is no library on this machine, or None."""
-    found = library(_wrong)
+    found = library(_wrong_anywhere)
     return found if isinstance(found, str) else None
 
 
@@ -88,7 +88,7 @@ def backward(
 
 def open_library() -> ctypes.CDLL:
     """The library. Raises UserError where there is none."""
-    found = library(_wrong)
+    found = library(_wrong_anywhere)
     if isinstance(found, str):
         raise UserError(f"engine 'native' cannot run here: {found}. Use engine=streaming")
     return found
@@ -198,6 +198,14 @@ def check(status: int) -> None:
         raise UserError("the route names a token or an edge that is not there: do its ends rise, and fit its tokens?")
     if status:
         raise MemoryError("no memory for the experts' pass: fewer tokens at a time or fewer threads need less")
+
+
+def _wrong_anywhere(lib: ctypes.CDLL) -> str | None:
+    """``_wrong``, and the same for weights in few bits."""
+    from moeforge.kernels.native import quantised  # which imports this file
+
+    with torch.device("cpu"), torch.inference_mode(), torch.autocast("cpu", enabled=False):
+        return _wrong(lib) or quantised.wrong(lib)
 
 
 def _wrong(lib: ctypes.CDLL) -> str | None:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from moeforge.config import Activation
 from moeforge.errors import UserError
 from moeforge.kernels.activation import activate, is_gated
-from moeforge.kernels.edges import Edges, segments
+from moeforge.kernels.edges import Edges, EdgeTensors, segments
 from moeforge.kernels.native import engine
 from moeforge.kernels.native.formats import BLOCK, FORMATS, Bits, pack, unpack
 
@@ -146,8 +146,10 @@ def quantise(weight: Tensor, bits: Bits, group: int) -> QuantisedWeight:
 def _pack(weight: Tensor, bits: Bits, group: int) -> tuple[Tensor, Tensor] | None:
     """In one pass and with torch's bits; None where that cannot be, or where torch says what is wrong."""
     runs = weight.device.type == "cpu" and weight.dtype in engine.TYPES and engine.missing() is None
-    if not runs or (bits != 8 and bits != 4):
-        return None
+    return _pack_with(engine.open_library(), weight, bits, group) if runs and bits in (8, 4) else None
+
+
+def _pack_with(lib: ctypes.CDLL, weight: Tensor, bits: Bits, group: int) -> tuple[Tensor, Tensor] | None:
     weight, blocks = weight.detach().contiguous(), -(-weight.shape[-1] // BLOCK)
     dtype = torch.int8 if bits == 8 else torch.uint8
     packed = torch.empty(*weight.shape[:-1], blocks * FORMATS[bits].block, dtype=dtype)
@@ -155,7 +157,7 @@ def _pack(weight: Tensor, bits: Bits, group: int) -> tuple[Tensor, Tensor] | Non
     rows = ctypes.c_int64(weight.shape[:-1].numel())
     sizes = int(weight.dtype == torch.bfloat16), rows, weight.shape[-1], bits, group, torch.get_num_threads()
     outputs = engine.address(packed), engine.address(scales)
-    status = engine.open_library().moeforge_pack(engine.address(weight), *sizes, *outputs)
+    status = lib.moeforge_pack(engine.address(weight), *sizes, *outputs)
     return None if status else (packed, scales)
 
 
@@ -193,10 +195,23 @@ def expert_mlp_quantised(
     as_bytes = _as_bytes(rows)
     x_TD = x_TD.detach().to(torch.bfloat16)
     if x_TD.device.type != "cpu" or engine.missing() is not None:
-        return _experts_in_torch(x_TD, edges, up, down, activation, rows)
-    lib = engine.open_library()
-    layer, held = engine.layer_of(_padded(x_TD), edges, down.shape, activation)
-    layer.up, layer.down = ctypes.addressof(up.matrices), ctypes.addressof(down.matrices)
+        matrices, groups = (up.dequantise(), down.dequantise()), (up.group, down.group)
+        return _experts_in_torch(x_TD, edges, matrices, groups, activation, rows)
+    matrices = up.matrices, down.matrices
+    return _experts_with(engine.open_library(), x_TD, edges, matrices, down.shape, activation, as_bytes)
+
+
+def _experts_with(
+    lib: ctypes.CDLL,
+    x_TD: Tensor,
+    edges: Edges,
+    matrices: tuple[ctypes.Array[Matrix], ctypes.Array[Matrix]],
+    down_shape: tuple[int, ...],
+    activation: Activation,
+    as_bytes: int,
+) -> Tensor:
+    layer, held = engine.layer_of(_padded(x_TD), edges, down_shape, activation)
+    layer.up, layer.down = map(ctypes.addressof, matrices)
     y_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
     status = lib.moeforge_quantised(ctypes.byref(layer), as_bytes, engine.address(y_TD))
     del held
@@ -212,10 +227,13 @@ def linear_quantised(x_TD: Tensor, weight: PackedWeight, rows: RowType = "int8")
     x_TD = x_TD.detach().to(torch.bfloat16)
     if x_TD.device.type != "cpu" or engine.missing() is not None:
         return F.linear(_rounded(x_TD, weight.group, rows), weight.dequantise()).to(torch.bfloat16)
+    return _linear_with(engine.open_library(), x_TD, weight, as_bytes)
+
+
+def _linear_with(lib: ctypes.CDLL, x_TD: Tensor, weight: PackedWeight, as_bytes: int) -> Tensor:
     x_NK = _padded(x_TD.flatten(0, -2))
     y_TD = x_NK.new_empty(len(x_NK), weight.shape[0])
     sizes = ctypes.c_int64(len(x_NK)), as_bytes, torch.get_num_threads()
-    lib = engine.open_library()
     engine.check(
         lib.moeforge_quantised_linear(ctypes.byref(weight.matrices), engine.address(x_NK), *sizes, engine.address(y_TD))
     )
@@ -229,15 +247,20 @@ def _as_bytes(rows: RowType) -> int:
 
 
 def _experts_in_torch(
-    x_TD: Tensor, edges: Edges, up: PackedWeight, down: PackedWeight, activation: Activation, rows: RowType
+    x_TD: Tensor,
+    edges: Edges,
+    matrices: tuple[Tensor, Tensor],
+    groups: tuple[int, int],
+    activation: Activation,
+    rows: RowType,
 ) -> Tensor:
     """What the C++ computes, in float32: the hidden values too go through bf16 before they are rounded."""
-    y_TD, up_EHD, down_EDH = torch.zeros_like(x_TD, dtype=torch.float32), up.dequantise(), down.dequantise()
-    x_TD = _rounded(x_TD, up.group, rows)
+    y_TD, (up_EHD, down_EDH) = torch.zeros_like(x_TD, dtype=torch.float32), matrices
+    x_TD = _rounded(x_TD, groups[0], rows)
     for expert, low, high in segments(edges.ends):
         token = edges.token[low:high]
         hidden_NH = activate(F.linear(x_TD[token], up_EHD[expert]), activation).to(torch.bfloat16)
-        rows_ND = F.linear(_rounded(hidden_NH, down.group, rows), down_EDH[expert])
+        rows_ND = F.linear(_rounded(hidden_NH, groups[1], rows), down_EDH[expert])
         y_TD.index_add_(0, token, rows_ND * edges.weight.detach()[low:high, None].float())
     return y_TD.to(torch.bfloat16)
 
@@ -255,3 +278,45 @@ def _rounded(x_TD: Tensor, group: int, rows: RowType) -> Tensor:
 def _padded(x_TD: Tensor) -> Tensor:
     padding = -x_TD.shape[-1] % BLOCK
     return (F.pad(x_TD, (0, padding)) if padding else x_TD).contiguous()
+
+
+def wrong(lib: ctypes.CDLL) -> str | None:
+    """What a new library computes of weights in few bits that torch does not, or None: packing, a matrix of each
+    format, and experts of all formats in one call, ragged sizes, with both types of rows."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (23, 200), (70,), (len(FORMATS), 42, 200), (len(FORMATS), 200, 21)
+    x_TD, weight_N, *drawn = (torch.randn(shape, generator=generator, dtype=torch.float32) for shape in shapes)
+    ends_E = torch.tensor([20, 40, 40, 55, 70], dtype=torch.int32)
+    x_TD, edges = x_TD.bfloat16(), EdgeTensors(torch.arange(70) % 23, weight_N, ends_E, 23)
+    for group in GROUPS:
+        stacks = [
+            [_packed_in_torch(own, bits, group) for own, bits in zip(wide, FORMATS, strict=True)] for wide in drawn
+        ]
+        for own, bits, made in zip(drawn[0], FORMATS, stacks[0], strict=True):
+            if bits in (8, 4) and not _same(_pack_with(lib, own, bits, group), (made.packed, made.scales)):
+                return f"packing to {bits} bits in groups of {group}"
+        up, down = (array([w.matrices[0] for w in stack]) for stack in stacks)
+        up_EHD, down_EDH = (torch.stack([w.dequantise() for w in stack]) for stack in stacks)
+        for rows in get_args(RowType):
+            where = f"in groups of {group} with rows in {rows}"
+            for bits, made in zip(FORMATS, stacks[0], strict=True):
+                exact = F.linear(_rounded(x_TD, group, rows), made.dequantise())
+                if _far(_linear_with(lib, x_TD, made, _as_bytes(rows)), exact):
+                    return f"a matrix of {bits} bits {where}"
+            ours = _experts_with(lib, x_TD, edges, (up, down), tuple(drawn[1].shape), "swiglu", _as_bytes(rows))
+            if _far(ours, _experts_in_torch(x_TD, edges, (up_EHD, down_EDH), (group, group), "swiglu", rows)):
+                return f"experts in few bits {where}"
+    return None
+
+
+def _packed_in_torch(weight: Tensor, bits: Bits, group: int) -> QuantisedWeight:
+    return QuantisedWeight(*_pack_in_torch(weight, bits, group), bits, group, tuple(weight.shape))
+
+
+def _same(found: tuple[Tensor, ...] | None, expected: tuple[Tensor, ...]) -> bool:
+    return found is not None and all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def _far(found: Tensor, exact: Tensor) -> bool:
+    """NaN is far too."""
+    return not bool((found.float() - exact.float()).norm() <= 0.02 * exact.float().norm())
