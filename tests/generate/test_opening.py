@@ -7,9 +7,9 @@ import torch
 
 from moeforge.data.tokenizers import Tokenizer
 from moeforge.errors import UserError
-from moeforge.generate import Settings, open_engine
+from moeforge.generate import Settings, open_engine, opening
 from moeforge.generate.runner import blocks_wanted, bytes_per_block
-from moeforge.hub import save
+from moeforge.hub import read_config, save
 from moeforge.models import Decoder, ModelConfig
 from moeforge.models.decoder import Blocks
 from tests.generate.conftest import SHAPE
@@ -62,3 +62,14 @@ def test_what_does_not_fit_is_said_before_anything_is_loaded(folder: Path) -> No
     weights.write_bytes(b"not read")
     with pytest.raises(UserError, match=r"keys and values [\d.]+ GiB, but [\d.]+ GiB of memory are free"):
         open_engine(folder, Settings(kv_blocks=2**40))
+
+
+def test_the_buffers_of_a_pass_count_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, _ = read_config(folder)
+    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    cache = 4 * bytes_per_block(config, 4, 16)
+    logits = 4 * 64 * (config.vocab_size or 0)
+    monkeypatch.setattr(opening, "available_memory", lambda: weights + cache + logits)
+    with pytest.raises(UserError, match=r"a pass of 64 tokens [\d.]+ GiB .* lower --kv-memory, --token-budget"):
+        open_engine(folder, Settings(kv_blocks=4, token_budget=64))
+    open_engine(folder, Settings(kv_blocks=4, token_budget=1)).close()

@@ -12,6 +12,7 @@ from moeforge.hub import load
 from moeforge.hub.families import FAMILIES
 from moeforge.hub.folder import MODEL_TYPE, config_json, model_folder, read_config
 from moeforge.models import Decoder
+from moeforge.models.memory import pass_bytes
 from moeforge.models.weights import hold
 
 BYTES = {"float32": 4.0, "bf16": 2.0, "int8": 1.02, "int4": 0.57}
@@ -35,7 +36,8 @@ def open_engine(
     blocks = blocks_wanted(config, held, settings)
     cache = blocks * bytes_per_block(config, held, settings.block_size)
     if device == "cpu":
-        _check_memory(folder, itemsize, settings, cache)
+        buffers = pass_bytes(config, held, min(settings.token_budget, blocks * settings.block_size))
+        _check_memory(folder, itemsize, settings, cache, buffers)
     model, tokenizer = load(folder, device)
     engine = engine_for(model, tokenizer, settings, domain)
     engine.name = name
@@ -57,14 +59,15 @@ def engine_for(
     return engine
 
 
-def _check_memory(folder: Path, itemsize: int, settings: Settings, cache: int) -> None:
+def _check_memory(folder: Path, itemsize: int, settings: Settings, cache: int, buffers: float) -> None:
     stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     held = stored / itemsize * BYTES.get(settings.weights, itemsize)
-    needed, free = max(stored, held) + cache, available_memory()
+    needed, free = max(stored, held) + cache + buffers, available_memory()
     if free is not None and needed > free:
         raise UserError(
-            f"{folder}: weights take {max(stored, held) / GIB:.2f} GiB and keys and values {cache / GIB:.2f} GiB, but "
-            f"{free / GIB:.2f} GiB of memory are free: lower --kv-memory or --max-running, or hold --weights int4"
+            f"{folder}: weights take {max(stored, held) / GIB:.2f} GiB, a pass of {settings.token_budget} tokens "
+            f"{buffers / GIB:.2f} GiB and keys and values {cache / GIB:.2f} GiB, but {free / GIB:.2f} GiB of memory "
+            f"are free: lower --kv-memory, --token-budget or --max-running, or hold --weights int4"
         )
 
 

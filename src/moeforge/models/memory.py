@@ -1,4 +1,4 @@
-"""About how much memory a training step keeps between its forward and its backward pass."""
+"""About how much memory a training step keeps between its forward and its backward pass, and a pass alone takes."""
 
 from collections.abc import Mapping
 
@@ -27,6 +27,13 @@ def activation_bytes(
         kept = tokens * 2 * FLOAT * model.d_model * len(blocks) + max(blocks)
     vocabulary = model.vocab_size or 0
     return kept + tokens * ((FLOAT + width) * model.d_model + (width + 2 * FLOAT) * vocabulary)
+
+
+def pass_bytes(model: ModelConfig, width: int, tokens: int) -> float:
+    """An estimate for one pass over ``tokens`` without gradients: the widest block, the residual stream and, as a
+    request may ask for every token's, logits, in float32 too."""
+    widest = max(sum(kept_by_block(model, layer, width, tokens)) for layer in model.applied_layers)
+    return widest + tokens * ((FLOAT + width) * model.d_model + (FLOAT + width) * (model.vocab_size or 0))
 
 
 def kept_by_block(
