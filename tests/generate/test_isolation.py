@@ -159,15 +159,17 @@ def test_any_budget_any_room_preemption_and_reuse(budget: int, blocks: int, reus
 MODEL = small()
 
 
-def test_preemption_happens_and_leaves_nothing_behind() -> None:
-    jobs = [([256, *range(20)], sampling(seed, max_tokens=50)) for seed in range(4)]
-    with engine(MODEL, blocks=6, prefix_reuse=False) as busy:
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_preemption_happens_and_leaves_nothing_behind(weights: str) -> None:
+    model, jobs = held(weights), [([256, *range(20)], sampling(seed, max_tokens=50)) for seed in range(4)]
+    with engine(model, blocks=6, prefix_reuse=False) as busy:
         together = drive(busy, jobs)
         assert busy.report().preemptions > 0
         assert busy.report().blocks_used == 0
-    with engine(MODEL) as roomy:
-        assert [got[:2] for got in together] == [got[:2] for got in drive(roomy, jobs)]
-        assert roomy.report().preemptions == 0
+    for got, job in zip(together, jobs, strict=True):
+        with engine(model) as quiet:
+            assert got[:2] == drive(quiet, [job])[0][:2]
+            assert quiet.report().preemptions == 0
 
 
 def test_prefix_reuse_happens() -> None:
