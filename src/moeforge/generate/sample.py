@@ -99,6 +99,10 @@ class Picked(NamedTuple):
     alternatives: tuple[tuple[int, float], ...]
 
 
+Ahead = int | Tensor
+"""The likeliest token where temperature is 0, else the running sums [V] of probabilities, in float64."""
+
+
 class Sampler:
     """Draws the tokens of one text. What it draws depends on that text and its settings alone."""
 
@@ -123,11 +127,10 @@ class Sampler:
         """Whether the model's own probabilities are drawn from, but for the temperature and what is banned."""
         sampling = self.sampling
         changes = sampling.logit_bias, self._seen, self._written, self._matcher, sampling.contrast
-        return sampling.temperature > 0 and not sampling.cuts and not any(changes)
+        return not sampling.cuts and not any(changes)
 
-    def pick(self, logits_V: Tensor, weak_V: Tensor | None = None, sums_V: Tensor | None = None) -> Picked:
-        """The next token after the ones before; ``weak_V`` is what ``contrast`` compares with, ``sums_V`` of
-        ``sums_of``.
+    def pick(self, logits_V: Tensor, weak_V: Tensor | None = None, made: Ahead | None = None) -> Picked:
+        """The next token after the ones before; ``weak_V`` is what ``contrast`` compares with, ``made`` of ``ahead``.
 
         Raises UserError when a logit is not finite: the weights are broken.
         """
@@ -137,10 +140,10 @@ class Sampler:
         if against is not None and weak_V is not None:
             check_finite(weak_V)
             told_V = contrasted(logits_V, weak_V, against)
-        if sums_V is None:
+        if made is None:
             token = draw(self._changed(told_V), self.sampling, self._generator)
         else:
-            token = _at_random(sums_V, self._generator)
+            token = made if isinstance(made, int) else _at_random(made, self._generator)
         if self._matcher is not None:
             self._matcher.take(token)
         if self.sampling.repetition_penalty != 1:
@@ -182,18 +185,23 @@ def check_finite(logits: Tensor) -> None:
         raise UserError("the model's logits are not finite: its weights are damaged, or its training diverged")
 
 
-def sums_of(texts: Mapping[int, tuple[Sampler, Tensor]]) -> dict[int, Tensor]:
-    """Running sums of probabilities for ``pick``, by text: of all that draw plainly in one go, which for many takes a
-    fifth of the time. ``texts`` are samplers with their next logits; a row's bits are those that ``draw`` has.
+def ahead(texts: Mapping[int, tuple[Sampler, Tensor]]) -> dict[int, Ahead]:
+    """What ``pick`` takes, by text: of all that draw plainly in one go, which for many takes a fifth of the time.
+
+    ``texts`` are samplers with their next logits; a row's bits are those that ``draw`` has.
     """
-    plain = [number for number, (sampler, _) in texts.items() if sampler.draws_plainly]
+    plain = {number: text for number, text in texts.items() if text[0].draws_plainly}
     if len(plain) < 2:
         return {}
-    rows_NV = torch.stack([texts[number][1] for number in plain]).detach().cpu().float()
-    for number, row_V in zip(plain, rows_NV, strict=True):
-        texts[number][0].ban(row_V)
-    probs_NV = _at_temperature(rows_NV, [texts[number][0].sampling.temperature for number in plain])
-    return dict(zip(plain, probs_NV.cumsum(1, dtype=torch.float64), strict=True))
+    rows_NV = torch.stack([logits_V for _, logits_V in plain.values()]).detach().cpu().float()
+    for (sampler, _), row_V in zip(plain.values(), rows_NV, strict=True):
+        sampler.ban(row_V)
+    numbers, temperatures = [*plain], [sampler.sampling.temperature for sampler, _ in plain.values()]
+    cold, warm = ([at for at, t in enumerate(temperatures) if (t > 0) == above] for above in (False, True))
+    likeliest = rows_NV[cold].argmax(1).tolist()
+    probs_NV = _at_temperature(rows_NV[warm], [temperatures[at] for at in warm])
+    sums = probs_NV.cumsum(1, dtype=torch.float64)
+    return {numbers[at]: found for at, found in zip((*cold, *warm), (*likeliest, *sums), strict=True)}
 
 
 def draw(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
