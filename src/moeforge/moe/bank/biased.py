@@ -35,10 +35,11 @@ def biased_mlp(
     weights: tuple[Tensor, Tensor],
     biases: tuple[Tensor | None, Tensor | None],
     activation: Activation | Clamp,
+    share: float = 1.0,
 ) -> Tensor:
     """[T, D] -> [T, D] weighted sum over the route. ``weights`` are up [E, 2H or H, D] and down [E, D, H], ``biases``
-    [E, 2H or H] and [E, D]."""
+    [E, 2H or H] and [E, D], of which the second counts for its ``share``."""
     z_NH = by_expert(route.gather(x_TD), route.ends, weights[0], biases[0])
     hidden_NH = activation(z_NH) if isinstance(activation, Clamp) else activate(z_NH, activation)
-    rows_ND = by_expert(hidden_NH, route.ends, weights[1], biases[1])
+    rows_ND = by_expert(hidden_NH, route.ends, weights[1], None if biases[1] is None else biases[1] * share)
     return sum_by_token(rows_ND * route.weight[:, None], route).to(x_TD.dtype)

@@ -27,8 +27,7 @@ class MLPBank(Bank):
         width = config.d_expert * self.gates
         self.gate_up_proj = matrix(config.num_experts, width, d_model)
         self.down_proj = matrix(config.num_experts, d_model, config.d_expert)
-        self.gate_up_bias = nn.Parameter(torch.zeros(config.num_experts, width)) if config.bias else None
-        self.down_bias = nn.Parameter(torch.zeros(config.num_experts, d_model)) if config.bias else None
+        self.gate_up_bias, self.down_bias = (_bias(config, size) for size in (width, d_model))
         self.bias_share = 1.0
         """Of ``down_bias``, what is added here: less, where others hold slices of the same experts and add the rest."""
 
@@ -51,9 +50,12 @@ class MLPBank(Bank):
         up, down = stack(self.gate_up_proj, 1, self.gates), stack(self.down_proj, 2)
         if not (self.config.bias or self.config.clamp):
             return expert_mlp(x_TD, route, up, down, self.config.activation, self.config.engine)
-        share = None if self.down_bias is None else self.down_bias * self.bias_share
-        biases = stack(self.gate_up_bias, 1, self.gates), stack(share)
-        return biased_mlp(x_TD, route, (up, down), biases, self.config.clamp or self.config.activation)
+        biases = stack(self.gate_up_bias, 1, self.gates), stack(self.down_bias)
+        return biased_mlp(x_TD, route, (up, down), biases, self.config.clamp or self.config.activation, self.bias_share)
+
+
+def _bias(config: "MLPExperts", size: int) -> nn.Parameter | None:
+    return nn.Parameter(torch.zeros(config.num_experts, size)) if config.bias else None
 
 
 class MLPExperts(Config):
