@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     asked = parser.parse_args()
-    options = ["--max-waiting", "24", "--kv-memory", "0.02"]  # so few that requests are refused and pushed out
+    options = ["--max-waiting", "24", "--kv-memory", "0.01"]  # so few that requests are refused and pushed out
     command = [sys.executable, "-m", "moeforge", "serve", str(asked.folder), "--port", "0"]
     with subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr is not None
