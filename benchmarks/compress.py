@@ -159,7 +159,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
     runs = {row["run"] for row in rows if row["method"] == "uniform"}
     drawn = [row for row in rows if row["method"] in COLOURS and row["run"] in runs]
     for method, rounding in dict.fromkeys((row["method"], row["rounding"]) for row in drawn):
@@ -177,7 +177,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axes.plot(*zip(*sorted(line), strict=True), marker="o", markersize=3, **look)
     axes.set(xlabel="MB of weight files", ylabel="bits per byte grown by, %", yscale="log")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside right center")
     figure.savefig(path, dpi=130)
 
 
