@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 
 from moeforge.errors import UserError
-from moeforge.generate.sample import Sampler, Sampling, ahead, draw, probabilities
+from moeforge.generate.sample import Sampler, Sampling, draw, probabilities
 
 SETTINGS = [
     {},
@@ -53,31 +53,6 @@ def test_tokens_are_drawn_as_often_as_their_probability_says():
     drawn = torch.tensor([draw(logits_V, sampling, generator) for _ in range(3000)]).bincount(minlength=4) / 3000
     torch.testing.assert_close(drawn, probabilities(logits_V, sampling), atol=0.03, rtol=0)
     assert drawn[3] == 0
-
-
-def test_many_texts_at_once_draw_what_each_draws_alone():
-    logits_NV = 3 * torch.randn(9, 5000)
-    logits_NV[3, 7] = torch.nan
-    settings = [{"seed": n, "temperature": 0.4 + n / 5} for n in range(6)]
-    settings += [{"seed": 6, "top_p": 0.5}, {"temperature": 0}, {"seed": 8, "presence_penalty": 1.0}]
-
-    def samplers() -> list[Sampler]:
-        return [Sampler(Sampling(**one), [], banned=[5], vocab_size=4990) for one in settings]
-
-    alone, together = samplers(), samplers()
-    for turn in range(3):
-        made = ahead({number: (one, logits_NV[number]) for number, one in enumerate(together)})
-        assert sorted(made) == [0, 1, 2, 3, 4, 5, 7] + [8] * (turn == 0)  # its penalty changes something from then on
-        for number, one in enumerate(together):
-            if number == 3:
-                with pytest.raises(UserError, match="not finite"):
-                    one.pick(logits_NV[3], made=made[3])
-                continue
-            wanted = alone[number].pick(logits_NV[number])
-            assert one.pick(logits_NV[number], made=made.get(number)) == wanted
-            if number < 6:
-                probs_V = probabilities(alone[number]._changed(logits_NV[number]), one.sampling)
-                assert torch.equal(made[number], probs_V.cumsum(0, dtype=torch.float64))
 
 
 def test_temperature_zero_and_nearly_zero_take_the_likeliest():

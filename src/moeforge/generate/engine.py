@@ -17,7 +17,7 @@ from moeforge.generate.blocks import Pool
 from moeforge.generate.grammar import Matcher
 from moeforge.generate.request import End, Event, Likely, Put, Read, Request, Stop, Token, Usage
 from moeforge.generate.runner import Passed, Runner
-from moeforge.generate.sample import Ahead, Sampler, Sampling, ahead, check_finite, likely
+from moeforge.generate.sample import Sampler, Sampling, check_finite, likely
 from moeforge.generate.schedule import Piece, Schedule, Text
 from moeforge.generate.settings import Settings
 from moeforge.generate.text import Held
@@ -225,13 +225,11 @@ class Engine:
         with self._wake:
             self._count(pieces, passed, perf_counter() - started)
             self._schedule.done(pieces)
-        following = {index: piece for index, piece in enumerate(pieces) if piece.complete}
-        made = ahead({i: (self._writing[p.text].sampler, passed.logits[i][-1]) for i, p in following.items()})
         for index, piece in enumerate(pieces):
             experts = passed.experts[index] if passed.experts else None
             weak = passed.weak.get(index) if passed.weak else None
             try:
-                self._take(piece, passed.logits[index], experts, weak, made.get(index))
+                self._take(piece, passed.logits[index], experts, weak)
             except Exception as error:  # of this text alone: the others go on
                 reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
                 self._end(piece.text, "failed", error=reason)
@@ -248,12 +246,7 @@ class Engine:
             self._counts[layer] = counts if layer not in self._counts else self._counts[layer] + counts
 
     def _take(
-        self,
-        piece: Piece,
-        logits: torch.Tensor,
-        experts: dict[int, list[int]] | None,
-        weak_V: torch.Tensor | None,
-        made: Ahead | None,
+        self, piece: Piece, logits: torch.Tensor, experts: dict[int, list[int]] | None, weak_V: torch.Tensor | None
     ) -> None:
         """What follows for one text from a piece that was read."""
         text, sampling = piece.text, piece.text.request.sampling
@@ -269,7 +262,7 @@ class Engine:
                 return self._end(text, stop)
         if sampling.max_tokens == 0:
             return self._end(text, "max_tokens")
-        picked = writing.sampler.pick(logits[-1], weak_V, made)
+        picked = writing.sampler.pick(logits[-1], weak_V)
         token = picked.token_id
         if token in writing.ends:
             return self._end(text, "end of document")

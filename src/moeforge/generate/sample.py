@@ -1,7 +1,7 @@
 """From logits to the next token: what is made likelier or less, temperature, and three ways to cut off the unlikely."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, Self
 
 import torch
@@ -99,10 +99,6 @@ class Picked(NamedTuple):
     alternatives: tuple[tuple[int, float], ...]
 
 
-Ahead = int | Tensor
-"""The likeliest token where temperature is 0, else the running sums [V] of probabilities, in float64."""
-
-
 class Sampler:
     """Draws the tokens of one text. What it draws depends on that text and its settings alone."""
 
@@ -122,15 +118,8 @@ class Sampler:
         self._seen = {*prompt} if sampling.repetition_penalty != 1 else set[int]()
         self._written: Counter[int] = Counter()
 
-    @property
-    def draws_plainly(self) -> bool:
-        """Whether the model's own probabilities are drawn from, but for the temperature and what is banned."""
-        sampling = self.sampling
-        changes = sampling.logit_bias, self._seen, self._written, self._matcher, sampling.contrast
-        return not sampling.cuts and not any(changes)
-
-    def pick(self, logits_V: Tensor, weak_V: Tensor | None = None, made: Ahead | None = None) -> Picked:
-        """The next token after the ones before; ``weak_V`` is what ``contrast`` compares with, ``made`` of ``ahead``.
+    def pick(self, logits_V: Tensor, weak_V: Tensor | None = None) -> Picked:
+        """The next token after the ones before; ``weak_V`` is what ``contrast`` compares with.
 
         Raises UserError when a logit is not finite: the weights are broken.
         """
@@ -140,10 +129,7 @@ class Sampler:
         if against is not None and weak_V is not None:
             check_finite(weak_V)
             told_V = contrasted(logits_V, weak_V, against)
-        if made is None:
-            token = draw(self._changed(told_V), self.sampling, self._generator)
-        else:
-            token = made if isinstance(made, int) else _at_random(made, self._generator)
+        token = draw(self._changed(told_V), self.sampling, self._generator)
         if self._matcher is not None:
             self._matcher.take(token)
         if self.sampling.repetition_penalty != 1:
@@ -153,12 +139,6 @@ class Sampler:
         if self.sampling.logprobs is None:
             return Picked(token, None, ())
         return Picked(token, *likely(logits_V, token, self.sampling.logprobs, self._vocab_size))
-
-    def ban(self, logits_V: Tensor) -> None:
-        """In place, what is never drawn."""
-        logits_V[self._banned] = -torch.inf
-        if self._vocab_size is not None:
-            logits_V[self._vocab_size :] = -torch.inf
 
     def _changed(self, logits_V: Tensor) -> Tensor:
         sampling, logits_V = self.sampling, logits_V.clone()
@@ -173,7 +153,9 @@ class Sampler:
             ids = torch.tensor(list(self._written))
             times = torch.tensor(list(self._written.values()))
             logits_V[ids] -= sampling.presence_penalty + sampling.frequency_penalty * times
-        self.ban(logits_V)
+        logits_V[self._banned] = -torch.inf
+        if self._vocab_size is not None:
+            logits_V[self._vocab_size :] = -torch.inf
         if self._matcher is not None:
             logits_V[self._matcher.forbidden(len(logits_V))] = -torch.inf
         return logits_V
@@ -185,40 +167,20 @@ def check_finite(logits: Tensor) -> None:
         raise UserError("the model's logits are not finite: its weights are damaged, or its training diverged")
 
 
-def ahead(texts: Mapping[int, tuple[Sampler, Tensor]]) -> dict[int, Ahead]:
-    """What ``pick`` takes, by text: of all that draw plainly in one go, which for many takes a fifth of the time.
-
-    ``texts`` are samplers with their next logits; a row's bits are those that ``draw`` has.
-    """
-    plain = {number: text for number, text in texts.items() if text[0].draws_plainly}
-    if len(plain) < 2:
-        return {}
-    rows_NV = torch.stack([logits_V for _, logits_V in plain.values()]).detach().cpu().float()
-    for (sampler, _), row_V in zip(plain.values(), rows_NV, strict=True):
-        sampler.ban(row_V)
-    numbers, temperatures = [*plain], [sampler.sampling.temperature for sampler, _ in plain.values()]
-    cold, warm = ([at for at, t in enumerate(temperatures) if (t > 0) == above] for above in (False, True))
-    likeliest = rows_NV[cold].argmax(1).tolist()
-    probs_NV = _at_temperature(rows_NV[warm], [temperatures[at] for at in warm])
-    sums = probs_NV.cumsum(1, dtype=torch.float64)
-    return {numbers[at]: found for at, found in zip((*cold, *warm), (*likeliest, *sums), strict=True)}
-
-
 def draw(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """One token id; ties of the likeliest go to the lowest."""
     if sampling.temperature == 0:
         return int(logits_V.argmax())
-    return _at_random(probabilities(logits_V, sampling).cumsum(0, dtype=torch.float64), generator)
-
-
-def _at_random(sums_V: Tensor, generator: torch.Generator) -> int:
+    sums_V = probabilities(logits_V, sampling).cumsum(0, dtype=torch.float64)
     point = torch.rand(1, generator=generator, dtype=torch.float64) * sums_V[-1]
     return int(torch.searchsorted(sums_V, point, right=True).clamp_max(len(sums_V) - 1))
 
 
 def probabilities(logits_V: Tensor, sampling: Sampling) -> Tensor:
     """[V] float32 probabilities that the next token is drawn by; temperature must be above 0."""
-    probs_V = _at_temperature(logits_V[None].float().clone(), [sampling.temperature])[0]
+    logits_V = logits_V.float()
+    temperature = max(sampling.temperature, torch.finfo(torch.float32).tiny)  # smaller ones are 0 in float32
+    probs_V = ((logits_V - logits_V.max()) / temperature).softmax(-1)
     if not sampling.cuts:
         return probs_V
     kept = min(sampling.sample_k or len(probs_V), len(probs_V))
@@ -229,14 +191,6 @@ def probabilities(logits_V: Tensor, sampling: Sampling) -> Tensor:
     if sampling.min_p:
         probs_V = probs_V.masked_fill(probs_V < sampling.min_p * probs_V.max(), 0)
     return probs_V / probs_V.sum()
-
-
-def _at_temperature(logits_NV: Tensor, temperatures: Sequence[float]) -> Tensor:
-    """[N, V] probabilities, each row by itself; uses up the logits."""
-    least = torch.finfo(torch.float32).tiny  # smaller ones are 0 in float32
-    divisors = torch.tensor([max(temperature, least) for temperature in temperatures])
-    logits_NV -= logits_NV.amax(1, keepdim=True)
-    return logits_NV.div_(divisors[:, None]).softmax(1)
 
 
 def _nucleus(probs_V: Tensor, kept: int, top_p: float) -> int:
