@@ -3,18 +3,18 @@
     OMP_NUM_THREADS=2 python benchmarks/packed_speed.py
 
 A random model in the shape of OLMoE, three layers of 64 experts; what weights say does not change the time, so that one
-expert is rounded for each format and written as often as there are experts. All are opened, then write by turns. Writes
-``packed_speed.json``.
+expert is rounded for each format and written as often as there are experts. Each is opened, writes, and is closed
+before the next one's turn: the threads of several engines would make each other sleep. Writes ``packed_speed.json``.
 """
 
 import argparse
 import statistics
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
-from report import interleaved, write
+from report import write
 from torch import Tensor
 
 from moeforge.compress.plan import Plan, Row, packable
@@ -80,23 +80,24 @@ def main() -> None:
     with TemporaryDirectory() as place:
         folder, made = Path(place) / "model", dict[Format, Sequence[Part]]()
         shapes.write_random("here", folder)
-        engines = {f"--weights {w}": open_engine(folder, Settings(weights=w, max_running=1)) for w in WEIGHTS}
+        asked = {f"--weights {w}": (folder, Settings(weights=w, max_running=1)) for w in WEIGHTS}
         for name, formats in [*((format.name, [format]) for format in FORMATS), ("mixed", MIXED)]:
-            target = packed(folder, formats, Path(place) / name, made)
-            engines[name] = open_engine(target, Settings(max_running=1))
-
-        def run(engine: Engine) -> Any:
-            return lambda: [*engine.write([0], sampling)]
-
-        seconds = interleaved({name: run(engine) for name, engine in engines.items()}, given.rounds)
+            asked[name] = packed(folder, formats, Path(place) / name, made), Settings(max_running=1)
+        rates, sizes = {name: list[float]() for name in asked}, dict[str, int]()
+        for number in range(given.rounds):
+            print(f"round {number + 1} of {given.rounds}", flush=True)
+            for name, (path, settings) in asked.items():
+                with open_engine(path, settings) as engine:
+                    list(engine.write([0], sampling))  # the first one touches memory
+                    start = time.perf_counter()
+                    list(engine.write([0], sampling))
+                    rates[name].append(given.tokens / (time.perf_counter() - start))
+                    sizes[name] = bytes_of_experts(engine)
         found = {}
-        for name, times in seconds.items():
-            low, middle, high = (given.tokens / t for t in (max(times), statistics.median(times), min(times)))
-            found[name] = {"tokens_per_second": middle, "least": low, "most": high}
-            found[name] |= {"expert_bytes_per_token": bytes_of_experts(engines[name])}
-            print(f"{name:15} {middle:6.1f} tokens/s ({low:.1f} to {high:.1f})  {found[name]}", flush=True)
-        for engine in engines.values():
-            engine.close()
+        for name, all_of in rates.items():
+            found[name] = {"tokens_per_second": statistics.median(all_of), "least": min(all_of), "most": max(all_of)}
+            found[name] |= {"expert_bytes_per_token": sizes[name]}
+            print(f"{name:15} {found[name]}", flush=True)
     write("packed_speed", {"layers": given.layers, "tokens": given.tokens, "rounds": given.rounds, "found": found})
 
 
