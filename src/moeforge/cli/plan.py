@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moeforge.cli.amounts import in_bytes, in_seconds, short
+from moeforge.cli.layout import ByIndex, Fetch, Placement, Tp, TwoLevel, Uneven
 from moeforge.errors import UserError
 from moeforge.parallel.launch import is_worker
 
@@ -36,14 +37,12 @@ def plan(
     ep: Annotated[int | None, typer.Option(min=1, help="Processes that share the experts; all are tried.")] = None,
     shard: Annotated[bool | None, typer.Option("--shard/--no-shard", help="Cut all weights; both are tried.")] = None,
     chunks: Annotated[int | None, typer.Option(min=1, help="Parts of an exchange; some are tried.")] = None,
-    tp: Annotated[int, typer.Option(min=1, help="Processes that hold slices of the same matrices.")] = 1,
-    two_level: Annotated[bool, typer.Option("--two-level", help="Rows go to other nodes by a neighbour.")] = False,
-    fetch: Annotated[bool, typer.Option("--fetch", help="Send weights of needed experts, not rows.")] = False,
-    by_index: Annotated[
-        bool, typer.Option("--by-index", help="Send rows to all; each picks those of its experts.")
-    ] = False,
-    uneven: Annotated[bool, typer.Option("--uneven", help="Shares of experts may differ by one.")] = False,
-    placement: Annotated[str | None, typer.Option(metavar="FILE", help="YAML: who holds which experts.")] = None,
+    tp: Tp = 1,
+    two_level: TwoLevel = False,
+    fetch: Fetch = False,
+    by_index: ByIndex = False,
+    uneven: Uneven = False,
+    placement: Placement = None,
     loads: Annotated[Path | None, typer.Option(help="A run folder: experts get rows as they did there.")] = None,
     imbalance: Annotated[float, typer.Option(min=1, help="Rows of the busiest expert, over the mean.")] = 1.0,
     timeline: Annotated[Path | None, typer.Option(help="Write when who does what: .json (Chrome) or .svg.")] = None,

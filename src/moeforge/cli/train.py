@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moeforge.cli.layout import ByIndex, Fetch, Placement, Tp, TwoLevel, Uneven
 from moeforge.errors import UserError
 from moeforge.parallel.launch import is_worker, launch, one_voice
 from moeforge.parallel.layout import Layout
@@ -30,16 +31,14 @@ def train(
     node_size: Annotated[
         int | None, typer.Option(min=1, help="Processes that count as one machine.", show_default="as they are")
     ] = None,
-    two_level: Annotated[bool, typer.Option("--two-level", help="Rows go to other machines by a neighbour.")] = False,
+    two_level: TwoLevel = False,
     chunks: Annotated[int, typer.Option(min=0, help="Exchange in so many parts; 0: what proves fastest.")] = 1,
-    uneven: Annotated[bool, typer.Option("--uneven", help="Shares of experts may differ by one.")] = False,
-    fetch: Annotated[bool, typer.Option("--fetch", help="Send weights of needed experts, not rows.")] = False,
-    by_index: Annotated[
-        bool, typer.Option("--by-index", help="Send rows to all; each picks those of its experts.")
-    ] = False,
-    tp: Annotated[int, typer.Option(min=1, help="Processes that hold slices of the same matrices.")] = 1,
+    uneven: Uneven = False,
+    fetch: Fetch = False,
+    by_index: ByIndex = False,
+    tp: Tp = 1,
     rebalance: Annotated[int, typer.Option(min=0, help="Move experts by load, every so many steps.")] = 0,
-    placement: Annotated[str | None, typer.Option(metavar="FILE", help="YAML: who holds which experts.")] = None,
+    placement: Placement = None,
 ) -> None:
     """Train a model.
 

@@ -17,6 +17,7 @@ from moeforge.kernels.apart import apart
 from moeforge.kernels.mixed import MixedWeight
 from moeforge.kernels.native import decoder as native
 from moeforge.kernels.native import engine
+from moeforge.kernels.native.quantised import ROWS
 from moeforge.kernels.paged import Rows
 from moeforge.models.attention import Attention, BlockLayer, Positions, locate
 from moeforge.models.block import Block, scaled
@@ -91,6 +92,7 @@ class Fused:
         self.held: list[Any] = [block]
         self.layer = native.DecoderLayer(bf16=int(cache.pools[0].dtype == torch.bfloat16), d_model=config.d_model)
         self.layer.eps, self.layer.residual_scale = config.norm_eps, config.residual_scale
+        self.layer.as_bytes = int(ROWS == "int8")
         self._attention(block, cache, config)
         self.layer.mlp_norm = self._pointer(block.mlp_norm.weight)
         mlp = block.mlp

@@ -67,15 +67,16 @@ def sliced(model: Decoder, size: int) -> Iterator[tuple[str, int, tuple[tuple[in
 def share_biases(model: Decoder, size: int) -> None:
     """Biases that no slice has for itself are added once by all ``size`` together. Before banks are copied."""
 
-    def add(last: nn.Linear, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, last.weight, None if last.bias is None else last.bias / size)
+    def add(last: Any, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, last.weight, last.bias / size)
 
     for module, *_ in cuts(model).values():
         if isinstance(module, MLPBank):
             module.bias_share = 1 / size
         elif not isinstance(module, Bank):
             last: Any = module.down_proj if isinstance(module, MLP) else module.o_proj
-            last.forward = partial(add, last)  # type: ignore[method-assign]
+            if last.bias is not None:
+                last.forward = partial(add, last)
 
 
 class Slices:

@@ -1,6 +1,7 @@
 """Collectives that count what they send: every byte that leaves a process for another one, by kind and by link."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+_Call = Callable[..., Tensor]
 KINDS = ("all_to_all", "all_reduce", "all_gather", "reduce_scatter")
 
 
@@ -156,33 +158,23 @@ class _Arrive(torch.autograd.Function):
 
 def gather_rows(rows: Tensor, sizes: list[int], group: ProcessGroup, wire: Wire) -> Tensor:
     """[own, ...] -> [sum(sizes), ...]: ``Wire.all_gather``; gradients are added up over the group."""
-    return _Gather.apply(rows, sizes, group, wire)
+    return _ThereAndBack.apply(rows, wire.all_gather, wire.reduce_scatter, sizes, group)
 
 
 def sum_rows(rows: Tensor, sizes: list[int], group: ProcessGroup, wire: Wire) -> Tensor:
     """[sum(sizes), ...] -> [own, ...]: ``Wire.reduce_scatter``; gradients are gathered."""
-    return _Sum.apply(rows, sizes, group, wire)
+    return _ThereAndBack.apply(rows, wire.reduce_scatter, wire.all_gather, sizes, group)
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, sizes: list[int], group: ProcessGroup, wire: Wire) -> Tensor:
-        ctx.where, ctx.wire = (sizes, group), wire
-        return wire.all_gather(rows, *ctx.where)
+class _ThereAndBack(torch.autograd.Function):
+    """One collective for rows, its counterpart for their gradients."""
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
-        return ctx.wire.reduce_scatter(grad_outputs[0], *ctx.where), None, None, None
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, sizes: list[int], group: ProcessGroup, wire: Wire) -> Tensor:
-        ctx.where, ctx.wire = (sizes, group), wire
-        return wire.reduce_scatter(rows, *ctx.where)
+    def forward(ctx: Any, rows: Tensor, there: _Call, back: _Call, *where: Any) -> Tensor:
+        ctx.back, ctx.where = back, where
+        return there(rows, *where)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
-        return ctx.wire.all_gather(grad_outputs[0], *ctx.where), None, None, None
+        return ctx.back(grad_outputs[0], *ctx.where), None, None, None, None

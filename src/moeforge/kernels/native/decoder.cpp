@@ -42,6 +42,7 @@ struct DecoderLayer {
         pointwise, gated, quantised, bf16;
     int32_t skip;  // better experts that are passed over
     int32_t groups, top_groups, ranking;  // experts are chosen from the best groups, by the sum of their `ranking` best
+    int32_t as_bytes;  // whether rows go to int8 where matrices are in few bits
 };
 
 struct Rows {
@@ -116,7 +117,7 @@ struct Run {
             check(moeforge_linear(x, m.data, m.bias, T, m.out, m.in, l.bf16, r.threads, 0, y));
             return;
         }
-        check(moeforge_quantised_linear((const Quantised*)m.data, (const uint16_t*)x, T, 1, r.threads, (uint16_t*)y));
+        check(moeforge_quantised_linear((const Quantised*)m.data, (const uint16_t*)x, T, l.as_bytes, r.threads, (uint16_t*)y));
         if (m.bias)
             each(T, m.out, [&](int t) { combine(y + size_t(t) * m.out, m.out, [&](int i, __m512 v, __mmask16 mask) {
                      return _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, m.bias + i)); }); });
@@ -299,7 +300,7 @@ struct Run {
             token[at] = i / K, sorted[at] = weights[i];
         }
         Layer layer{h, l.up, l.down, token, sorted, ends, T, int64_t(T) * K, E, D, l.d_expert, l.pointwise, l.gated, r.threads};
-        if (l.quantised) return check(moeforge_quantised(&layer, 1, (uint16_t*)out));
+        if (l.quantised) return check(moeforge_quantised(&layer, l.as_bytes, (uint16_t*)out));
         int64_t words = moeforge_panel_words(&layer, l.d_expert, l.bf16);
         if (words < 0) throw std::bad_alloc();
         check(moeforge_forward(&layer, l.bf16, out, nullptr, scratch<5>(words)));

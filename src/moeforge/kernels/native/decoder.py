@@ -57,6 +57,7 @@ class DecoderLayer(ctypes.Structure):
         *_fields(ctypes.c_float, "eps residual_scale weight_scale min_total clip"),
         *_fields(ctypes.c_int32, "d_model rotary_width interleaved whole_norm score normalize softmax_chosen top_k"),
         *_fields(ctypes.c_int32, "experts d_expert pointwise gated quantised bf16 skip groups top_groups ranking"),
+        ("as_bytes", ctypes.c_int32),
     )
 
 

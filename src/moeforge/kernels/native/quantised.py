@@ -29,7 +29,9 @@ RowType = Literal["bf16", "int8"]
 """What rows are multiplied as. ``int8`` rounds each group of a row, as wide as the weights', to codes of -127 to 127
 with a float32 scale. That skips widening the weights (1.2 to 1.5 times as fast with AMX's machine of docs/kernels.md),
 for an error of 0.8 % (a trained model) to 1.2 % (random numbers) of a layer's output, and in bits per byte of a trained
-model for 0.01 % at most: the default."""
+model for 0.01 % at most."""
+ROWS: RowType = "int8"
+"""What is taken where nobody says."""
 
 
 class Matrix(ctypes.Structure):
@@ -179,7 +181,7 @@ def expert_mlp_quantised(
     up: PackedWeight,
     down: PackedWeight,
     activation: Activation,
-    rows: RowType = "int8",
+    rows: RowType = ROWS,
 ) -> Tensor:
     """``expert_mlp`` without gradients over quantised weights, up [E, H or 2H, D] and down [E, D, H]: bf16 [T, D].
 
@@ -219,7 +221,7 @@ def _experts_with(
     return y_TD
 
 
-def linear_quantised(x_TD: Tensor, weight: PackedWeight, rows: RowType = "int8") -> Tensor:
+def linear_quantised(x_TD: Tensor, weight: PackedWeight, rows: RowType = ROWS) -> Tensor:
     """[..., in] times one quantised matrix [out, in], without gradients; returns bf16 [..., out]."""
     if len(weight.shape) != 2 or x_TD.shape[-1] != weight.shape[1] or x_TD.device != weight.device:
         raise UserError(f"rows of {x_TD.shape[-1]} values do not fit a quantised matrix {weight.shape}")
