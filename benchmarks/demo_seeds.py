@@ -27,8 +27,10 @@ def config_of(arm: str, seed: int) -> RunConfig:
 
 def run_arm(arm: str, seed: int, folder: Path, threads: int) -> None:
     """One run in its own process."""
+    config = config_of(arm, seed)
     if (folder / "model" / "config.json").exists():
-        trained(config_of(arm, seed), folder)  # nothing to do, but for other settings, which it refuses
+        # Nothing to do, but for other settings, which it refuses.
+        trained(config, folder, prepare(config.data, config.tokenizer))
         return
     command = [sys.executable, __file__, "--out", str(folder), "--arm", arm, "--seeds", str(seed)]
     subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
@@ -43,7 +45,8 @@ def main() -> None:
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
     wanted = parser.parse_args()
     if wanted.arm:
-        trained(config_of(wanted.arm, wanted.seeds[0]), wanted.out)
+        config = config_of(wanted.arm, wanted.seeds[0])
+        trained(config, wanted.out, prepare(config.data, config.tokenizer))
         return
     threads = max(1, (os.cpu_count() or 1) // wanted.parallel)
     folders = {(seed, arm): wanted.out / f"{arm}-{seed}" for seed in wanted.seeds for arm in ARMS}
