@@ -1,10 +1,12 @@
 """Vectors of a codebook: each the best of all 256 where it stands, the codebook of least error around it."""
 
+from functools import partial
+
 import torch
 
 from moeforge.compress.feedback import Inputs, round_in_order
 from moeforge.compress.rounding import expert_to_format, to_format
-from moeforge.compress.vectors import codebook, unit, with_feedback
+from moeforge.compress.vectors import best_vectors, codebook, unit
 from moeforge.hub.store import Format
 from moeforge.kernels.native.vectors import VectorWeight
 from tests.compress.test_feedback import rows, wide
@@ -13,14 +15,7 @@ from tests.compress.test_feedback import rows, wide
 def test_a_vector_is_the_one_that_leaves_least_when_later_inputs_have_made_it_good() -> None:
     weight, inputs = torch.randn(3, 128), Inputs.of(rows(400, 128), torch.rand(400))
     book = torch.randint(-7, 8, (256, 4), dtype=torch.int8)
-    found = with_feedback(weight, inputs, 128, 128)
-    assert found.shape == (1, 3, 128)
-
-    def code(values: torch.Tensor, step: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        ratio = (values / step).T @ own.inverse()
-        return book[torch.cdist(ratio, book.float() @ own.inverse()).argmin(1)].T
-
-    codes, scales = round_in_order(weight, inputs, 128, lambda values, _: unit(values), code, 4)
+    codes, scales = round_in_order(weight, inputs, 128, lambda values, _: unit(values), partial(best_vectors, book), 4)
     left, gram, step = weight.double(), inputs.gram.double(), scales.double()
     for at in range(0, 128, 4):
         tail = gram[at:, at:]
@@ -73,5 +68,6 @@ def test_a_matrix_of_so_few_vectors_comes_back() -> None:
     part = to_format(weight, Format("vector", 128))
     assert isinstance(part, VectorWeight)
     assert float((part.dequantise() - weight).norm() / weight.norm()) < 0.2
+    assert part.shape == weight.shape
     zero = to_format(torch.zeros(2, 8, 24), Format("vector", 32))
     assert not isinstance(zero, torch.Tensor) and not zero.dequantise().any()

@@ -4,6 +4,8 @@ arXiv:2409.17066): k-means in which an input's errors count by its second moment
 The vectors lie on whole numbers, in units of each group's scale, so that they are codes of 4 bits for the kernel.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,18 +23,20 @@ SAMPLE, STEPS = 1 << 14, 10
 def with_feedback(weight: Tensor, inputs: Inputs, group: int, width: int) -> VectorWeight:
     """[R, C], C a multiple of 128, of which ``width`` inputs count -> a stack of one.
 
-    Four inputs are rounded at once, to the vector whose error leaves least once later inputs have made it good: the
-    metric of GPTVQ's equation 4 with all of its 4 x 4 block.
+    Four inputs are rounded at once.
     """
     book = codebook(weight, inputs.gram.diagonal(), group)
-
-    def code(values: Tensor, step: Tensor, own: Tensor) -> Tensor:
-        apart = torch.linalg.inv(own)
-        ratio = torch.where(step > 0, values / step, 0.0).T
-        return book[torch.cdist(ratio @ apart, book.float() @ apart).argmin(1)].T
-
+    code = partial(best_vectors, book)
     codes, scales = round_twice(weight, inputs, group, lambda values, _: unit(values), code, LENGTH)
     return VectorWeight.of_codes(codes, scales, book, group, width)
+
+
+def best_vectors(book: Tensor, values: Tensor, step: Tensor, own: Tensor) -> Tensor:
+    """As ``Code``, the vectors whose error leaves least once later inputs have made it good: the metric of GPTVQ's
+    equation 4 with all of its 4 x 4 block."""
+    apart = torch.linalg.inv(own)
+    ratio = torch.where(step > 0, values / step, 0.0).T
+    return book[torch.cdist(ratio @ apart, book.float() @ apart).argmin(1)].T
 
 
 def nearest(weight: Tensor, moment: Tensor, group: int) -> VectorWeight:
