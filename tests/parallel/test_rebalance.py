@@ -56,7 +56,7 @@ def test_experts_stay_until_it_is_time(processes):
 
 
 OLD = Placement.of_holders([[0], [0, 1], [1], [2, 3], [2], [3]], 4)
-NEW = Placement.of_holders([[3, 1], [0], [0], [2], [1], [2, 3]], 4)
+NEW = Placement.of_holders([[3, 1], [1], [0], [2], [0], [2, 3]], 4)
 
 
 def rows_after_a_move():
