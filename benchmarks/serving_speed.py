@@ -62,10 +62,9 @@ def _figures(results: dict, weights: str) -> str:
         rates = [f"{one['cases'][case]['tokens/s'][0]:.0f}" for case in CASES]
         first, each = (one["cases"][CASES[0]][figure][0] for figure in ("first token s", "ms per token"))
         reads = one["cases"][CASES[0]]["tokens/s"][0] * one["active_bytes"] / 1e9
+        start = "{:.1f} ({:.1f} to {:.1f})".format(*one["start_s"])
         speed = f"{reads:.0f} GB/s, {reads / found['limits']['read GB/s']:.0%}" if reads else ""
-        lines.append(
-            f"| {name} | {' | '.join(rates)} | {first * 1e3:.0f} | {each:.1f} | {speed} | {one['start_s']:.1f} |"
-        )
+        lines.append(f"| {name} | {' | '.join(rates)} | {first * 1e3:.0f} | {each:.1f} | {speed} | {start} |")
     return "\n".join(lines)
 
 

@@ -11,7 +11,9 @@ from moeforge.generate import Settings, open_engine, opening
 from moeforge.generate.runner import blocks_wanted, bytes_per_block
 from moeforge.hub import read_config, save
 from moeforge.models import Decoder, ModelConfig
+from moeforge.models.block import Block
 from moeforge.models.decoder import Blocks
+from moeforge.models.weights import turn
 from tests.generate.conftest import SHAPE
 from tests.generate.driving import drive, engine, sampling
 
@@ -73,3 +75,23 @@ def test_the_buffers_of_a_pass_count_too(folder: Path, monkeypatch: pytest.Monke
     with pytest.raises(UserError, match=r"a pass of 64 tokens [\d.]+ GiB .* lower --kv-memory, --token-budget"):
         open_engine(folder, Settings(kv_blocks=4, token_budget=64))
     open_engine(folder, Settings(kv_blocks=4, token_budget=1)).close()
+
+
+def test_of_weights_that_are_rounded_one_layer_at_a_time_lies_in_memory(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, experts = tmp_path / "deep", {"experts": {"num_experts": 16, "d_expert": 64}}
+    save(Decoder(ModelConfig.model_validate(SHAPE | {"num_layers": 4, "moe": experts})), tokenizer, folder)
+    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    monkeypatch.setattr(opening, "available_memory", lambda: stored * 0.7)
+    with pytest.raises(UserError, match="hold --weights int4"):
+        open_engine(folder, Settings(kv_blocks=4, token_budget=1))
+    settled: list[torch.nn.Module] = []
+
+    def noted(module: torch.nn.Module, weights: str) -> None:
+        settled.append(module)
+        turn(module, weights)
+
+    monkeypatch.setattr(opening, "turn", noted)
+    open_engine(folder, Settings(kv_blocks=4, token_budget=1, weights="int4")).close()
+    assert [type(module) for module in settled] == [Block] * 4

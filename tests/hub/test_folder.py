@@ -12,6 +12,8 @@ import moeforge
 from moeforge.data.tokenizers import Bytes, Tokenizer, train_or_open
 from moeforge.errors import UserError
 from moeforge.hub import load, save
+from moeforge.hub.folder import outline
+from moeforge.hub.pretrained import fill
 from moeforge.hub.whole import write_whole
 from moeforge.models import Decoder, ModelConfig
 
@@ -51,6 +53,20 @@ def test_a_saved_model_opens_exactly_as_it_was(tmp_path, tokenizer, dtype, tied)
         assert name == other and left.dtype == right.dtype and torch.equal(left, right)
     ids = torch.randint(0, 257, (2, 9))
     assert torch.equal(opened(ids).logits, model(ids).logits)
+
+
+def test_a_layer_is_settled_before_the_next_is_read(folder: Path) -> None:
+    found, there = outline(folder), list[set[str]]()
+
+    def settle(block: torch.nn.Module) -> None:
+        there.append({name for name, tensor in found.model.state_dict().items() if not tensor.is_meta})
+        block.to(torch.float64)
+
+    fill(found.model, found.pieces, found.shards, found.unused, None, "cpu", settle)
+    assert [{name.split(".")[1] for name in names} for names in there] == [{"0"}, {"0", "1"}]
+    assert all(name.startswith("blocks.") for name in there[1])
+    for name, tensor in found.model.named_parameters():
+        assert tensor.dtype == (torch.float64 if name.startswith("blocks.") else torch.float32)
 
 
 def test_a_run_folder_stands_for_the_model_inside(folder):

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -218,19 +218,28 @@ class Contestant:
 
 
 def measure(plan: Plan) -> dict[str, Any]:
-    """The machine's reading speed, then of each contestant and case the median, least and most of each figure."""
+    """The machine's reading speed, then of each contestant how long it takes to start, alone and in turns, and of each
+    case every figure: median, least and most."""
     files = _gguf(plan) if LLAMA in plan.against else {}
+    jobs = {
+        f"{name} {BITS[weights] if name == LLAMA else weights}": (
+            name,
+            plan.job(files[weights] if name == LLAMA else plan.path, weights),
+        )
+        for name, weights in plan.contestants()
+    }
+    starts: dict[str, list[float]] = {label: [] for label in jobs}
+    for number in range(plan.rounds):
+        for label in _in_turn(list(jobs), number):
+            print(f"start {number + 1} of {plan.rounds}: {label}", file=sys.stderr, flush=True)
+            with Contestant(*jobs[label]) as one:
+                starts[label].append(one.start_s)
     with ExitStack() as stack:
-        opened: dict[str, Contestant] = {}
-        for name, weights in plan.contestants():
-            path = files[weights] if name == LLAMA else plan.path
-            label = f"{name} {BITS[weights] if name == LLAMA else weights}"
-            print(f"opening {label}", file=sys.stderr, flush=True)
-            opened[label] = stack.enter_context(Contestant(name, plan.job(path, weights)))
+        opened = {label: stack.enter_context(Contestant(*job)) for label, job in jobs.items()}
         limits = {"read GB/s": _read_speed(plan.threads)}
         rounds = [_round(plan, opened, number) for number in range(plan.rounds)]
         limits["read GB/s"] = max(limits["read GB/s"], _read_speed(plan.threads))
-    facts = {name: {"start_s": one.start_s, "active_bytes": one.active_bytes} for name, one in opened.items()}
+    facts = {name: {"start_s": spread(starts[name]), "active_bytes": one.active_bytes} for name, one in opened.items()}
     return {
         "plan": _written(plan),
         "machine": _machine(),
@@ -258,10 +267,14 @@ def _round(plan: Plan, opened: dict[str, Contestant], number: int) -> dict[str, 
     names = list(opened)
     for case in plan.cases:
         prompts = _prompts(case, plan.vocab_size, number)
-        for name in names[number % len(names) :] + names[: number % len(names)]:
+        for name in _in_turn(names, number):
             print(f"round {number + 1} of {plan.rounds}, {case.name}: {name}", file=sys.stderr, flush=True)
             found[name][case.name] = figures(case, opened[name].write(prompts, case.new))
     return found
+
+
+def _in_turn(names: list[str], number: int) -> list[str]:
+    return names[number % len(names) :] + names[: number % len(names)]
 
 
 def _prompts(case: Case, vocab_size: int, number: int) -> list[list[int]]:
@@ -288,13 +301,19 @@ def figures(case: Case, texts: Texts) -> dict[str, float]:
     return found | {"ms per token": 1e3 * statistics.median(gaps), "tokens/s": after / (end - max(first))}
 
 
-def _summary(facts: dict[str, dict[str, float]], rounds: list[Any], plan: Plan) -> dict[str, Any]:
+def spread(values: Iterable[float]) -> list[float]:
+    """Median, least and most."""
+    found = sorted(values)
+    return [statistics.median(found), found[0], found[-1]]
+
+
+def _summary(facts: dict[str, dict[str, Any]], rounds: list[Any], plan: Plan) -> dict[str, Any]:
     return {
         name: fact
         | {
             "cases": {
                 case.name: {
-                    figure: [f(one[name][case.name][figure] for one in rounds) for f in (statistics.median, min, max)]
+                    figure: spread(one[name][case.name][figure] for one in rounds)
                     for figure in FIGURES
                     if figure in rounds[0][name][case.name]
                 }

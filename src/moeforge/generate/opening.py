@@ -1,5 +1,6 @@
 """From a folder to a running engine."""
 
+from functools import partial
 from pathlib import Path
 
 from moeforge.data.tokenizers import Tokenizer
@@ -11,9 +12,9 @@ from moeforge.generate.settings import Settings
 from moeforge.hub import load
 from moeforge.hub.families import FAMILIES
 from moeforge.hub.folder import MODEL_TYPE, config_json, model_folder, read_config
-from moeforge.models import Decoder
+from moeforge.models import Decoder, ModelConfig
 from moeforge.models.memory import pass_bytes
-from moeforge.models.weights import hold
+from moeforge.models.weights import hold, turn
 
 BYTES = {"float32": 4.0, "bf16": 2.0, "int8": 1.02, "int4": 0.57}
 """Of a weight that is held so, its share of the scales included."""
@@ -37,8 +38,8 @@ def open_engine(
     cache = blocks * bytes_per_block(config, held, settings.block_size)
     if device == "cpu":
         buffers = pass_bytes(config, held, min(settings.token_budget, blocks * settings.block_size))
-        _check_memory(folder, itemsize, settings, cache, buffers)
-    model, tokenizer = load(folder, device)
+        _check_memory(folder, itemsize, config, settings, cache, buffers)
+    model, tokenizer = load(folder, device, partial(turn, weights=settings.weights))
     engine = engine_for(model, tokenizer, settings, domain)
     engine.name = name
     return engine
@@ -59,13 +60,18 @@ def engine_for(
     return engine
 
 
-def _check_memory(folder: Path, itemsize: int, settings: Settings, cache: int, buffers: float) -> None:
+def _check_memory(
+    folder: Path, itemsize: int, config: ModelConfig, settings: Settings, cache: int, buffers: float
+) -> None:
     stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    held = stored / itemsize * BYTES.get(settings.weights, itemsize)
-    needed, free = max(stored, held) + cache + buffers, available_memory()
+    weights = stored * BYTES.get(settings.weights, itemsize) / itemsize
+    if weights != stored:  # each layer, and what is beside them, is there as stored until it is turned
+        outside = 2 * (config.vocab_size or 0) * config.d_model * itemsize
+        weights += max(stored / config.num_layers, outside)
+    needed, free = weights + cache + buffers, available_memory()
     if free is not None and needed > free:
         raise UserError(
-            f"{folder}: weights take {max(stored, held) / GIB:.2f} GiB, a pass of {settings.token_budget} tokens "
+            f"{folder}: weights take {weights / GIB:.2f} GiB, a pass of {settings.token_budget} tokens "
             f"{buffers / GIB:.2f} GiB and keys and values {cache / GIB:.2f} GiB, but {free / GIB:.2f} GiB of memory "
             f"are free: lower --kv-memory, --token-budget or --max-running, or hold --weights int4"
         )

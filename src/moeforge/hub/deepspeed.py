@@ -70,8 +70,7 @@ class States:
         return self.tensors[name]
 
     def close(self) -> None:
-        """Lets go of the files."""
-        self.tensors = {}
+        """Nothing: torch maps whole pickles, and these are let go of with the last of their tensors."""
 
 
 def states_folder(folder: Path) -> Path | None:

@@ -15,7 +15,7 @@ from moeforge.config import Tree
 from moeforge.data.tokenizers import Tokenizer
 from moeforge.errors import UserError
 from moeforge.hub.layout import plan
-from moeforge.hub.pretrained import Outline, Pretrained, carry_files, check, family_of, fill, outline_of_family
+from moeforge.hub.pretrained import Outline, Pretrained, Settle, carry_files, check, family_of, fill, outline_of_family
 from moeforge.hub.remote import CODE, carry
 from moeforge.hub.shards import MAX_SHARD_SIZE, Shards, write
 from moeforge.hub.store import PACKED, hold_packed
@@ -93,10 +93,11 @@ def write_own_config(fresh: Path, config: ModelConfig, dtype: torch.dtype, field
     (fresh / "config.json").write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
 
 
-def load(folder: str | Path, device: str = "cpu") -> tuple[Decoder, Tokenizer]:
+def load(folder: str | Path, device: str = "cpu", settle: Settle | None = None) -> tuple[Decoder, Tokenizer]:
     """The model, in evaluation mode, and its tokenizer. A run folder stands for the ``model`` inside it.
 
-    Raises UserError when something is missing, cut short, or does not fit together.
+    ``settle`` may change each layer before the next is read. Raises UserError when something is missing, cut short, or
+    does not fit together.
     """
     folder = model_folder(Path(folder))
     config, _ = read_config(folder)
@@ -106,19 +107,23 @@ def load(folder: str | Path, device: str = "cpu") -> tuple[Decoder, Tokenizer]:
     fields = config_json(folder)
     if known > ours or (known < ours and fields["model_type"] == MODEL_TYPE and PACKED not in fields):
         raise UserError(f"{folder}: the model has vocab_size {ours}, its tokenizer {known}")
-    return open_model(folder, device=device), tokenizer
+    return open_model(folder, device=device, settle=settle), tokenizer
 
 
 def open_model(
-    folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu", pickle: bool = False
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    pickle: bool = False,
+    settle: Settle | None = None,
 ) -> Pretrained | Own:
     """``moeforge.load``: the decoder of one of our folders or of a public family's, in evaluation mode.
 
     ``dtype`` None: every weight in the type it has. ``pickle`` lets ``pytorch_model.bin`` be opened. At most the model
-    and one mapped file of weights are in memory. Raises UserError as ``hub.load`` does.
+    and one mapped file of weights are in memory. ``settle`` as ``load`` has it. Raises UserError as ``hub.load`` does.
     """
     found = outline(folder, pickle)
-    fill(found.model, found.pieces, found.shards, found.unused, dtype, device)
+    fill(found.model, found.pieces, found.shards, found.unused, dtype, device, settle)
     assert isinstance(found.model, Pretrained | Own)
     return found.model.eval()
 

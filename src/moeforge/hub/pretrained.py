@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moeforge.config import Tree
 from moeforge.data.tokenizers import Tokenizer
@@ -36,6 +36,8 @@ CARRIED = (
 
 READERS = 2
 """Threads that copy weights: what takes the time is memory that is touched for the first time."""
+Settle = Callable[[nn.Module], None]
+"""Called with each layer as soon as its weights are there, before those of the next are read."""
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -228,16 +230,28 @@ def fill(
     unused: set[str],
     dtype: torch.dtype | None,
     device: str,
+    settle: Settle | None = None,
 ) -> None:
-    """Gives a model on the meta device its weights, file by file. Raises UserError with all names unless the files hold
-    exactly the model's tensors, in name and shape; then nothing has been read."""
+    """Gives a model on the meta device its weights, layer by layer. Raises UserError with all names unless the files
+    hold exactly the model's tensors, in name and shape; then nothing has been read."""
     meta = model.state_dict()
     _check_pieces(meta, pieces, shards, unused)
     learnt = dict(model.named_parameters())  # what a controller moves keeps its type
     wanted = {name: dtype for name in meta if dtype is not None and name in learnt}
-    tensors = _read(meta, pieces, shards, wanted, device)
-    shards.close()
-    model.load_state_dict(tensors, assign=True)
+    parts: dict[str, list[Piece]] = {_layer_of(name): [] for name in meta}
+    for piece in pieces:
+        parts[_layer_of(piece.parameter)].append(piece)
+    for name in sorted(parts, key=lambda name: name == ""):
+        own = {key: tensor for key, tensor in meta.items() if _layer_of(key) == name}
+        model.load_state_dict(_read(own, parts[name], shards, wanted, device), strict=False, assign=True)
+        shards.close()  # mapped anew for each layer: pages that were read leave memory before others come
+        if name and settle is not None:
+            settle(model.get_submodule(name))
+
+
+def _layer_of(name: str) -> str:
+    """``blocks.3`` of a tensor's name; empty where it is in no layer."""
+    return ".".join(name.split(".")[:2]) if name.startswith("blocks.") else ""
 
 
 def _check_pieces(meta: Mapping[str, Tensor], pieces: list[Piece], shards: Source, unused: set[str]) -> None:

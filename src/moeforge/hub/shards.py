@@ -97,7 +97,7 @@ class Shards:
         return self._folded.get(name, self.nbytes(name))
 
     def close(self) -> None:
-        """Lets go of the mapped file."""
+        """Lets go of the mapped file; ``get`` maps it anew."""
         self._open = (None, None)
 
 

@@ -46,18 +46,31 @@ def hold(model: nn.Module, weights: str) -> dict[str, int]:
     Returns bytes by class: experts, dense, embeddings, router, other. Banks that no format of ours holds stay as they
     are, which a line on the log says. Raises UserError when nothing could be changed, or for unknown ``weights``.
     """
+    turn(model, weights)
+    if weights in BITS:
+        banks = {name: module for name, module in model.named_modules() if isinstance(module, Bank)}
+        held = [name for name, bank in banks.items() if isinstance(bank, MLPBank) and is_held(bank)]
+        if not held and not any(isinstance(module, HeldLinear) for module in model.modules()):
+            raise UserError(f"no matrix of this model could be held as {weights}: it has no experts or layers of MLPs")
+        stay = [name for name in banks if name not in held and next(banks[name].parameters(), None) is not None]
+        if stay:
+            kinds = "experts with biases, that are merged, or of another kind than MLPs stay as stored: %s"
+            logging.getLogger("moeforge").warning(kinds, ", ".join(stay))
+    return bytes_by_class(model)
+
+
+def turn(module: nn.Module, weights: str) -> None:
+    """``hold`` of a model or a part of it, whatever there is to hold; what is held so already stays."""
     if weights in TYPES:
         dtype = TYPES[weights]
-        for module in model.modules():
-            for name, parameter in module.named_parameters(recurse=False):
+        for part in module.modules():
+            for name, parameter in part.named_parameters(recurse=False):
                 if parameter.is_floating_point():
-                    module._parameters[name] = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
-    elif weights not in BITS:
-        if weights != "as stored":
-            raise UserError(f"weights are held as stored, {', '.join((*TYPES, *BITS))}, not as {weights}")
-    elif not _quantise(model, BITS[weights]):
-        raise UserError(f"no matrix of this model could be held as {weights}: it has no experts or layers of MLPs")
-    return bytes_by_class(model)
+                    part._parameters[name] = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
+    elif weights in BITS:
+        _quantise(module, BITS[weights])
+    elif weights != "as stored":
+        raise UserError(f"weights are held as stored, {', '.join((*TYPES, *BITS))}, not as {weights}")
 
 
 def is_held(bank: MLPBank) -> bool:
@@ -71,11 +84,10 @@ def check_whole(model: nn.Module) -> None:
         raise UserError("experts are held in few bits: start from the model that this was made of")
 
 
-def _quantise(model: nn.Module, bits: Bits) -> int:
-    changed, stay = 0, []
+def _quantise(model: nn.Module, bits: Bits) -> None:
     merging = [moe for moe in model.modules() if isinstance(moe, MoE) and isinstance(moe.config.router.select, Merged)]
     summed = {id(bank) for moe in merging for bank in moe.banks.children()}  # of new matrices for every group of tokens
-    for path, parent in list(model.named_modules()):
+    for parent in list(model.modules()):
         if isinstance(parent, Router):
             continue
         own_matrices = id(parent) not in summed
@@ -86,19 +98,11 @@ def _quantise(model: nn.Module, bits: Bits) -> int:
                 weight = quantise(getattr(parent, name).detach(), bits, GROUP[bits])
                 delattr(parent, name)  # the parameter gives its name to what the kernels take as well
                 setattr(parent, name, weight)
-            changed += 1
-        elif isinstance(parent, Bank) and next(parent.parameters(), None) is not None:
-            stay.append(path)
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear and name not in READ_WHOLE:
                 own: Bits = 8 if name == "output" else bits
                 weight = quantise(child.weight.detach(), own, GROUP[own])
                 setattr(parent, name, HeldLinear(weight, None if child.bias is None else child.bias.detach()))
-                changed += 1
-    if stay and changed:
-        kinds = "experts with biases, that are merged, or of another kind than MLPs stay as stored: %s"
-        logging.getLogger("moeforge").warning(kinds, ", ".join(stay))
-    return changed
 
 
 def bytes_by_class(model: nn.Module) -> dict[str, int]:
