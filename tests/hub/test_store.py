@@ -8,8 +8,9 @@ from safetensors import safe_open
 
 from moeforge.compress.rounding import to_format
 from moeforge.errors import UserError
-from moeforge.hub.store import LARGE, LINE, PAGE, Format, from_record, record, to_record, write_file
+from moeforge.hub.store import LARGE, LINE, PAGE, Format, from_record, packed_bytes, record, to_record, write_file
 from moeforge.kernels.native.coded import ZEROS, CodedWeight, coded, encode
+from moeforge.models import ModelConfig
 
 FORMATS = (
     Format(8, 128),
@@ -80,3 +81,15 @@ def test_a_file_starts_its_experts_at_pages_and_safetensors_reads_it(tmp_path: P
     assert begin % PAGE == 0 and data[begin : begin + len(experts)] == experts
     with safe_open(tmp_path / "x.safetensors", framework="pt") as file:
         assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in tensors.items())
+
+
+def test_a_record_that_experts_share_is_there_once_and_read_by_each() -> None:
+    moe = {"experts": {"num_experts": 4, "d_expert": 24}}
+    config = ModelConfig.model_validate(
+        {"vocab_size": 9, "d_model": 16, "num_layers": 2, "num_heads": 2, "first_dense_layers": 1, "moe": moe}
+    )
+    shapes = (48, 16), (16, 24)
+    four, eight = (record(Format(bits, 32), shapes)[1] for bits in (4, 8))
+    parts = [{"bits": 4, "group": 32, "rows": [[0, 1, 3]]}, {"bits": 8, "group": 32, "rows": [[2]]}]
+    found = [*packed_bytes(config, {"blocks.1.moe.banks.0": parts})]
+    assert found == [(1, 4 * (48 * 16 + 16 * 24), four + eight, 3 * four + eight)]
