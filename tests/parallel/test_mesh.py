@@ -19,6 +19,8 @@ def groups(rank: int, size: int, ep: int, tp: int, node_size: int) -> dict[str, 
             "across": across,
             "same slice": mesh.same_slice.get_group(),
         }
+        places = mesh.same_slice.get_coordinate(), mesh.grid["data"].get_coordinate()
+        assert places == ((found["same slice"].rank(),), (mesh.grid["data"].get_group().rank(),))  # as FSDP cuts
         return {name: dist.get_process_group_ranks(group) for name, group in found.items()}
     finally:
         dist.destroy_process_group()

@@ -25,7 +25,7 @@ class Mesh:
     world: DeviceMesh
     """[all]"""
     same_slice: DeviceMesh
-    """[expert x data]: who holds the same slice of what only the tensor axis cuts."""
+    """[data x expert]: who holds the same slice of what only the tensor axis cuts."""
     same_experts: DeviceMesh
     """[tensor x data]: who holds the same experts, where the tensor axis does not cut them."""
     links: DeviceMesh | None = None
@@ -48,7 +48,8 @@ class Mesh:
         grid, world, links = mesh(ranks_TED, "tensor", "expert", "data"), mesh(torch.arange(size), "world"), None
         same_slice, same_experts = world, grid["data"]
         if tensor_size > 1:
-            same_slice = mesh(ranks_TED.flatten(1), "tensor", "same")["same"]
+            # Ascending, as groups are: FSDP goes by the places in a group, DTensor by those in a mesh.
+            same_slice = mesh(ranks_TED.mT.flatten(1), "tensor", "same")["same"]
             same_experts = mesh(ranks_TED.transpose(0, 1).flatten(1), "expert", "same")["same"]
         if node_size is not None:
             check_levels(expert_size, node_size, tensor_size)
