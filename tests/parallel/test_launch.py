@@ -165,7 +165,6 @@ REFUSED = {
     ),
     "nothing to pick": (["--nproc=2", "--by-index"], "--by-index is about experts on several processes: add --ep"),
     "nothing to move": (["--nproc=2", "--rebalance=5"], "--rebalance is about experts on several processes: add --ep"),
-    "cut and moved": (["--nproc=4", "--ep=2", "--rebalance=5", "--shard"], "--rebalance moves whole experts, and"),
     "unlike shares": (
         "--nproc=3 --ep=3 --uneven --rebalance=5".split(),
         "has more experts on one process than on another",

@@ -166,11 +166,13 @@ def test_the_same_mesh_goes_on_bit_for_bit(processes, config, tmp_path):
     assert [line["loss/lm"] for line in lines] == [line["loss/lm"] for line in uninterrupted]
 
 
-def test_experts_that_moved_are_still_there_when_a_run_goes_on(processes, config, tmp_path):
-    layout = written(Layout(2, rebalance=3, placement=EVEN_ON_TWO), tmp_path)  # just before the checkpoint
+@pytest.mark.parametrize("size, shard", [(2, False), (4, True)])
+def test_experts_that_moved_are_still_there_when_a_run_goes_on(processes, config, tmp_path, size, shard):
+    # just before the checkpoint
+    layout = written(Layout(2, shard=shard, rebalance=3, placement=EVEN_ON_TWO), tmp_path)
     for function, out in ((begin, "two"), (finish, "two"), (train_whole, "whole")):
-        processes(2).run(function, config, tmp_path / out, layout)
-    processes(2).run(train_whole, config, tmp_path / "stays", replace(layout, rebalance=0))
+        processes(size).run(function, config, tmp_path / out, layout)
+    processes(size).run(train_whole, config, tmp_path / "stays", replace(layout, rebalance=0))
     two, whole, stays = (read_metrics(tmp_path / out / "metrics.jsonl")[-2:] for out in ("two", "whole", "stays"))
     assert [line["loss/lm"] for line in two] == [line["loss/lm"] for line in whole]
     sent = [[line["sent/all_to_all"] for line in lines] for lines in (two, whole, stays)]

@@ -55,10 +55,6 @@ class Layout:
             raise UserError("--by-index gathers all rows at once: leave --fetch, --two-level and --chunks out")
         if self.shard and size == self.tp:
             raise UserError("--shard does nothing where one tensor group is all: leave it out, or take a smaller --tp")
-        if self.rebalance and self.shard and size > self.ep * self.tp:
-            raise UserError(
-                "--rebalance moves whole experts, and --shard has cut them: leave one out, or let --ep be all"
-            )
         if self.two_level:
             check_levels(self.ep, self.processes_per_node(size), self.tp)
 

@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 
 from moeforge.config import Tree
 from moeforge.models import Decoder
+from moeforge.parallel.piece import local
 from moeforge.parallel.placement import Placement
 from moeforge.parallel.plan.places import busiest, greedy
 from moeforge.parallel.sharding import Sharding
@@ -62,8 +64,23 @@ class Rebalance:
             return
         parameters = [p for key, p in self.sharding.parameters.items() if key.rpartition(".")[0] == name]
         states = [value for p in parameters for value in optimizer.state[p].values() if value.ndim]
-        move([*parameters, *states], old, new, self.sharding.mesh.expert_group, self.wire)
+        mesh, tensors = self.sharding.mesh, [local(tensor) for tensor in (*parameters, *states)]
+        if isinstance(parameters[0], DTensor):
+            data = mesh.grid["data"].size()
+            move(tensors, cut(old, data), cut(new, data), mesh.same_slice.get_group(), self.wire)
+        else:
+            move(tensors, old, new, mesh.expert_group, self.wire)
         self.sharding.move(name, new)
+
+
+def cut(placement: Placement, size: int) -> Placement:
+    """What FSDP leaves of it to each of [``size`` x expert] processes: even shares, the last ones less or none."""
+
+    def part(held: tuple[int, ...], at: int) -> tuple[int, ...]:
+        share = -(-len(held) // size)
+        return held[at * share :][:share]
+
+    return Placement(tuple(part(held, at) for at in range(size) for held in placement.held))
 
 
 def renumbered(new: Placement, old: Placement) -> Placement:
