@@ -164,6 +164,8 @@ REFUSED = {
         "--by-index gathers all rows at once: leave --fetch, --two-level and --chunks out",
     ),
     "nothing to pick": (["--nproc=2", "--by-index"], "--by-index is about experts on several processes: add --ep"),
+    "nothing cut to offload": (["--nproc=2", "--offload"], "--offload is about what FSDP has cut: add --shard"),
+    "no device to offload from": (["--nproc=2", "--shard", "--offload"], "--offload: the model is on the CPU already"),
     "nothing to move": (["--nproc=2", "--rebalance=5"], "--rebalance is about experts on several processes: add --ep"),
     "unlike shares": (
         "--nproc=3 --ep=3 --uneven --rebalance=5".split(),

@@ -39,6 +39,8 @@ LAYOUTS = {
     "slices, the rest cut": (PLAIN, 4, Layout(2, rebalance=1, tp=2, shard=True)),
     "weights travel": (PLAIN, 2, Layout(2, rebalance=1, fetch=True)),
     "the rest cut": (PLAIN, 2, IN_CUTS),
+    "offloaded": (PLAIN, 2, replace(IN_CUTS, offload=True)),
+    "offloaded, two groups": (PLAIN, 4, replace(IN_CUTS, offload=True)),
     "cut in two groups": (PLAIN, 4, IN_CUTS),
     "cut in two groups, unevenly": (SIX, 4, IN_CUTS),
     "cut in two groups, replicas": (PLAIN, 4, replace(IN_CUTS, placement=REPLICAS)),

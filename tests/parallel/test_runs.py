@@ -127,6 +127,8 @@ def on(processes, mesh: tuple[int, Layout], function, *arguments) -> None:
         ((4, Layout(1, True, tp=2)), (4, Layout(2, True, tp=2))),
         (ONE, (4, Layout(2, True, tp=2))),
         (ONE, (4, Layout(2, tp=2))),
+        ((4, Layout(4, True, offload=True)), ONE),
+        ((4, Layout(2, True)), (2, Layout(2, True, offload=True))),
         ((4, Layout(4, True)), (2, Layout(tp=2))),
     ],
     ids=lambda mesh: " ".join([str(mesh[0]), *mesh[1].flags]),

@@ -167,6 +167,8 @@ OPTIONS = {
     "weights travel, cut": Layout(ep=2, shard=True, fetch=True),
     "by index": Layout(ep=4, by_index=True),
     "by index, cut": Layout(ep=2, shard=True, by_index=True),
+    "offloaded": Layout(ep=4, shard=True, offload=True),
+    "offloaded, slices": Layout(ep=2, shard=True, offload=True, tp=2),
     "all": Layout(ep=4, shard=True, node_size=2, two_level=True, chunks=2),
 }
 

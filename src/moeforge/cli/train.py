@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moeforge.cli.layout import ByIndex, Fetch, Placement, Tp, TwoLevel, Uneven
+from moeforge.cli.layout import ByIndex, Fetch, Offload, Placement, Tp, TwoLevel, Uneven
 from moeforge.errors import UserError
 from moeforge.parallel.launch import is_worker, launch, one_voice
 from moeforge.parallel.layout import Layout
@@ -39,6 +39,7 @@ def train(
     tp: Tp = 1,
     rebalance: Annotated[int, typer.Option(min=0, help="Move experts by load, every so many steps.")] = 0,
     placement: Placement = None,
+    offload: Offload = False,
 ) -> None:
     """Train a model.
 
@@ -49,7 +50,7 @@ def train(
 
     config = recipes.load(recipe, context.obj)
     folder = out or Path("runs") / config.name
-    layout = Layout(ep, shard, node_size, two_level, chunks, uneven, placement, fetch, tp, by_index, rebalance)
+    layout = Layout(ep, shard, node_size, two_level, chunks, uneven, placement, fetch, tp, by_index, rebalance, offload)
     if dry_run:
         from moeforge.cli.dry_run import look_ahead, show
 
@@ -77,9 +78,10 @@ def train(
 
 def start(config: "RunConfig", folder: Path, nproc: int, layout: Layout, arguments: list[str]) -> None:
     """Trains in processes of their own; ``arguments`` are those of this verb that make ``config``."""
-    from moeforge.train.loop import resume_command
+    from moeforge.train.loop import choose_device, resume_command
 
     layout.check(nproc)
+    layout.check_device(choose_device(config.device).type)
     layout.check_model(config.model)
     again = " ".join([resume_command(folder), "--nproc", str(nproc), *layout.flags])
     launch(nproc, ["train", *arguments, f"--out={folder}", *layout.flags], again, folder / "logs")

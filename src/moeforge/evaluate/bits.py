@@ -39,9 +39,14 @@ def summed_loss(output: Output, labels_BL: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def bits_per_byte(model: Decoder, batches: Iterable[Batch], dtype: torch.dtype = torch.float32) -> Score:
-    """Scores ``model`` on batches that cover a text once. Raises UserError when there is none."""
-    device = model.embedding.weight.device
+def bits_per_byte(
+    model: Decoder, batches: Iterable[Batch], dtype: torch.dtype = torch.float32, device: torch.device | None = None
+) -> Score:
+    """Scores ``model`` on batches that cover a text once; on ``device``, where its weights are not where it computes.
+
+    Raises UserError when there is no text.
+    """
+    device = device or model.embedding.weight.device
     was_training, nats, num_bytes, num_targets = model.training, 0.0, 0, 0
     model.eval()
     for batch in (batch.to(device) for batch in batches):

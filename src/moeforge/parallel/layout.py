@@ -36,6 +36,8 @@ class Layout:
     """Rows go to all who share the experts; each picks those of its own."""
     rebalance: int = 0
     """Steps after which experts move to where they share the rows of these steps best; 0: never."""
+    offload: bool = False
+    """What FSDP has cut, its gradients and the optimizer's state are in the host's memory, and so is the update."""
 
     def check(self, size: int) -> None:
         """Raises UserError when ``size`` processes cannot be laid out so, or an option would do nothing."""
@@ -55,8 +57,15 @@ class Layout:
             raise UserError("--by-index gathers all rows at once: leave --fetch, --two-level and --chunks out")
         if self.shard and size == self.tp:
             raise UserError("--shard does nothing where one tensor group is all: leave it out, or take a smaller --tp")
+        if self.offload and not self.shard:
+            raise UserError("--offload is about what FSDP has cut: add --shard")
         if self.two_level:
             check_levels(self.ep, self.processes_per_node(size), self.tp)
+
+    def check_device(self, kind: str) -> None:
+        """Raises UserError when an option would do nothing on devices of this kind."""
+        if self.offload and kind == "cpu":
+            raise UserError("--offload: the model is on the CPU already: leave it out")
 
     def check_model(self, config: "ModelConfig") -> None:
         """Raises UserError when the model cannot be laid out so."""

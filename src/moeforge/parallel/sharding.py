@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 from torch.distributed.tensor import DTensor
 
@@ -63,7 +63,7 @@ class Sharding:
         if slices and layout.fetch:
             Slices(model, mesh.tensor_group, exchange.wire)
         if layout.shard:
-            _fully_shard(model, list(banks.values()), mesh, exchange.wire)
+            _fully_shard(model, list(banks.values()), mesh, exchange.wire, layout.offload)
         # Kept, as FSDP puts others in their place while a module works.
         self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
 
@@ -156,19 +156,22 @@ def _check_layer(layer: MoEConfig, name: str) -> None:
         raise UserError(f"{name}: select: {select.type} mixes before experts run: it needs an expert size of 1")
 
 
-def _fully_shard(model: Decoder, banks: list[Bank], mesh: Mesh, wire: Wire) -> None:
+def _fully_shard(model: Decoder, banks: list[Bank], mesh: Mesh, wire: Wire, offload: bool) -> None:
     """Blocks and the root over all processes; dealt banks, each a group of its own, over those that hold the same.
 
     With slices, over those with the same slices: what the tensor axis does not cut, each tensor group cuts alike.
+    ``offload``: to the host's memory, page-locked where a device copies from it; banks that nobody else holds too.
     """
     data, kept = mesh.grid["data"], set[nn.Parameter]()
+    pinned = mesh.world.device_type != "cpu"
+    policy = CPUOffloadPolicy(pin_memory=pinned) if offload else OffloadPolicy()
     for bank in banks:
-        if data.size() > 1:
-            fully_shard(bank, mesh=data)
+        if data.size() > 1 or offload:
+            fully_shard(bank, mesh=data, offload_policy=policy)
         else:
             kept.update(bank.parameters())
     for module in (*model.blocks, model):
-        fully_shard(module, mesh=mesh.same_slice, ignored_params=kept)
+        fully_shard(module, mesh=mesh.same_slice, ignored_params=kept, offload_policy=policy)
     # Such a view must not be changed in place, and the decoder adds it up out of place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for module in model.modules():

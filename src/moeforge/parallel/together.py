@@ -139,6 +139,7 @@ def join(layout: Layout) -> Iterator[Together]:
     """
     size, device = int(os.environ["WORLD_SIZE"]), "cuda" if torch.cuda.is_available() else "cpu"
     layout.check(size)
+    layout.check_device(device)
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:

@@ -94,7 +94,7 @@ class Run:
         """Bits per byte on ``eval_tokens`` of the validation text."""
         config = self.config
         batches = evaluation_batches(self.data.validation, config.batch_size, config.seq_len, config.eval_tokens)
-        own = bits_per_byte(self.model, map(self.ranks.own, batches), self.dtype)
+        own = bits_per_byte(self.model, map(self.ranks.own, batches), self.dtype, self.device)
         nats, targets = self.ranks.total(torch.tensor([own.nats, own.num_targets], dtype=torch.float64)).tolist()
         return Score(nats, own.num_bytes, int(targets))
 
