@@ -13,6 +13,7 @@ flops: 1 TFLOP/s
 bandwidth: 100 GB/s
 inside: {latency: 10 us, bandwidth: 10 GB/s}
 between: {latency: 50 us, bandwidth: 1 GB/s}
+host: 1 GB/s
 """
 
 
@@ -69,6 +70,7 @@ def test_a_timeline_is_written(call, tiny, cluster, tmp_path):
         (["--fetch"], "--ep=4 --fetch"),
         (["--by-index", "--uneven"], "--ep=4 --uneven --by-index"),
         (["--placement", "PLACES"], "--ep=4 --placement=PLACES"),
+        (["--offload", "--shard"], "--ep=4 --shard --offload"),
     ],
 )
 def test_what_train_can_do_is_planned(call, tiny, cluster, tmp_path, options, flags):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moeforge.cli.amounts import in_bytes, in_seconds, short
-from moeforge.cli.layout import ByIndex, Fetch, Placement, Tp, TwoLevel, Uneven
+from moeforge.cli.layout import ByIndex, Fetch, Offload, Placement, Tp, TwoLevel, Uneven
 from moeforge.errors import UserError
 from moeforge.parallel.launch import is_worker
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 SHOWN = 5
 """Meshes in the table."""
-LIKE = ("tp", "two_level", "fetch", "by_index", "uneven", "placement")
+LIKE = ("tp", "two_level", "fetch", "by_index", "uneven", "placement", "offload")
 """What ``moeforge train`` can be told too, and no search decides."""
 
 
@@ -43,6 +43,7 @@ def plan(
     by_index: ByIndex = False,
     uneven: Uneven = False,
     placement: Placement = None,
+    offload: Offload = False,
     loads: Annotated[Path | None, typer.Option(help="A run folder: experts get rows as they did there.")] = None,
     imbalance: Annotated[float, typer.Option(min=1, help="Rows of the busiest expert, over the mean.")] = 1.0,
     timeline: Annotated[Path | None, typer.Option(help="Write when who does what: .json (Chrome) or .svg.")] = None,
@@ -116,9 +117,8 @@ def _like(params: dict[str, Any]) -> "Arrangement":
         raise UserError("--fetch sends no rows, --by-index all of them: leave one out")
     way = "fetch" if params["fetch"] else "by_index" if params["by_index"] else "exchange"
     node = 1 if params["two_level"] else None
-    return Arrangement(
-        1, tensor=params["tp"], way=way, node=node, uneven=params["uneven"], placement=params["placement"]
-    )
+    as_told = {name: params[name] for name in ("uneven", "placement", "offload")}
+    return Arrangement(1, tensor=params["tp"], way=way, node=node, **as_told)
 
 
 def _run_config(what: str, settings: list[str]) -> "RunConfig":
@@ -239,7 +239,7 @@ def _show(tree: dict[str, Any]) -> None:
         print(f"                 {len(tree['meshes']) - SHOWN} more fit: --json has all")
     print("of the first mesh, a step:")
     held = {name: size for name, size in tree["meshes"][0]["memory"].items() if name != "total"}
-    print(f"memory           {', '.join(f'{name} {in_bytes(size)}' for name, size in held.items())}")
+    print(f"memory           {', '.join(f'{name} {in_bytes(size)}' for name, size in held.items() if size)}")
     sent = ", ".join(f"{kind} {in_bytes(count)}" for kind, count in tree["bytes"].items() if count)
     print(f"sent             {sent or 'nothing'}  (all processes together)")
     seconds = tree["seconds"]

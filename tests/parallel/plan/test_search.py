@@ -1,11 +1,13 @@
 """The mesh: the fastest of all that fit, and what to say when none does."""
 
 import re
+from dataclasses import replace
 from itertools import product
 
 import pytest
 
 from moeforge.errors import UserError
+from moeforge.parallel.plan.amounts import Work
 from moeforge.parallel.plan.job import Arrangement, Job
 from moeforge.parallel.plan.memory import memory_of
 from moeforge.parallel.plan.search import Wanted, arrangements, candidate, search
@@ -77,3 +79,24 @@ def test_sharding_and_dealing_hold_less():
     assert cut.parameters < dealt.parameters < plain.parameters
     assert plain.optimizer == 2 * plain.parameters == 2 * plain.gradients
     assert memory_of(JOB, Arrangement(8, recompute=True)).activations < plain.activations
+
+
+def test_what_is_offloaded_is_on_the_host_and_takes_its_time():
+    asked = Wanted(expert=8, like=Arrangement(1, offload=True))
+    with pytest.raises(UserError, match="cluster says nothing of the way to the host: give it"):
+        search(JOB, CLUSTER, asked)
+    cluster = CLUSTER.replace(host=1e7)
+    here = memory_of(JOB, Arrangement(8, 8, True))
+    for found in search(JOB, cluster, asked):
+        there, arrangement = found.memory, found.arrangement
+        assert arrangement.shard and arrangement.offload
+        assert (there.parameters, there.gradients, there.optimizer) == (0, 0, 0)
+        assert there.host == 4 * here.parameters
+        assert there.total == there.activations + there.buffers
+        # Weights forward and back, the root's but once; gradients; the norm reads them; the update: 9 times as much.
+        works = [(part.times, operation.does) for part in found.parts for operation in part.operations]
+        moved = sum(float(times * work.hosted.max()) for times, work in works if isinstance(work, Work))
+        root = sum(p.nbytes for name, p in JOB.decoder.named_parameters() if not name.startswith("blocks")) / 8
+        assert moved == 13 * here.parameters - root
+        stays = candidate(JOB, replace(arrangement, offload=False), cluster)
+        assert found.seconds - stays.seconds > 0.9 * moved / cluster.host

@@ -32,6 +32,8 @@ MORE = [
     (4, Layout(2, tp=2, shard=True, by_index=True)),
     (4, Layout(2, shard=True, placement=PLACED)),
     (4, Layout(2, tp=2, placement=PLACED)),
+    (4, Layout(4, shard=True, offload=True)),
+    (4, Layout(tp=2, shard=True, offload=True)),
 ]
 STEPS = [
     ("plain", [4, 4], False),
@@ -71,7 +73,7 @@ def arranged(size: int, layout: Layout, recompute: bool) -> Arrangement:
     way = "fetch" if layout.fetch else "by_index" if layout.by_index else "exchange"
     node = layout.node_size if layout.two_level else None
     meshed = (layout.ep, layout.shard, recompute, layout.chunks, layout.tp)
-    return Arrangement(size, *meshed, way, node, layout.uneven, layout.placement)
+    return Arrangement(size, *meshed, way, node, layout.uneven, layout.placement, layout.offload)
 
 
 CASES = [(*step, *mesh) for step in STEPS for mesh in (*MESHES, *MORE) if step == STEPS[0] or mesh in MESHES]

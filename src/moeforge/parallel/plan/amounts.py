@@ -26,11 +26,15 @@ class Work:
     traffic: Tensor
     """Bytes read and written."""
     kernels: int
+    hosted: Tensor = NOTHING
+    """Bytes between device and host, or read and written there."""
 
     def times(self, factor: float, kernels: float | None = None) -> "Work":
         """More of it, as the way back is; or a piece, which starts as many kernels."""
         started = self.kernels * (factor if kernels is None else kernels)
-        return Work(self.flops * factor, self.strips * factor, self.traffic * factor, round(started))
+        return Work(
+            self.flops * factor, self.strips * factor, self.traffic * factor, round(started), self.hosted * factor
+        )
 
 
 class Amounts:

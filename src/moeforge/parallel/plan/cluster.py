@@ -69,6 +69,8 @@ class Cluster(Config):
     """Of one device's memory."""
     overhead: _amount("s", least=0.0) = 0.0
     """That a kernel takes whatever its size."""
+    host: _amount("B/s") | None = None
+    """Between a device and its node's memory, for each device; what is offloaded is updated there no faster."""
     overlap: bool = True
     """Whether a device computes while it sends."""
     inside: Link

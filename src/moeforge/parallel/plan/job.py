@@ -40,6 +40,8 @@ class Arrangement:
     """Experts may be dealt out in shares that differ by one."""
     placement: str | None = None
     """File that says which process of a team holds which experts."""
+    offload: bool = False
+    """What FSDP cuts stays in the host's memory."""
 
     @property
     def layout(self) -> Layout:
@@ -55,6 +57,7 @@ class Arrangement:
             fetch=self.way == "fetch",
             tp=self.tensor,
             by_index=self.way == "by_index",
+            offload=self.offload,
         )
 
     @property
@@ -66,6 +69,11 @@ class Arrangement:
     def data(self) -> int:
         """Teams, of which all hold the same."""
         return self.size // self.team
+
+    @property
+    def cuts_banks(self) -> bool:
+        """Whether FSDP has experts that are dealt out."""
+        return self.shard and (self.data > 1 or self.offload)
 
     @property
     def inside(self) -> int:

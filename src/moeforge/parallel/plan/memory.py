@@ -20,25 +20,27 @@ class Memory:
     """Kept from the way forward for the way back; an estimate."""
     buffers: int
     """Gradients on their way, gathered blocks, rows on their way; an estimate."""
+    host: int = 0
+    """In the node's memory, for this process: parameters, gradients and moments that are offloaded."""
 
     @property
     def total(self) -> int:
-        """All."""
-        return sum(asdict(self).values())
+        """All that is on the device."""
+        return sum(asdict(self).values()) - self.host
 
 
 def memory_of(job: Job, arrangement: Arrangement) -> Memory:
     """Raises UserError for experts that cannot be dealt out so."""
     weights = Weights.of(job, arrangement)
-    own = weights.size(arrangement)
+    size, offload = weights.size(arrangement), arrangement.offload
+    own = size * (not offload)
     edges, came = _edges(job, arrangement, weights)
     tokens = int(job.tokens(arrangement).max())
     # An owner keeps the rows that came to it besides what its experts make of them.
     kept = activation_bytes(job.model, job.row, tokens, arrangement.recompute, edges)
     kept += (max if arrangement.recompute else sum)([0.0, *came.values()])
-    return Memory(
-        own, own, 2 * own, round(kept), round(_buffers(job, arrangement, weights) + 2 * max([0.0, *came.values()]))
-    )
+    buffers = _buffers(job, arrangement, weights) + 2 * max([0.0, *came.values()])
+    return Memory(own, own, 2 * own, round(kept), round(buffers), 4 * size * offload)
 
 
 def _edges(job: Job, arrangement: Arrangement, weights: Weights) -> tuple[dict[int, float], dict[int, float]]:
@@ -82,5 +84,5 @@ def _buffers(job: Job, arrangement: Arrangement, weights: Weights) -> float:
         return fetched + max((nbytes(bucket) for bucket in buckets(everything)), default=0)
     banks = [sum(nbytes(weights.held(d, number, 0)) for number in some) for d, some in enumerate(weights.banks)]
     blocks = [nbytes(block) for block in weights.blocks]
-    whole = [block + bank * (arrangement.data > 1) for block, bank in zip(blocks, banks, strict=True)]
+    whole = [block + bank * arrangement.cuts_banks for block, bank in zip(blocks, banks, strict=True)]
     return fetched + nbytes(weights.root) + 3 * max(whole)

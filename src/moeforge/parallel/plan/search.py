@@ -56,9 +56,11 @@ def candidate(job: Job, arrangement: Arrangement, cluster: Cluster) -> Candidate
 def arrangements(job: Job, cluster: Cluster, wanted: Wanted) -> Iterator[Arrangement]:
     """All meshes. Raises UserError for one that is wanted and cannot be, and where none can."""
     size, like, found, refused = cluster.size, wanted.like, 0, None
+    if like.offload and cluster.host is None:
+        raise UserError(f"--offload: {cluster.name} says nothing of the way to the host: give it `host: 25 GB/s`, say")
     like = replace(like, size=size, node=None if like.node is None else cluster.devices_per_node)
     experts = [wanted.expert] if wanted.expert else divisors(size // like.tensor)
-    if replace(like, tensor=1) != Arrangement(size):  # about experts on several processes
+    if replace(like, tensor=1, offload=False) != Arrangement(size):  # about experts on several processes
         experts = experts[1:] or experts
     sharded = (False, True) if wanted.shard is None and size > like.tensor else (bool(wanted.shard),)
     for expert, shard in product(experts, sharded):
@@ -130,7 +132,9 @@ def describe(arrangement: Arrangement) -> str:
     """``data 4 x expert 2, sharded``."""
     marks = [f"data {arrangement.data} x expert {arrangement.expert}"]
     marks[0] += f" x tensor {arrangement.tensor}" * (arrangement.tensor > 1)
-    marks += ["sharded"] * arrangement.shard + ["activations made again"] * arrangement.recompute
+    marks += ["offloaded" if arrangement.offload else "sharded"] * arrangement.shard + [
+        "activations made again"
+    ] * arrangement.recompute
     marks += [f"{arrangement.chunks} chunks"] * (arrangement.chunks > 1)
     marks += ["two levels"] * (arrangement.node is not None) + [arrangement.way] * (arrangement.way != "exchange")
     return ", ".join(marks)

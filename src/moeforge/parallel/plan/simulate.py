@@ -91,7 +91,7 @@ def work_seconds(work: Work, cluster: Cluster) -> Tensor:
     """[D or 1, P or 1]: the roofline."""
     multiplied = (work.flops + cluster.half_width * work.strips) / cluster.flops
     busy = torch.maximum(multiplied, work.traffic / cluster.bandwidth)
-    return work.kernels * cluster.overhead + busy
+    return work.kernels * cluster.overhead + busy + (work.hosted / cluster.host if cluster.host else 0)
 
 
 def message_seconds(message: Message, arrangement: Arrangement, cluster: Cluster) -> Tensor:

@@ -61,7 +61,7 @@ class _Writer:
         self.job, self.arrangement, self.amounts = job, arrangement, Amounts(job, arrangement)
         self.weights = self.amounts.weights
         self.operations: list[Operation] = []
-        self.aside = arrangement.way == "exchange" and not (arrangement.shard and arrangement.data > 1)
+        self.aside = arrangement.way == "exchange" and not arrangement.cuts_banks
         """Whether what stands beside experts is computed while rows are on their way."""
 
     def parts(self) -> list[Part]:
@@ -127,24 +127,34 @@ class _Writer:
 
     def _cut(self, name: str, kind: str, axis: str, parameters: list[nn.Parameter]) -> int:
         """Gathers parameters that are cut along an axis, or sums and cuts their gradients."""
-        count = self.arrangement.group(axis)
-        sent = torch.tensor((count - 1) * nbytes(parameters, count), dtype=torch.float64)
-        return self._add(name, Message(kind, axis, sent), self.last)
+        shard = nbytes(parameters, self.arrangement.group(axis))
+        return self._move_shards(name, kind, axis, torch.tensor(shard, dtype=torch.float64))
+
+    def _move_shards(self, name: str, kind: str, axis: str, shard: Tensor) -> int:
+        """Of so many bytes, of all or of each process, [1, Q]; offloaded, from the host before or to it after."""
+        hosted = Work(NOTHING, NOTHING, NOTHING, 1, shard)
+        message = Message(kind, axis, (self.arrangement.group(axis) - 1) * shard)
+        offload = self.arrangement.offload
+        if offload and kind == "all_gather":
+            self._add(f"{name} from host", hosted, self.last)
+        self._add(name, message, self.last)
+        if offload and kind == "reduce_scatter":
+            self._add(f"{name} to host", hosted, self.last)
+        return self.last
 
     def _cut_layer(self, depth: int, name: str, kind: str) -> int:
         """The same of a layer; of experts that are dealt out, each process may have another number."""
-        index, data, place = depth % self.job.model.num_layers, self.arrangement.data, -1
+        index, place = depth % self.job.model.num_layers, -1
         if self.arrangement.shard:
             place = self._cut(f"{name[:7]} layer {depth}{name[7:]}", kind, "slice", self.weights.blocks[index])
-            for number in self.weights.banks[index] if data > 1 else ():
-                sent = self.arrangement.of_positions(self.weights.of_each(partial(self._shards, index, number)))
-                place = self._add(f"{name[:7]} experts {depth}{name[7:]}", Message(kind, "data", sent), place)
+            for number in self.weights.banks[index] if self.arrangement.cuts_banks else ():
+                shard = self.arrangement.of_positions(self.weights.of_each(partial(self._shard, index, number)))
+                place = self._move_shards(f"{name[:7]} experts {depth}{name[7:]}", kind, "data", shard)
         return place
 
-    def _shards(self, index: int, number: int, place: int) -> int:
-        """Bytes that a process sends when its share of a bank is gathered from, or summed over, all teams."""
-        data = self.arrangement.data
-        return (data - 1) * nbytes(self.weights.held(index, number, place), data)
+    def _shard(self, index: int, number: int, place: int) -> int:
+        """Bytes of a process' share of a bank that all teams have cut."""
+        return nbytes(self.weights.held(index, number, place), self.arrangement.data)
 
     def _forward(self, depth: int) -> None:
         before = self.last
@@ -252,12 +262,14 @@ class _Writer:
         job, arrangement, weights = self.job, self.arrangement, self.weights
         self._sum_gradients()
         own = weights.size(arrangement)
-        passes = torch.full((1, 1), float(own), dtype=torch.float64)
+        passes, hosted = torch.full((1, 1), float(own), dtype=torch.float64), NOTHING
+        if arrangement.offload:
+            passes, hosted = NOTHING, passes
         kernels = KERNELS["update"] * (len(weights.everywhere) + len(weights.dealt(0)))
-        self._add("norm", Work(NOTHING, NOTHING, passes, 2 * kernels), self.last)
+        self._add("norm", Work(NOTHING, NOTHING, passes, 2 * kernels, hosted), self.last)
         self._reduce("sum of squares", FLOAT64)
         # Gradients are scaled (read, written); weights and two moments are read and written, gradients read.
-        self._add("optimizer", Work(NOTHING, NOTHING, 9 * passes, 2 * kernels), self.last)
+        self._add("optimizer", Work(NOTHING, NOTHING, 9 * passes, 2 * kernels, 9 * hosted), self.last)
         routers = job.decoder.routers.values()
         names = {loss.type for router in routers for loss in router.config.losses}
         numbers = 1 + len(names) + sum(1 + bool(r.config.capacity) + r.num_experts for r in routers)
@@ -266,7 +278,7 @@ class _Writer:
     def _sum_gradients(self) -> None:
         """Over those who hold the same; FSDP has summed what it cuts, but not over those with other slices."""
         weights, arrangement = self.weights, self.arrangement
-        whole = arrangement.data == 1 or not arrangement.shard
+        whole = not arrangement.cuts_banks
         if arrangement.shard and arrangement.tensor > 1:
             self._sum_shards()
         if not arrangement.shard:
@@ -290,7 +302,7 @@ class _Writer:
         held_DP = torch.tensor(
             [self._pieces(alike, arrangement.group("slice"), r) for r in range(arrangement.group("slice"))]
         )
-        if arrangement.data > 1:
+        if arrangement.cuts_banks:
             each = weights.of_each(
                 lambda place: [
                     self._pieces(weights.dealt(place, False), arrangement.data, d) for d in range(arrangement.data)
