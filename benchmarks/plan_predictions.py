@@ -1,7 +1,8 @@
 """How ``moeforge plan`` compares with runs on this machine: seconds and bytes of a step, and which mesh is fastest.
 
 The machine is profiled first; then every mesh trains for a few steps, in turn, again and again. ``python
-benchmarks/plan_predictions.py --nproc 2`` (and 4) adds to ``plan_predictions.json``.
+benchmarks/plan_predictions.py --nproc 2`` (and 4) adds to ``plan_predictions.json``; ``--more`` does so for meshes with
+tensor groups and rows by index.
 """
 
 import argparse
@@ -40,10 +41,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--nproc", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--more", action="store_true")
     options = parser.parse_args()
     size, rounds = options.nproc, options.rounds
-    arrangements = [Arrangement(size), Arrangement(size, 2), Arrangement(size, 2, shard=True)]
-    arrangements += [Arrangement(size, size)] * (size > 2)
+    arrangements = meshes(size, options.more)
     with tempfile.TemporaryDirectory() as folder:
         cluster_file = Path(folder) / "here.yaml"
         # The recipes train in float32.
@@ -53,7 +54,7 @@ def main() -> None:
         for number in range(rounds):
             for name, arrangement, out in places:
                 recipe, settings = MODELS[name]
-                flags = ["--nproc", size, "--ep", arrangement.expert, *(["--shard"] * arrangement.shard), "--quiet"]
+                flags = ["--nproc", size, *arrangement.layout.flags, "--quiet"]
                 rest = [*settings, f"--steps={STEPS}", "--eval_every=1000", "--eval_tokens=1", "--save_every=1000"]
                 run("train", recipe, *flags, *rest, f"--out={out}_{number}")
         cluster = read_cluster(cluster_file)
@@ -61,7 +62,17 @@ def main() -> None:
         found = [compared(name, arrangement, runs[out], cluster) for name, arrangement, out in places]
     path = HERE / "plan_predictions.json"
     before = json.loads(path.read_text())["results"] if path.exists() else {}
-    write("plan_predictions", before | {str(size): {"cluster": cluster.model_dump(exclude_none=True), "meshes": found}})
+    key = f"{size}{' more' * options.more}"
+    write("plan_predictions", before | {key: {"cluster": cluster.model_dump(exclude_none=True), "meshes": found}})
+
+
+def meshes(size: int, more: bool) -> list[Arrangement]:
+    """On so many processes; of ``more``, the first is there to compare the others with."""
+    if not more:
+        plain = [Arrangement(size), Arrangement(size, 2), Arrangement(size, 2, shard=True)]
+        return plain + [Arrangement(size, size)] * (size > 2)
+    expert, cut = size // 2, [Arrangement(size, tensor=2, shard=True)] * (size > 2)
+    return [Arrangement(size, 2), Arrangement(size, expert, tensor=2), Arrangement(size, size, way="by_index"), *cut]
 
 
 def compared(name: str, arrangement: Arrangement, runs: list[Path], cluster: Cluster) -> dict[str, object]:
