@@ -45,6 +45,7 @@ def shaped(experts: object = MLP, num_repeats: int = 1, shortcut: bool = False, 
 
 
 SIX = "six experts"
+OF_THE_GATE = "a loss of the gate's weight"
 ONE_OWNER = "all tokens to one expert"
 MODELS: dict[str, Tree] = {
     "plain": shaped(),
@@ -53,6 +54,7 @@ MODELS: dict[str, Tree] = {
     "capacity": shaped(capacity=[{"type": "capacity", "capacity_factor": 0.7}]),
     "shortcut": shaped(shortcut=True),
     SIX: shaped(MLP | {"num_experts": 6}),
+    OF_THE_GATE: shaped(losses=[{"type": "embedding_loss", "weight": 0.5}]),
     "per sequence, repeated": shaped(
         num_repeats=2, losses=[{"type": "load_balancing_loss", "over": "sequence"}], controller="overflow"
     ),
@@ -148,7 +150,11 @@ def same(actual, expected, dtype: torch.dtype) -> None:
 
 CASES = [("plain", rows, *mesh) for rows in BATCHES for mesh in (MESHES if rows == [7, 2] else FEW)]
 CASES += [
-    (name, [7, 2], *mesh) for name in MODELS if name not in ("plain", "six experts") for mesh in MESHES if mesh in FEW
+    (name, [7, 2], *mesh)
+    for name in MODELS
+    if name not in ("plain", SIX, OF_THE_GATE)
+    for mesh in MESHES
+    if mesh in FEW
 ]
 
 
@@ -212,10 +218,11 @@ def test_experts_may_be_wherever_one_likes(processes, tmp_path, layout):
         same(actual, expected, torch.float64)
 
 
+@pytest.mark.parametrize("name, recompute", [("plain", True), (OF_THE_GATE, True), (OF_THE_GATE, False)])
 @pytest.mark.parametrize("size, expert_size, shard", [(4, 2, False), (4, 2, True)])
-def test_in_single_precision_and_with_activations_made_again(processes, size, expert_size, shard):
-    expected = alone("plain", [5], size, torch.float32)
-    for actual in processes(size).run(together, "plain", [5], Layout(expert_size, shard), torch.float32, True):
+def test_in_single_precision_and_with_activations_made_again(processes, name, size, expert_size, shard, recompute):
+    expected = alone(name, [5], size, torch.float32)
+    for actual in processes(size).run(together, name, [5], Layout(expert_size, shard), torch.float32, recompute):
         same(actual, expected, torch.float32)
 
 

@@ -105,9 +105,9 @@ class Routing:
     noise_std: Tensor | None = None
     """[T, E] or scalar: deviation of Gaussian noise, where a loss asks for it."""
     embeddings: Tensor | None = None
-    """[E, ...]: the gate's row of each expert, where it has one."""
+    """[E, ...]: the gate's row of each expert, where a loss asks for them."""
     core: Tensor | None = None
-    """[R, R]: how vectors of rows and columns multiply, where the gate has such a core."""
+    """[R, R]: how vectors of rows and columns multiply, where a loss asks for it."""
     routed_share: Tensor | None = None
     """[T, 1] float32: how much of a token's output comes from experts, where a loss asks for it."""
     conflict: Tensor | None = None
@@ -149,6 +149,8 @@ class Router(nn.Module):
         self.gate = config.gate.build(d_model, columns)
         self.noise = nn.ModuleList(part.build(d_model, columns) for part in config.noise)
         self.shows_noise = any(getattr(loss, "reads_noise", False) for loss in config.losses)
+        self.reads_gate = dict(loss.reads_gate for loss in config.losses if hasattr(loss, "reads_gate"))
+        """By field of ``Routing``, the gate's weight that a loss wants to see there."""
         moves = config.controller.moves if config.controller else None
         self.register_buffer("expert_bias", torch.zeros(num_experts) if moves == "expert_bias" else None)
         self.register_buffer("loss_scale", torch.ones(()) if moves == "loss_scale" else None)
@@ -178,7 +180,8 @@ class Router(nn.Module):
                 kept = limit(kept, probs_TE, lambda selection: config.weigh(scores_TE, selection, context), context)
             before = None if kept is route else route
             seen = {"clean": clean_TE, "noise_std": self._noise_std(x_TD, logits_TE)}
-            seen |= {"embeddings": getattr(self.gate, "weight", None), "core": getattr(self.gate, "core", None)}
+            # Copies: FSDP has taken the weights themselves away when a loss looks at them.
+            seen |= {name: getattr(self.gate, weight).clone() for name, weight in self.reads_gate.items()}
             return Routing(kept, probs_TE, logits_TE, scores_TE, signal.state, signal.loss, self.cost, before, **seen)
 
     def _signal(self, x_TD: Tensor, context: Context) -> tuple[Signal, Tensor]:

@@ -1,7 +1,7 @@
 """Losses about groups of experts, and about what the gate knows of each expert."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -72,6 +72,7 @@ class EmbeddingLoss(Config):
     """
 
     type: Literal["embedding_loss"] = "embedding_loss"
+    reads_gate: ClassVar[tuple[str, str]] = "embeddings", "weight"
     weight: float = Field(0.01, gt=0)
     """Factor in the total loss."""
     diversity: float = Field(1.0, ge=0)
@@ -102,6 +103,7 @@ class CoreLoss(Config):
     """
 
     type: Literal["core_loss"] = "core_loss"
+    reads_gate: ClassVar[tuple[str, str]] = "core", "core"
     weight: float = Field(0.001, gt=0)
     """Factor in the total loss."""
     margin: float = Field(0.15, ge=0)
