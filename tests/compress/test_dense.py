@@ -80,7 +80,11 @@ def test_the_strongest_units_stay() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"shared": {"d_expert": 5, "mix": "gated"}}, {"experts": {"num_experts": 4, "d_expert": 6, "bias": True}}],
+    [
+        {"shared": {"d_expert": 5, "mix": "gated"}},
+        {"experts": {"num_experts": 4, "d_expert": 6, "bias": True}},
+        {"router": {"select": "auxiliary"}},
+    ],
 )
 def test_other_layers_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="layer 1: only one stack of plain MLPs, and a branch added to it"):

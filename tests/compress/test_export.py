@@ -114,6 +114,13 @@ def test_one_of_our_own_becomes_the_family_that_can_say_it(tmp_path: Path) -> No
     assert (tmp_path / "out" / "tokenizer.json").exists()
 
 
+def test_auxiliary_experts_are_no_family_s(tmp_path: Path) -> None:
+    moe = {"experts": {"num_experts": 4, "d_expert": 24}, "router": {"select": "auxiliary"}}
+    folder = model_folder(tmp_path / "m", qk_norm="whole", first_dense_layers=0, layers={}, moe=moe)
+    with pytest.raises(UserError, match="no class for this model"):
+        Export(job(folder, lambda x, e: {"action": "drop"} if e < 1 else {})).run(tmp_path / "out")
+
+
 def test_what_transformers_would_not_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     families.build("mixtral", hidden_size=64, intermediate_size=96).save_pretrained(tmp_path / "m")
     for change, why in (

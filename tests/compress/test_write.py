@@ -118,6 +118,25 @@ def test_merged_experts_are_one_and_dropped_ones_are_gone_from_the_router(folder
     assert torch.equal(after[2].router.expert_bias, before[2].router.expert_bias[1:])
 
 
+@torch.no_grad()
+def test_the_vector_of_a_dropped_expert_goes_and_others_stay_as_they_are(tmp_path: Path) -> None:
+    select = {"router": {"select": {"type": "auxiliary", "k": 3}}}
+    folder = model_folder(tmp_path / "m", layers={}, moe={"experts": {"num_experts": 4, "d_expert": 24}} | select)
+    original = open_model(folder)
+    for moe in original.moe_layers.values():
+        moe.router.auxiliary.normal_()
+    original.save_pretrained(folder)
+    made = [Row(layer=layer, expert=expert, bits=8, group=128) for layer in (1, 2) for expert in range(4)]
+    Job(Streamed(folder), Plan(rows=tuple(made))).run(tmp_path / "out")
+    found, wanted = logits(open_model(tmp_path / "out")), logits(dequantised(tmp_path / "out", folder))
+    assert float((found - wanted).norm() / wanted.norm()) < 2e-2
+    made[1] = Row(layer=1, expert=1, action="drop")
+    Job(Streamed(folder), Plan(rows=tuple(made))).run(tmp_path / "fewer")
+    fewer = open_model(tmp_path / "fewer").moe_layers
+    for layer, left in ((1, [0, 2, 3]), (2, [0, 1, 2, 3])):
+        assert torch.equal(fewer[layer].router.auxiliary, original.moe_layers[layer].router.auxiliary[left])
+
+
 def test_weights_outside_experts_can_stay_as_they_are(folder: Path, tmp_path: Path) -> None:
     Job(Streamed(folder), Plan(rows=tuple(rows(uniform)), dense="as stored")).run(tmp_path / "out")
     before, after = open_model(folder).state_dict(), open_model(tmp_path / "out").state_dict()

@@ -72,6 +72,7 @@ def test_the_extracted_model_is_as_small_as_what_one_token_uses() -> None:
         {"gate": GATE | {"rows": True}},
         {"select": "random"},
         {"noise": ["gumbel"]},
+        {"select": "auxiliary"},
         {"capacity": [{"type": "capacity"}]},
     ],
     ids=str,

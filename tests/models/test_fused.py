@@ -226,6 +226,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "temperature": (routed({"score": {"temperature": 2.0}}), "scores"),
     "relu scores": (routed({"score": {"type": "relu"}, "losses": []}), "scores"),
     "threshold": (routed({"select": {"type": "top_p"}}), "selects"),
+    "vectors for experts": (routed({"select": "auxiliary"}), "selects"),
     "weights of one": (routed({"weigh": {"type": "ones"}}), "weighs"),
 }
 

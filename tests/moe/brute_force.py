@@ -102,6 +102,7 @@ def _threshold(select: Any, scores: list[float]) -> list[int]:
 
 SELECTS: dict[str, Callable[[Any, list[float]], list[int]]] = {
     "top_k": _top_k,
+    "auxiliary": lambda select, scores: ranked(scores)[: select.k],
     "top_per_group": _top_per_group,
     "confident": _confident,
     "top_p": _top_p,
@@ -279,8 +280,24 @@ def mix_experts(moe: MoE, x_TD: Tensor, weights_TE: Tensor) -> Tensor:
     return MIXES[shared.config.mix.type](logits, y_TD, shared_TD)
 
 
+def with_auxiliary(moe: MoE, x_D: Tensor) -> Tensor:
+    """[D] -> [D]: of one token's experts, ``main`` read its row times the mean of the others' vectors."""
+    router, select = moe.config.router, moe.config.router.select
+    scores_TE = SCORES[router.score.type](router.score, (moe.router.gate.weight @ x_D)[None])
+    chosen, weights_E = choices(select, scores_TE)[0], combine_weights(moe, x_D[None])[0]
+    main, others = chosen[: select.main], chosen[select.main :]
+    total = sum(weights_E[e] for e in others)
+    vector_D = torch.ones_like(x_D)
+    if total > 0:
+        vector_D = sum(weights_E[e] / total * (1 + moe.router.auxiliary[e]) for e in others)
+    outputs = [out[0] for bank in moe.banks for out in BANKS[bank.config.type](bank, (x_D * vector_D)[None])]
+    return sum(weights_E[e] * outputs[e] for e in main)
+
+
 def layer(moe: MoE, x_TD: Tensor) -> Tensor:
     """[T, D] -> [T, D]: what ``moe(x)[0]`` must be."""
+    if moe.config.router.select.type == "auxiliary":
+        return torch.stack([with_auxiliary(moe, x_D) for x_D in x_TD])
     return mix_experts(moe, x_TD, combine_weights(moe, x_TD))
 
 

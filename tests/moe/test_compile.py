@@ -15,6 +15,7 @@ from moeforge.moe.capacity import Capacity
 from moeforge.moe.gates import Recurrent
 from moeforge.moe.scores import Logits, Relu, Sigmoid
 from moeforge.moe.select import (
+    Auxiliary,
     Confident,
     ExpertChoice,
     ProductKeys,
@@ -34,6 +35,7 @@ D = 16
 ROUTERS = [
     RouterConfig(select=TopK(num_groups=4, top_groups=2), weigh=Scores(normalize_weights=True, weight_scale=2.5)),
     RouterConfig(select=TopK(k=1), score=Sigmoid(), controller=ExpertBias()),
+    RouterConfig(select=Auxiliary(k=4, main=2), score=Logits(), weigh=SoftmaxChosen()),
     RouterConfig(select=TopPerGroup(), score=Logits(), weigh=SoftmaxChosen()),
     RouterConfig(select=TopP(p=0.6, max_k=3), weigh=Scores(normalize_weights=True)),
     RouterConfig(select=TopP(p=0.5), capacity=(Capacity(capacity_factor=0.8, keep="heaviest"),)),

@@ -26,6 +26,7 @@ from moeforge.moe.bank import (
 )
 from moeforge.moe.scores import Logits, Relu, Score, Sigmoid, Softmax
 from moeforge.moe.select import (
+    Auxiliary,
     ByImportance,
     Confident,
     Draw,
@@ -58,6 +59,7 @@ EXAMPLES: dict[type, list[Any]] = {
         TopK(k=2, skip=1),
         *(TopK(k=2, num_groups=3, top_groups=2, group_rank=rank) for rank in ("two_best", "best")),
     ],
+    Auxiliary: [Auxiliary(), Auxiliary(k=4, main=2)],
     TopPerGroup: [TopPerGroup(num_groups=3), TopPerGroup(num_groups=2, k=2)],
     Confident: [Confident(k=3, max_gap=0.1), Confident(k=2, min_ratio=0.6)],
     TopP: [TopP(p=0.4), TopP(p=1.0), TopP(p=0.7, max_k=2)],

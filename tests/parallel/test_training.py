@@ -53,6 +53,7 @@ MODELS: dict[str, Tree] = {
     ONE_OWNER: shaped(gate="hash", select={"k": 1}, losses=[], controller=None),
     "capacity": shaped(capacity=[{"type": "capacity", "capacity_factor": 0.7}]),
     "shortcut": shaped(shortcut=True),
+    "vectors for experts": shaped(select={"type": "auxiliary", "k": 3}),
     SIX: shaped(MLP | {"num_experts": 6}),
     OF_THE_GATE: shaped(losses=[{"type": "embedding_loss", "weight": 0.5}]),
     "per sequence, repeated": shaped(

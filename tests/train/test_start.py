@@ -72,6 +72,22 @@ def test_a_run_starts_with_the_weights_it_is_given_and_with_both_attentions_alik
             assert torch.equal(ours[f"{name}.{side}"][0], theirs[f"{name}.weight"])
 
 
+def test_experts_become_auxiliary_ones_that_change_nothing_yet_and_then_learn(tiny, tmp_path):
+    whole, vectors = ({"select": {"type": kind, "k": 2}} for kind in ("top_k", "auxiliary"))
+    train(tiny(model={"moe": {"router": whole}}), tmp_path / "whole", quiet=True)
+    config = tiny(model={"moe": {"router": vectors}}, start_from=str(tmp_path / "whole"), optimizer={"weight_decay": 0})
+    train(config, tmp_path / "vectors", quiet=True)
+    names = [name for name in load(tmp_path / "vectors")[0].state_dict() if "auxiliary" in name]
+    assert names == ["blocks.1.moe.router.auxiliary"]
+    text = prepare(config.data, config.tokenizer)
+    run = Run(config, tmp_path, text)
+    start_from(tmp_path / "whole", run.model, text.tokenizer)
+    theirs = load(tmp_path / "whole")[0].state_dict()
+    ours = run.model.state_dict()
+    assert not ours.pop(names[0]).any() and load(tmp_path / "vectors")[0].state_dict()[names[0]].any()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [

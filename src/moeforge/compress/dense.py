@@ -63,7 +63,7 @@ def _check(index: int, layer: LayerConfig) -> None:
     assert moe is not None
     bank, *others = moe.experts
     plain = bank.type == "mlp" and not others and not (bank.bias or bank.clamp)
-    whole = moe.heads == 1 and not moe.token_block and not moe.shortcut
+    whole = moe.heads == 1 and not (moe.token_block or moe.shortcut or moe.router.select.auxiliary)
     added = moe.shared is None or (
         moe.shared.mix.type == "sum" and not moe.shared.bias and moe.shared.activation == bank.activation
     )

@@ -58,7 +58,7 @@ def measure(config: ModelConfig, bytes_per_weight: int = 4, seq_len: int | None 
     layers = sum(sum(astuple(work)) for work in layer_work(model, context))
     return Size(
         total=_count(total, table, config),
-        active=_count(total - round(idle) - _looked_up(model, but_rows=1), table, config),
+        active=_count(total - round(idle) - _unread(model), table, config),
         flops_per_token=round(2 * table + layers),
         weight_bytes=bytes_per_weight * total,
         optimizer_bytes=16 * total,
@@ -172,23 +172,23 @@ def _used(moe: MoE) -> float:
 
 
 def _matrices(module: nn.Module) -> int:
-    """Multiplications of a row with all weights: none with vectors, nor with tables that a token reads one row of.
+    """Multiplications of a row with all weights: none with vectors, nor with tables that a token reads rows of.
 
     A module's ``times`` tells weights that a row is multiplied with more than once.
     """
     total = 0
     for part in module.modules():
-        looked_up, times = getattr(part, "looked_up", ()), getattr(part, "times", {})
+        looked_up, times = getattr(part, "looked_up", {}), getattr(part, "times", {})
         for name, weight in part.named_parameters(recurse=False):
             if weight.ndim >= 2 and name not in looked_up:
                 total += times.get(name, 1) * weight.numel()
     return total
 
 
-def _looked_up(model: nn.Module, but_rows: int = 0) -> int:
-    """Weights in tables that a token reads one row of, no multiplication; ``but_rows`` rows of each left out."""
-    tables = (getattr(module, name) for module in model.modules() for name in getattr(module, "looked_up", ()))
-    return sum(table[but_rows:].numel() for table in tables)
+def _unread(model: nn.Module) -> int:
+    """Weights that a token does not read, in tables that it reads some rows of, as a module's ``looked_up`` says."""
+    tables = ((module, *table) for module in model.modules() for table in getattr(module, "looked_up", {}).items())
+    return sum(getattr(module, name)[rows:].numel() for module, name, rows in tables)
 
 
 def dense_twin(config: ModelConfig) -> ModelConfig:

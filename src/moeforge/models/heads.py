@@ -79,6 +79,8 @@ class RoutedHeads(Config):
         select = self.router.select.type
         if select in ("soft", "merged"):
             raise ValueError(f"attention: routed gives tokens some of the heads; select: {select} does not")
+        if self.router.select.auxiliary:
+            raise ValueError(f"attention: routed has no vectors for heads that do not run: not select: {select}")
         if self.router.select.reads_importance:
             raise ValueError(f"attention: routed is what select: {select} would read: it cannot choose the heads by it")
         asking = [part.type for part in (self.router.gate, *self.router.losses) if _asks_experts(part)]

@@ -14,7 +14,7 @@ from moeforge.moe.weigh import Scores
 if TYPE_CHECKING:
     from moeforge.moe.router import RouterConfig
 
-EQUAL_NUMBERS = ("top_k", "top_per_group", "random", "sinkhorn", "expert_choice")
+EQUAL_NUMBERS = ("top_k", "auxiliary", "top_per_group", "random", "sinkhorn", "expert_choice")
 """Selectors whose number of experts per token does not follow from scores."""
 
 NEVER_POSITIVE = ("two_level", "distance", "paths")
@@ -77,6 +77,8 @@ def _to_choice(router: "RouterConfig") -> Iterator[str]:
         yield "select: top_p with max_k: 1 takes the best expert whatever p is: use select: {type: top_k, k: 1}"
     if select.type == "top_k" and select.num_groups > 1 and select.top_groups == select.num_groups:
         yield f"select: top_k may use all {select.num_groups} groups, so num_groups does nothing; lower top_groups"
+    if select.auxiliary:
+        yield from _to_auxiliary(router)
     if select.own_softmax and score.type != "logits":
         yield f"select: {select.type} has its own softmax; score: {score.type} would come before it: use score: logits"
     if select.type == "soft":
@@ -93,6 +95,14 @@ def _to_choice(router: "RouterConfig") -> Iterator[str]:
         yield "gate: query and select: product_keys need the same rank and queries = heads * 2 * rank"
     if score.type == "softmax" and min(_ends(score.temperature)) <= 0:
         yield "score.temperature divides the logits: it must stay above zero"
+
+
+def _to_auxiliary(router: "RouterConfig") -> Iterator[str]:
+    weigh = router.weigh.type
+    if weigh == "complement" or (weigh == "scores" and router.score.type == "logits"):
+        yield f"select: auxiliary takes shares of weights, and weigh: {weigh} here has none; use weigh: softmax"
+    if any(getattr(limit, "overflow", "drop") == "next" for limit in router.capacity):
+        yield "capacity: overflow: next knows no expert that does not run; with select: auxiliary use overflow: drop"
 
 
 def _to_bar(router: "RouterConfig") -> Iterator[str]:

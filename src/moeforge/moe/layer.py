@@ -185,6 +185,7 @@ class MoE(nn.Module):
 
     def begin(self, x_TD: Tensor, route: Route | SoftRoute | MergedRoute) -> Callable[[Tensor], Tensor]:
         """``experts`` in two calls: between them, rows may be on their way to experts elsewhere."""
+        x_TD = self.router.as_read(x_TD, route)
         parts = route.split([bank.num_experts for bank in self.config.experts])
         banks: list[Bank] = list(self.banks)  # type: ignore[arg-type]
         begun = [bank.begin(x_TD, part) for bank, part in zip(banks, parts, strict=True)]

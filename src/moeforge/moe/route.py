@@ -35,6 +35,9 @@ class Route:
     """[T] float32: weight of the identity expert (copy, skip, dropped). It costs no rows."""
     probe: Tensor | None = None
     """[T, D]: zeros added to the layer's routed output, for a loss that wants the gradient there."""
+    auxiliary: Tensor | None = None
+    """[T, E]: shares, one in all, of chosen experts that do not run: of their vectors, which rows are multiplied with
+    before the others read them."""
 
     @classmethod
     def from_top_k(cls, ids_TK: Tensor, weights_TK: Tensor, num_experts: int) -> "Route":

@@ -134,6 +134,7 @@ class Router(nn.Module):
 
     expert_bias: Tensor | None
     loss_scale: Tensor | None
+    initialised = ("auxiliary",)
 
     def __init__(
         self, config: RouterConfig, d_model: int, num_experts: int, costs: Sequence[int] | None = None
@@ -148,6 +149,10 @@ class Router(nn.Module):
         columns = config.select.columns(num_experts)
         self.gate = config.gate.build(d_model, columns)
         self.noise = nn.ModuleList(part.build(d_model, columns) for part in config.noise)
+        read = config.select.auxiliary
+        # An expert's vector, less one, for where it does not run: so weight decay takes it to what changes nothing.
+        self.auxiliary = nn.Parameter(torch.zeros(num_experts, d_model)) if read else None
+        self.looked_up = {"auxiliary": read} if read else {}
         self.shows_noise = any(getattr(loss, "reads_noise", False) for loss in config.losses)
         self.reads_gate = dict(loss.reads_gate for loss in config.losses if hasattr(loss, "reads_gate"))
         """By field of ``Routing``, the gate's weight that a loss wants to see there."""
@@ -183,6 +188,12 @@ class Router(nn.Module):
             # Copies: FSDP has taken the weights themselves away when a loss looks at them.
             seen |= {name: getattr(self.gate, weight).clone() for name, weight in self.reads_gate.items()}
             return Routing(kept, probs_TE, logits_TE, scores_TE, signal.state, signal.loss, self.cost, before, **seen)
+
+    def as_read(self, rows_TD: Tensor, route: Route | SoftRoute | MergedRoute) -> Tensor:
+        """[T, D] -> [T, D]: what experts read, where others that were chosen do not run (arXiv:2503.00634)."""
+        if self.auxiliary is None or not isinstance(route, Route) or route.auxiliary is None:
+            return rows_TD
+        return rows_TD * (1 + route.auxiliary.to(self.auxiliary.dtype) @ self.auxiliary).to(rows_TD.dtype)
 
     def _signal(self, x_TD: Tensor, context: Context) -> tuple[Signal, Tensor]:
         """What the gate says of the rows, with noise on its logits; and the logits [T, E] before noise."""

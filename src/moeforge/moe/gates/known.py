@@ -54,7 +54,8 @@ class Hash(Config):
 class LookupGate(nn.Module):
     """Logits by what the rows are known to be (Task-MoE, arXiv:2110.03742), added to those of the row where asked."""
 
-    initialised = looked_up = ("table",)
+    initialised = ("table",)
+    looked_up: ClassVar = {"table": 1}
 
     def __init__(self, config: "Lookup", d_model: int, num_experts: int) -> None:
         super().__init__()

@@ -5,6 +5,7 @@ from moeforge.moe.select.adaptive import Confident as Confident
 from moeforge.moe.select.adaptive import Threshold as Threshold
 from moeforge.moe.select.adaptive import TopP as TopP
 from moeforge.moe.select.adaptive import Uncertain as Uncertain
+from moeforge.moe.select.auxiliary import Auxiliary as Auxiliary
 from moeforge.moe.select.batch import ByImportance as ByImportance
 from moeforge.moe.select.batch import ExpertChoice as ExpertChoice
 from moeforge.moe.select.batch import Sinkhorn as Sinkhorn
@@ -35,5 +36,6 @@ Select = slot(
     ByImportance,
     Merged,
     ProductKeys,
+    Auxiliary,
     default=TopK,
 )

@@ -73,6 +73,8 @@ class Selector(Config):
     """Whether ``context.importance`` must be there: a decoder then looks at its attention once more."""
     compares_sizes: ClassVar[bool] = False
     """Whether ratios or sums of scores matter, so that scores must not be negative."""
+    auxiliary: ClassVar[int] = 0
+    """Chosen experts of a token that do not run, but are vectors which what others read is multiplied with."""
     own_softmax: ClassVar[bool] = False
     """Whether it takes a softmax itself, so that scores must be logits."""
 
