@@ -100,9 +100,7 @@ def main() -> None:
         mean = {
             arm: {key: statistics.fmean(one[key] for one in each) for key in each[0]} for arm, each in values.items()
         }
-        bits = {arm: value["bits_per_byte"] for arm, value in mean.items()}
         found[shape]["mean"] = mean
-        found[shape]["recovered"] = (bits["fewer"] - bits["vectors"]) / (bits["fewer"] - bits["all"])
         write("auxiliary", found)
 
 

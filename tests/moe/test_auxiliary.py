@@ -117,3 +117,13 @@ def test_an_expert_that_overflows_is_left_out_and_rows_are_still_multiplied() ->
     kept = routing.route.token
     assert 0 < routing.dropped == 30 - len(kept)
     torch.testing.assert_close(y_TD[kept], brute_force.layer(moe, x_TD)[kept])
+
+
+def test_the_shared_branch_reads_rows_as_they_are() -> None:
+    torch.manual_seed(3)
+    tree = {"experts": {"num_experts": E, "d_expert": 4}, "router": {"select": "auxiliary"}, "shared": {"d_expert": 3}}
+    moe, x_TD = MoE(build(MoEConfig, tree), D), torch.randn(9, D)
+    torch.nn.init.normal_(moe.router.auxiliary)
+    y_TD, branch_TD = moe(x_TD)[0], moe.shared.mlp(x_TD)
+    moe.shared = None
+    torch.testing.assert_close(y_TD, moe(x_TD)[0] + branch_TD)
