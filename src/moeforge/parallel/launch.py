@@ -14,6 +14,8 @@ from moeforge.errors import UserError
 
 GRACE = 2.0
 """Seconds in which a process that has failed may be stopped because another one failed before it."""
+LATE = 10.0
+"""The same, where on a busy machine that other one may be far behind: it starts, or ends, seconds apart."""
 STOP_WITHIN = 20
 """Seconds that the others have to stop after one failed; then they are killed."""
 
@@ -95,9 +97,9 @@ def one_voice() -> Iterator[None]:
         yield
     except UserError as error:
         if rank:
-            time.sleep(GRACE)
+            time.sleep(LATE)
             raise UserError(f"process {rank}: {error}") from error
         raise
     except Exception as error:
-        time.sleep(5 * GRACE if "onnection" in str(error) else GRACE)  # on a busy machine the cause ends slowly
+        time.sleep(LATE if "onnection" in str(error) else GRACE)
         raise
