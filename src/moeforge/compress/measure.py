@@ -19,6 +19,8 @@ from moeforge.generate import ALONE, Sampling, Token, engine_for
 from moeforge.hub.folder import outline
 from moeforge.models import Decoder
 
+AT_ONCE = 256
+"""Tokens whose distributions are compared at once: each is several times a vocabulary in float32."""
 WRITTEN = 64
 """Tokens that are written to measure how fast."""
 
@@ -66,7 +68,9 @@ class Reference:
         num_bytes = sum(batch.num_bytes for batch in self.batches)
         for batch, x in zip(self.batches, self.x, strict=True):
             output = model(batch.input_ids, position=batch.position, document=batch.document, known=batch.known)
-            sums += _compare(self.head.logits(x).flatten(0, 1), output.logits.flatten(0, 1), batch.labels.flatten())
+            parts = (tensor.flatten(0, 1).split(AT_ONCE) for tensor in (x, output.logits, batch.labels))
+            for x_TD, after_TV, labels_T in zip(*parts, strict=True):
+                sums += _compare(self.head.logits(x_TD), after_TV, labels_T)
             for routing in output.routings.values():
                 edges, rows = edges + int(routing.choices.sum()), rows + batch.input_ids.numel()
         count = sum(batch.num_targets for batch in self.batches)
