@@ -16,6 +16,7 @@ from moeforge.compress.profile import profile
 from moeforge.compress.stream import Streamed
 from moeforge.compress.write import Job
 from moeforge.errors import UserError
+from moeforge.generate import Settings, opening
 from moeforge.hub import load
 from moeforge.hub.experts import experts
 from moeforge.hub.folder import open_model
@@ -102,6 +103,16 @@ def test_it_computes_what_its_dequantised_weights_do(
     Job(Streamed(folder), Plan(rows=tuple(rows(change)))).run(tmp_path / "out")
     found, wanted = logits(open_model(tmp_path / "out")), logits(dequantised(tmp_path / "out", folder))
     assert float((found - wanted).norm() / wanted.norm()) < 2e-2
+
+
+def test_packed_experts_take_no_fewer_bytes_when_the_rest_is_rounded(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Job(Streamed(folder), Plan(rows=tuple(rows(uniform)))).run(tmp_path / "out")
+    there = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
+    monkeypatch.setattr(opening, "available_memory", lambda: there)
+    with pytest.raises(UserError, match="of memory are free"):
+        opening.open_engine(tmp_path / "out", Settings(weights="int4", kv_blocks=1, token_budget=1))
 
 
 def test_merged_experts_are_one_and_dropped_ones_are_gone_from_the_router(folder: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import moeforge
 from moeforge.errors import UserError
 from moeforge.hub.families import FAMILIES
 from moeforge.hub.families.family import differences
+from moeforge.hub.folder import stored_bytes
 from moeforge.hub.pretrained import Pretrained
 from moeforge.models import Cache, Decoder
 
@@ -164,6 +165,7 @@ def test_mxfp4_is_read_as_transformers_reads_it(tmp_path):
     repacked(folder, pack, {"quant_method": "mxfp4"})
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).float()
     ours = moeforge.load(folder)
+    assert stored_bytes(folder) == sum(tensor.nbytes for tensor in ours.state_dict().values())
     ours.save_pretrained(tmp_path / "plain")
     again = moeforge.load(tmp_path / "plain").float()
     for model in (ours.float(), again):

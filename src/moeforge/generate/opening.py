@@ -11,7 +11,8 @@ from moeforge.generate.runner import BlockRunner, blocks_wanted, bytes_per_block
 from moeforge.generate.settings import Settings
 from moeforge.hub import load
 from moeforge.hub.families import FAMILIES
-from moeforge.hub.folder import MODEL_TYPE, config_json, model_folder, read_config
+from moeforge.hub.folder import MODEL_TYPE, config_json, model_folder, read_config, stored_bytes
+from moeforge.hub.store import PACKED
 from moeforge.models import Decoder, ModelConfig
 from moeforge.models.memory import pass_bytes
 from moeforge.models.weights import hold, turn
@@ -63,11 +64,12 @@ def engine_for(
 def _check_memory(
     folder: Path, itemsize: int, config: ModelConfig, settings: Settings, cache: int, buffers: float
 ) -> None:
-    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    weights = stored * BYTES.get(settings.weights, itemsize) / itemsize
-    if weights != stored:  # each layer, and what is beside them, is there as stored until it is turned
+    stored, each = stored_bytes(folder), BYTES.get(settings.weights, itemsize)
+    weights = float(stored)
+    if each != itemsize and PACKED not in config_json(folder):
+        # Each layer, and what is beside them, is there as stored until it is turned.
         outside = 2 * (config.vocab_size or 0) * config.d_model * itemsize
-        weights += max(stored / config.num_layers, outside)
+        weights = stored * each / itemsize + max(stored / config.num_layers, outside)
     needed, free = weights + cache + buffers, available_memory()
     if free is not None and needed > free:
         raise UserError(
