@@ -105,14 +105,15 @@ def test_it_computes_what_its_dequantised_weights_do(
     assert float((found - wanted).norm() / wanted.norm()) < 2e-2
 
 
-def test_packed_experts_take_no_fewer_bytes_when_the_rest_is_rounded(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("weights", "of_stored"), [("int4", 1.0), ("float32", 1.1)])
+def test_packed_experts_take_the_same_bytes_whatever_the_rest_is_held_as(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str, of_stored: float
 ) -> None:
     Job(Streamed(folder), Plan(rows=tuple(rows(uniform)))).run(tmp_path / "out")
     there = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
-    monkeypatch.setattr(opening, "available_memory", lambda: there)
+    monkeypatch.setattr(opening, "available_memory", lambda: there * of_stored)
     with pytest.raises(UserError, match="of memory are free"):
-        opening.open_engine(tmp_path / "out", Settings(weights="int4", kv_blocks=1, token_budget=1))
+        opening.open_engine(tmp_path / "out", Settings(weights=weights, kv_blocks=1, token_budget=1))
 
 
 def test_merged_experts_are_one_and_dropped_ones_are_gone_from_the_router(folder: Path, tmp_path: Path) -> None:

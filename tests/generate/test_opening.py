@@ -10,10 +10,11 @@ from moeforge.errors import UserError
 from moeforge.generate import Settings, open_engine, opening
 from moeforge.generate.runner import blocks_wanted, bytes_per_block
 from moeforge.hub import read_config, save
+from moeforge.hub.folder import open_model, outline
 from moeforge.models import Decoder, ModelConfig
 from moeforge.models.block import Block
 from moeforge.models.decoder import Blocks
-from moeforge.models.weights import turn
+from moeforge.models.weights import BITS, TYPES, bytes_by_class, hold, turn
 from tests.generate.conftest import SHAPE
 from tests.generate.driving import drive, engine, sampling
 
@@ -59,9 +60,8 @@ def test_blocks_are_as_many_as_memory_holds_and_texts_could_fill(model: Decoder)
         blocks_wanted(model.config, 4, Settings(kv_memory=0.5 * block / 2**30))
 
 
-def test_what_does_not_fit_is_said_before_anything_is_loaded(folder: Path) -> None:
-    (weights,) = folder.glob("*.safetensors")
-    weights.write_bytes(b"not read")
+def test_what_does_not_fit_is_said_before_anything_is_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(opening, "load")
     with pytest.raises(UserError, match=r"keys and values [\d.]+ GiB, but [\d.]+ GiB of memory are free"):
         open_engine(folder, Settings(kv_blocks=2**40))
 
@@ -80,18 +80,55 @@ def test_the_buffers_of_a_pass_count_too(folder: Path, monkeypatch: pytest.Monke
 def test_of_weights_that_are_rounded_one_layer_at_a_time_lies_in_memory(
     tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, experts = tmp_path / "deep", {"experts": {"num_experts": 16, "d_expert": 64}}
-    save(Decoder(ModelConfig.model_validate(SHAPE | {"num_layers": 4, "moe": experts})), tokenizer, folder)
+    folder, experts = tmp_path / "deep", {"experts": {"num_experts": 16, "d_expert": 128}}
+    deep = SHAPE | {"d_model": 128, "num_layers": 4, "moe": experts}  # whole groups of 128 inputs
+    save(Decoder(ModelConfig.model_validate(deep)), tokenizer, folder)
     stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     monkeypatch.setattr(opening, "available_memory", lambda: stored * 0.7)
     with pytest.raises(UserError, match="hold --weights int4"):
         open_engine(folder, Settings(kv_blocks=4, token_budget=1))
-    settled: list[torch.nn.Module] = []
+    settled: list[Block] = []
 
     def noted(module: torch.nn.Module, weights: str) -> None:
-        settled.append(module)
+        settled.extend([module] if isinstance(module, Block) else [])
         turn(module, weights)
 
     monkeypatch.setattr(opening, "turn", noted)
     open_engine(folder, Settings(kv_blocks=4, token_budget=1, weights="int4")).close()
-    assert [type(module) for module in settled] == [Block] * 4
+    assert len(settled) == 4
+
+
+SMALL = {"num_experts": 4, "d_expert": 32}
+LATENT = {"type": "latent", "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4}
+
+
+@pytest.mark.parametrize("weights", ["as stored", *TYPES, *BITS])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_embeddings": False, "attention": LATENT},
+        {"moe": {"experts": SMALL | {"bias": True}, "shared": {"d_expert": 16}}},
+        {"moe": {"experts": SMALL, "router": {"select": {"type": "merged"}, "losses": []}}},
+        {"moe": {"experts": [SMALL, {"type": "zero", "num_experts": 2}]}},
+    ],
+)
+def test_bytes_are_known_before_anything_is_read(
+    tokenizer: Tokenizer, tmp_path: Path, changes: dict[str, object], weights: str
+) -> None:
+    save(Decoder(ModelConfig.model_validate(SHAPE | changes)).bfloat16(), tokenizer, tmp_path / "small")
+    expected = outline(tmp_path / "small").sized()
+    turn(expected, weights)
+    assert bytes_by_class(expected) == hold(open_model(tmp_path / "small"), weights)
+
+
+@pytest.mark.parametrize("weights", BITS)
+def test_experts_that_stay_as_stored_count_as_stored(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str
+) -> None:
+    biased = {"experts": {"num_experts": 16, "d_expert": 64, "bias": True}}
+    model = Decoder(ModelConfig.model_validate(SHAPE | {"num_layers": 4, "moe": biased}))
+    save(model, tokenizer, tmp_path / "biased")
+    monkeypatch.setattr(opening, "available_memory", lambda: bytes_by_class(model)["experts"])
+    with pytest.raises(UserError, match="of memory are free"):
+        open_engine(tmp_path / "biased", Settings(kv_blocks=4, token_budget=1, weights=weights))

@@ -3,6 +3,8 @@
 from functools import partial
 from pathlib import Path
 
+from torch import nn
+
 from moeforge.data.tokenizers import Tokenizer
 from moeforge.errors import UserError
 from moeforge.generate.bridged import open_bridged_engine
@@ -11,14 +13,11 @@ from moeforge.generate.runner import BlockRunner, blocks_wanted, bytes_per_block
 from moeforge.generate.settings import Settings
 from moeforge.hub import load
 from moeforge.hub.families import FAMILIES
-from moeforge.hub.folder import MODEL_TYPE, config_json, model_folder, read_config, stored_bytes
-from moeforge.hub.store import PACKED
-from moeforge.models import Decoder, ModelConfig
+from moeforge.hub.folder import MODEL_TYPE, config_json, model_folder, outline, read_config
+from moeforge.models import Decoder
 from moeforge.models.memory import pass_bytes
-from moeforge.models.weights import hold, turn
+from moeforge.models.weights import bytes_by_class, hold, turn
 
-BYTES = {"float32": 4.0, "bf16": 2.0, "int8": 1.02, "int4": 0.57}
-"""Of a weight that is held so, its share of the scales included."""
 GIB = 2**30
 
 
@@ -39,7 +38,7 @@ def open_engine(
     cache = blocks * bytes_per_block(config, held, settings.block_size)
     if device == "cpu":
         buffers = pass_bytes(config, held, min(settings.token_budget, blocks * settings.block_size))
-        _check_memory(folder, itemsize, config, settings, cache, buffers)
+        _check_memory(folder, settings, cache, buffers)
     model, tokenizer = load(folder, device, partial(turn, weights=settings.weights))
     engine = engine_for(model, tokenizer, settings, domain)
     engine.name = name
@@ -61,22 +60,31 @@ def engine_for(
     return engine
 
 
-def _check_memory(
-    folder: Path, itemsize: int, config: ModelConfig, settings: Settings, cache: int, buffers: float
-) -> None:
-    stored, each = stored_bytes(folder), BYTES.get(settings.weights, itemsize)
-    weights = float(stored)
-    if each != itemsize and PACKED not in config_json(folder):
-        # Each layer, and what is beside them, is there as stored until it is turned.
-        outside = 2 * (config.vocab_size or 0) * config.d_model * itemsize
-        weights = stored * each / itemsize + max(stored / config.num_layers, outside)
+def _check_memory(folder: Path, settings: Settings, cache: int, buffers: float) -> None:
+    weights = _most_bytes(folder, settings.weights)
     needed, free = weights + cache + buffers, available_memory()
     if free is not None and needed > free:
+        smaller = "" if settings.weights == "int4" else ", or hold --weights int4"
         raise UserError(
             f"{folder}: weights take {weights / GIB:.2f} GiB, a pass of {settings.token_budget} tokens "
             f"{buffers / GIB:.2f} GiB and keys and values {cache / GIB:.2f} GiB, but {free / GIB:.2f} GiB of memory "
-            f"are free: lower --kv-memory, --token-budget or --max-running, or hold --weights int4"
+            f"are free: lower --kv-memory, --token-budget or --max-running{smaller}"
         )
+
+
+def _most_bytes(folder: Path, weights: str) -> int:
+    """Of the weights, while they are turned into ``weights``: all as they will be, and a layer, or what lies outside of
+    the layers, as it is stored. Raises UserError as ``load`` does."""
+    model = outline(folder).sized()
+    layers, stored = [_bytes(layer) for layer in model.blocks], _bytes(model)
+    if weights == "as stored":
+        return stored
+    turn(model, weights)
+    return _bytes(model) + max(stored - sum(layers), *layers)
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(bytes_by_class(module).values())
 
 
 def available_memory() -> int | None:

@@ -147,16 +147,6 @@ def model_folder(folder: Path) -> Path:
     return folder / "model" if (folder / "model" / "config.json").exists() else folder
 
 
-def stored_bytes(folder: Path) -> int:
-    """Of a folder's weights once they are read, without reading them: those that lie packed in a public format are
-    whole then, experts in our own are not. Raises UserError as ``load`` does."""
-    settings = config_json(folder).get("quantization_config")
-    if settings is None:
-        return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    shards = Shards(folder, quantization=settings)
-    return sum(map(shards.nbytes, shards.shapes))
-
-
 def read_config(folder: str | Path) -> tuple[ModelConfig, int]:
     """The model's config and the bytes of one weight, without its weights. Raises UserError as ``load`` does."""
     folder = model_folder(Path(folder))

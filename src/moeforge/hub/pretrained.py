@@ -177,6 +177,12 @@ class Outline:
         """Raises UserError with all names unless the files hold exactly the model's tensors, in name and shape."""
         _check_pieces(self.model.state_dict(), self.pieces, self.shards, self.unused)
 
+    def sized(self) -> Decoder:
+        """The model, still on the meta device, in the types that its weights have on disk. Raises as ``check`` does."""
+        self.check()
+        self.model.load_state_dict(_room(self.model.state_dict(), self.pieces, self.shards, {}, "meta"), assign=True)
+        return self.model
+
     def read(self, prefix: str) -> dict[str, Tensor]:
         """The tensors, by our names, whose names start so; in the types that they have on disk."""
         own = [piece for piece in self.pieces if piece.parameter.startswith(prefix)]
@@ -263,14 +269,7 @@ def _read(
     meta: Mapping[str, Tensor], pieces: list[Piece], shards: Source, wanted: Mapping[str, torch.dtype], device: str
 ) -> dict[str, Tensor]:
     """The tensors of ``meta``, in the types ``wanted`` or else those of the files."""
-    types: dict[str, torch.dtype] = {}
-    for piece in pieces:  # parts of several types lie in the one that holds them all
-        own = wanted.get(piece.parameter, shards.dtypes[piece.name])
-        types[piece.parameter] = torch.promote_types(types.get(piece.parameter, own), own)
-    tensors = {
-        name: ask_for_huge_pages(torch.empty(tensor.shape, dtype=types[name], device=device))
-        for name, tensor in meta.items()
-    }
+    tensors = _room(meta, pieces, shards, wanted, device)
 
     def copy(piece: Piece, theirs: Tensor) -> None:
         piece.of_ours(tensors[piece.parameter]).copy_(piece.as_ours(theirs))
@@ -284,6 +283,20 @@ def _read(
         for copied in waiting:
             copied.result()
     return tensors
+
+
+def _room(
+    meta: Mapping[str, Tensor], pieces: list[Piece], shards: Source, wanted: Mapping[str, torch.dtype], device: str
+) -> dict[str, Tensor]:
+    """What ``_read`` fills."""
+    types: dict[str, torch.dtype] = {}
+    for piece in pieces:  # parts of several types lie in the one that holds them all
+        own = wanted.get(piece.parameter, shards.dtypes[piece.name])
+        types[piece.parameter] = torch.promote_types(types.get(piece.parameter, own), own)
+    return {
+        name: ask_for_huge_pages(torch.empty(tensor.shape, dtype=types[name], device=device))
+        for name, tensor in meta.items()
+    }
 
 
 @contextmanager

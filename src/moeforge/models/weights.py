@@ -106,12 +106,12 @@ def _quantise(model: nn.Module, bits: Bits) -> None:
 
 
 def bytes_by_class(model: nn.Module) -> dict[str, int]:
-    """Bytes in memory of experts, dense matrices, embeddings, router and all else."""
+    """Bytes in memory of experts, dense matrices, embeddings, router and all else; on the meta device, those to be."""
     found = dict.fromkeys(("experts", "dense", "embeddings", "router", "other"), 0)
     seen: set[int] = set()
     for kind, tensor in _tensors(model):
         size = tensor.nbytes
-        key = tensor.data_ptr() if isinstance(tensor, Tensor) else id(tensor)
+        key = id(tensor) if not isinstance(tensor, Tensor) or tensor.is_meta else tensor.data_ptr()
         if key not in seen:
             seen.add(key)
             found[kind] += size

@@ -136,12 +136,14 @@ class QuantisedWeight(Copied):
 def quantise(weight: Tensor, bits: Bits, group: int) -> QuantisedWeight:
     """[..., out, in] to ``bits`` (8, 4, 3, 2 or "ternary"), a scale for each ``group`` (32, 64 or 128) of inputs.
 
-    Raises UserError for other bits or groups, and for weights that are not finite or too large for a scale.
+    Of a weight on the meta device only the sizes. Raises UserError for other bits or groups, and for weights that are
+    not finite or too large for a scale.
     """
     if bits not in FORMATS or group not in GROUPS:
         names = ", ".join(map(str, FORMATS))
         raise UserError(f"weights go to {names} bits in groups of 32, 64 or 128, not to {bits} in groups of {group}")
-    packed, scales = _pack(weight, bits, group) or _pack_in_torch(weight, bits, group)
+    made = _room(weight, bits, group) if weight.is_meta else _pack(weight, bits, group)
+    packed, scales = made or _pack_in_torch(weight, bits, group)
     return QuantisedWeight(packed, scales, bits, group, tuple(weight.shape))
 
 
@@ -151,11 +153,16 @@ def _pack(weight: Tensor, bits: Bits, group: int) -> tuple[Tensor, Tensor] | Non
     return _pack_with(engine.open_library(), weight, bits, group) if runs and bits in (8, 4) else None
 
 
-def _pack_with(lib: ctypes.CDLL, weight: Tensor, bits: Bits, group: int) -> tuple[Tensor, Tensor] | None:
-    weight, blocks = weight.detach().contiguous(), -(-weight.shape[-1] // BLOCK)
+def _room(weight: Tensor, bits: Bits, group: int) -> tuple[Tensor, Tensor]:
+    """What codes and scales go to."""
+    rows, blocks = weight.shape[:-1], -(-weight.shape[-1] // BLOCK)
     dtype = torch.int8 if bits == 8 else torch.uint8
-    packed = torch.empty(*weight.shape[:-1], blocks * FORMATS[bits].block, dtype=dtype)
-    scales = torch.empty(*weight.shape[:-1], blocks * BLOCK // group, dtype=torch.float16)
+    packed = torch.empty(*rows, blocks * FORMATS[bits].block, dtype=dtype, device=weight.device)
+    return packed, torch.empty(*rows, blocks * BLOCK // group, dtype=torch.float16, device=weight.device)
+
+
+def _pack_with(lib: ctypes.CDLL, weight: Tensor, bits: Bits, group: int) -> tuple[Tensor, Tensor] | None:
+    weight, (packed, scales) = weight.detach().contiguous(), _room(weight, bits, group)
     rows = ctypes.c_int64(weight.shape[:-1].numel())
     sizes = int(weight.dtype == torch.bfloat16), rows, weight.shape[-1], bits, group, torch.get_num_threads()
     outputs = engine.address(packed), engine.address(scales)
