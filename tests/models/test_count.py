@@ -92,6 +92,16 @@ def test_the_dense_twin_keeps_dense_layers_and_an_open_vocabulary() -> None:
     assert twin.all_layers[3].d_ff > 256
 
 
+@pytest.mark.parametrize("heads", [1, 2])
+def test_of_vectors_for_experts_a_token_reads_those_of_its_heads(heads: int) -> None:
+    select = {"type": "auxiliary", "k": 2, "main": 1}
+    moe = MOE | {"heads": heads, "router": {"select": select}}
+    plain = measure(small(moe=MOE | {"heads": heads, "router": {"select": {"type": "top_k", "k": 1}}}))
+    vectors = measure(small(moe=moe))
+    assert vectors.total.all - plain.total.all == 2 * E * D // heads
+    assert vectors.active.all - plain.active.all == 2 * min(E, heads) * D // heads
+
+
 def test_a_look_up_is_no_multiplication_and_shared_factors_are_multiplied_with_for_each_expert() -> None:
     gate = {"gate": {"type": "lookup", "by": "token", "num_ids": V}}
     plain, looked_up = small(), small(moe=MOE | {"router": gate})

@@ -17,7 +17,7 @@ def rows(found: dict[str, Any]) -> Iterator[str]:
             yield f"  {name:<26}{_line(one, case, speed)}"
     yield "start of the process to first token"
     for name, one in found["contestants"].items():
-        yield f"  {name:<26}{one['start_s'][0]:9.1f} s"
+        yield f"  {name:<26}{one['start_s'][0]:9.1f} s, {one['start_peak_bytes'] / 1e9:.2f} GB of memory at most"
 
 
 def _cases(found: dict[str, Any]) -> list[str]:

@@ -184,6 +184,14 @@ class Contestant:
         print(json.dumps({"prompts": prompts, "new": new}), file=self._stdin, flush=True)
         return self._hear()
 
+    def peak_bytes(self) -> int:
+        """The most that it had in memory so far, mapped files and processes of its own among it."""
+        processes = [self._process.pid]
+        for pid in processes:  # grows as it goes
+            processes += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split())
+        status = (Path(f"/proc/{pid}/status").read_text(encoding="ascii") for pid in processes)
+        return sum(1024 * int(text.split("VmHWM:")[1].split()[0]) for text in status)
+
     @property
     def _stdin(self) -> IO[str]:
         assert self._process.stdin is not None
@@ -228,18 +236,28 @@ def measure(plan: Plan) -> dict[str, Any]:
         )
         for name, weights in plan.contestants()
     }
-    starts: dict[str, list[float]] = {label: [] for label in jobs}
+    starts: dict[str, list[tuple[float, int]]] = {label: [] for label in jobs}
     for number in range(plan.rounds):
         for label in _in_turn(list(jobs), number):
             print(f"start {number + 1} of {plan.rounds}: {label}", file=sys.stderr, flush=True)
             with Contestant(*jobs[label]) as one:
-                starts[label].append(one.start_s)
+                starts[label].append((one.start_s, one.peak_bytes()))
     with ExitStack() as stack:
-        opened = {label: stack.enter_context(Contestant(*job)) for label, job in jobs.items()}
+        opened = {}
+        for label, job in jobs.items():
+            print(f"opening {label}", file=sys.stderr, flush=True)
+            opened[label] = stack.enter_context(Contestant(*job))
         limits = {"read GB/s": _read_speed(plan.threads)}
         rounds = [_round(plan, opened, number) for number in range(plan.rounds)]
         limits["read GB/s"] = max(limits["read GB/s"], _read_speed(plan.threads))
-    facts = {name: {"start_s": spread(starts[name]), "active_bytes": one.active_bytes} for name, one in opened.items()}
+    facts = {
+        name: {
+            "start_s": spread(seconds for seconds, _ in starts[name]),
+            "start_peak_bytes": max(peak for _, peak in starts[name]),
+            "active_bytes": one.active_bytes,
+        }
+        for name, one in opened.items()
+    }
     return {
         "plan": _written(plan),
         "machine": _machine(),

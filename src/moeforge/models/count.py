@@ -185,10 +185,12 @@ def _matrices(module: nn.Module) -> int:
     return total
 
 
-def _unread(model: nn.Module) -> int:
-    """Weights that a token does not read, in tables that it reads some rows of, as a module's ``looked_up`` says."""
+def _unread(model: Decoder) -> int:
+    """Weights that a token does not read, in tables that it reads some rows of, as a module's ``looked_up`` says; a
+    router is asked once for each of a token's heads."""
+    asked = {moe.router: moe.config.heads for moe in model.moe_layers.values()}
     tables = ((module, *table) for module in model.modules() for table in getattr(module, "looked_up", {}).items())
-    return sum(getattr(module, name)[rows:].numel() for module, name, rows in tables)
+    return sum(getattr(module, name)[rows * asked.get(module, 1) :].numel() for module, name, rows in tables)
 
 
 def dense_twin(config: ModelConfig) -> ModelConfig:

@@ -45,8 +45,9 @@ class Auxiliary(PerToken):
 
     def route(self, scores_TE: Tensor, biased_TE: Tensor, weigh: Callable[..., Tensor], context: Context) -> Route:
         """The route to those that run, with shares of the others."""
-        ids_TK = top_k(biased_TE, self.k)
-        weight_TK = weigh(scores_TE, Selection(ids=ids_TK), context)
+        chosen = self(biased_TE, context)
+        weight_TK, ids_TK = weigh(scores_TE, chosen, context), chosen.ids
+        assert ids_TK is not None
         route = Route.from_top_k(ids_TK[:, : self.main], weight_TK[:, : self.main], scores_TE.shape[1])
         rest_TA = weight_TK[:, self.main :]
         share_TA = rest_TA / rest_TA.sum(1, keepdim=True).clamp_min(1e-20)

@@ -132,9 +132,8 @@ def describe(arrangement: Arrangement) -> str:
     """``data 4 x expert 2, sharded``."""
     marks = [f"data {arrangement.data} x expert {arrangement.expert}"]
     marks[0] += f" x tensor {arrangement.tensor}" * (arrangement.tensor > 1)
-    marks += ["offloaded" if arrangement.offload else "sharded"] * arrangement.shard + [
-        "activations made again"
-    ] * arrangement.recompute
+    marks += ["offloaded" if arrangement.offload else "sharded"] * arrangement.shard
+    marks += ["activations made again"] * arrangement.recompute
     marks += [f"{arrangement.chunks} chunks"] * (arrangement.chunks > 1)
     marks += ["two levels"] * (arrangement.node is not None) + [arrangement.way] * (arrangement.way != "exchange")
     return ", ".join(marks)
