@@ -46,9 +46,9 @@ def serve(
     limits = build(Limits, {"max_seconds": max_seconds}, source="serve")
     keys = Keys.read(api_key_file, os.environ.get("MOEFORGE_API_KEYS"))
     bound = listen(host, port, keys)
-    keep_freed_memory()
     machine = read_bandwidth() / 1e9
     with bound, open_engine(model, settings, domain=domain) as engine:
+        keep_freed_memory()  # not before: layers that are rounded while they are read leave memory
         engine.name = name or engine.name
         where = bound.getsockname()
         shown = f"[{where[0]}]" if ":" in where[0] else where[0]

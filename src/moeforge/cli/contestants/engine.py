@@ -16,9 +16,9 @@ def opened(job: Job) -> tuple[Write, float]:
     from moeforge.generate.settings import Settings
     from moeforge.kernels.allocator import keep_freed_memory
 
-    keep_freed_memory()  # as the server does
     torch.set_num_threads(job.threads)
     engine = open_engine(job.path, Settings.model_validate({"weights": job.weights, "max_running": job.clients}))
+    keep_freed_memory()  # as the server does, and not before: layers that are rounded leave memory
     _write(engine, [[1]], 4)  # passes of one token each
     report = engine.report()
     return lambda prompts, new: _write(engine, prompts, new), report.weight_bytes / report.passes
