@@ -16,14 +16,14 @@ from types import SimpleNamespace
 from typing import Any, get_args
 
 from moeforge.compress.export import FORMATS as FORMATS_HF
-from moeforge.compress.measure import Reference, bytes_on_disk
+from moeforge.compress.measure import Reference
 from moeforge.compress.merge import join
 from moeforge.compress.plan import Rounding, Row, packable
 from moeforge.compress.profile import FORMATS
 from moeforge.compress.prune import ORDERS, drop, since, skip
 from moeforge.compress.run import Task
 from moeforge.compress.solve import CODEBOOK, WHOLE, solve
-from moeforge.compress.stream import Streamed
+from moeforge.compress.stream import Streamed, bytes_on_disk
 from moeforge.config import build, read_yaml
 from moeforge.hub.folder import open_model
 from moeforge.hub.store import Format

@@ -1,7 +1,7 @@
 """moeforge: build, train, inspect and run Mixture-of-Experts models on one set of parts.
 
-Importing it makes ``experts_implementation="moeforge"`` and models of type ``moeforge`` known to transformers, in
-whichever order the two are imported, and imports neither transformers nor torch to do so.
+Importing it makes ``experts_implementation="moeforge"``, models of type ``moeforge`` and experts that we packed known to
+transformers, in whichever order they are imported, and imports neither transformers nor torch to do so.
 """
 
 import sys
@@ -51,10 +51,19 @@ def _register_model(registry: ModuleType) -> None:
     registry.MODEL_FOR_CAUSAL_LM_MAPPING.register(MoeforgeForCausalLM.config_class, MoeforgeForCausalLM, exist_ok=True)
 
 
+def _register_packed(registry: ModuleType) -> None:
+    from moeforge.hub.auto_packed import PackedConfig, PackedExperts
+    from moeforge.hub.store import METHOD
+
+    registry.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = PackedConfig
+    registry.AUTO_QUANTIZER_MAPPING[METHOD] = PackedExperts
+
+
 _REGISTER = {
     "transformers.integrations.moe": _register_experts,
     "transformers.models.auto.configuration_auto": _register_config,
     "transformers.models.auto.modeling_auto": _register_model,
+    "transformers.quantizers.auto": _register_packed,
 }
 """Modules of transformers that hold a registry -> what enters us there."""
 

@@ -10,10 +10,9 @@ from safetensors.torch import load_file
 import moeforge
 from moeforge.compress import export
 from moeforge.compress.export import Export
-from moeforge.compress.measure import bytes_on_disk
 from moeforge.compress.merge import merge
 from moeforge.compress.plan import Plan, Row, packable
-from moeforge.compress.stream import Streamed
+from moeforge.compress.stream import Streamed, bytes_on_disk
 from moeforge.compress.write import Job
 from moeforge.errors import UserError
 from moeforge.models import Decoder

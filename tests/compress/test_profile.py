@@ -128,7 +128,7 @@ def test_a_layer_that_is_done_leaves_memory(tmp_path: Path) -> None:
     if not maps.exists():
         pytest.skip("only Linux says what is mapped")
     streamed = Streamed(model_folder(tmp_path / "m"))
-    read = streamed.layer(1)
+    read = streamed.read(1)
     assert read
     del read
     assert str(tmp_path) not in maps.read_text()

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from moeforge.compress.rows import Reading
-from moeforge.compress.stream import Tell, silent
-from moeforge.compress.write import Job, Made, kind_of
+from moeforge.compress.source import ours
+from moeforge.compress.stream import CLASSES, Tell, kind_of, silent
+from moeforge.compress.write import Job, Made
 from moeforge.errors import UserError
 from moeforge.hub.folder import open_tokenizer
 from moeforge.hub.layout import Piece
@@ -45,7 +46,7 @@ class Export:
     def __init__(self, job: Job) -> None:
         """Raises UserError where transformers is missing, or would not open such a folder."""
         check_opens_packed()
-        self.job, self.plan, model = job, job.plan, job.streamed.model
+        self.job, self.plan, model = job, job.plan, ours(job.streamed, "--to hf").model
         self.origin = model.origin if isinstance(model, Pretrained) else None
         self.format = _one_format(job)
         family = self.origin.family if self.origin else family_that_fits(job.config)
@@ -75,7 +76,7 @@ class Export:
     def bytes_by_class(self) -> dict[str, int]:
         """Of the weight files, as ``Job.bytes_by_class``; their headers to a few bytes."""
         meta, header = self.model.state_dict(), dict[str, object]()
-        sums = dict.fromkeys(("experts", "dense", "embeddings", "router", "other"), 0)
+        sums = dict.fromkeys(CLASSES, 0)
         for piece in pieces_of(self.model, self.family.names):
             shape = piece.as_theirs(meta[piece.parameter]).shape
             kind = kind_of(piece.parameter, tuple(shape))

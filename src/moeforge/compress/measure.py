@@ -1,22 +1,22 @@
-"""What compression cost, measured on the folder as it lies on disk: bytes, bits per byte, distance to the original."""
+"""What compression cost, measured on the folder as it lies on disk: bits per byte, distance to the original, speed."""
 
 import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moeforge.compress.stream import Streamed, Tell, Text, silent
-from moeforge.compress.write import kind_of
+from moeforge.compress.source import Source
+from moeforge.compress.stream import Tell, silent
 from moeforge.data.packing import IGNORED, Batch
 from moeforge.data.tokenizers import Tokenizer
 from moeforge.errors import UserError
 from moeforge.generate import ALONE, Sampling, Token, engine_for
-from moeforge.hub.folder import outline
+from moeforge.generate.bridged import bridged_engine_for
+from moeforge.hub.theirs import Theirs
 from moeforge.models import Decoder
 
 AT_ONCE = 256
@@ -49,20 +49,17 @@ class Quality:
 class Reference:
     """The original's last hidden states over a text, made layer by layer."""
 
-    def __init__(self, streamed: Streamed, batches: Sequence[Batch], tell: Tell = silent) -> None:
+    def __init__(self, streamed: Source, batches: Sequence[Batch], tell: Tell = silent) -> None:
         if not batches:
             raise UserError("there is no text to measure on")
-        outside = streamed.outside()
-        self.batches, self.head = batches, streamed.head(outside)
-        text = Text.of(batches, outside, streamed.config)
+        self.batches, self.logits, text = batches, streamed.logits, streamed.text(batches)
         for index in range(streamed.config.num_layers):
-            for _ in text.pass_layer(streamed.block(streamed.layer(index), index), streamed.config):
-                pass
+            text.pass_layer(streamed.block(index))
             tell(index)
         self.x = text.x
 
     @torch.no_grad()
-    def compare(self, model: Decoder) -> Quality:
+    def compare(self, model: Decoder | Theirs) -> Quality:
         """What ``model`` says of the same text."""
         sums, edges, rows = torch.zeros(4, dtype=torch.float64), 0, 0
         num_bytes = sum(batch.num_bytes for batch in self.batches)
@@ -70,9 +67,10 @@ class Reference:
             output = model(batch.input_ids, position=batch.position, document=batch.document, known=batch.known)
             parts = (tensor.flatten(0, 1).split(AT_ONCE) for tensor in (x, output.logits, batch.labels))
             for x_TD, after_TV, labels_T in zip(*parts, strict=True):
-                sums += _compare(self.head.logits(x_TD), after_TV, labels_T)
-            for routing in output.routings.values():
-                edges, rows = edges + int(routing.choices.sum()), rows + batch.input_ids.numel()
+                sums += _compare(self.logits(x_TD), after_TV, labels_T)
+            chosen = [int(routing.choices.sum()) for routing in output.routings.values()]
+            chosen += [ids_TK.numel() for ids_TK, _ in output.taken.values()]
+            edges, rows = edges + sum(chosen), rows + len(chosen) * batch.input_ids.numel()
         count = sum(batch.num_targets for batch in self.batches)
         bits = (sums[:2] / math.log(2) / num_bytes).tolist()
         return Quality(*bits, *(sums[2:] / count).tolist(), tokens=count, experts_per_token=edges / max(1, rows))
@@ -89,23 +87,14 @@ def _compare(before_TV: Tensor, after_TV: Tensor, labels_T: Tensor) -> Tensor:
     return torch.stack([*nats, divergence, same.float()]).double()
 
 
-def bytes_on_disk(folder: Path) -> dict[str, int]:
-    """Bytes of the weight files by class, as ``Job.bytes_by_class`` predicts them."""
-    found = outline(folder)
-    shards, ours = found.shards, {piece.name: piece.parameter for piece in found.pieces}
-    sums = dict.fromkeys(("experts", "dense", "embeddings", "router", "other"), 0)
-    for name, shape in shards.shapes.items():
-        sums[kind_of(ours.get(name, name), tuple(shape))] += shards.bytes_on_disk(name)
-    whole = sum(file.stat().st_size for file in {*shards.file_of.values()})
-    sums["other"] += whole - sum(sums.values())
-    return sums
-
-
-def tokens_per_second(model: Decoder, tokenizer: Tokenizer) -> float | None:
+def tokens_per_second(model: Decoder | Theirs, tokenizer: Tokenizer) -> float | None:
     """Of one text that the engine writes, after a first one; None for models that it refuses, as they read ahead."""
     settings = ALONE.replace(unsafe_batch_dependent=True)
     try:
-        engine = engine_for(model, tokenizer, settings, next(iter(model.config.domains), None))
+        if isinstance(model, Theirs):
+            engine = bridged_engine_for(model.model, model.how, tokenizer, settings)
+        else:
+            engine = engine_for(model, tokenizer, settings, next(iter(model.config.domains), None))
     except UserError:
         return None
     with engine:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from moeforge.compress.rounding import to_format
 from moeforge.compress.rows import FLOOR, ROWS, Watch, tokens_of
-from moeforge.compress.stream import Streamed, Tell, Text, silent
+from moeforge.compress.source import Source
+from moeforge.compress.stream import Tell, silent
 from moeforge.compress.threshold import estimate
 from moeforge.data.packing import Batch
 from moeforge.errors import UserError
@@ -21,8 +22,7 @@ from moeforge.hub.store import Format
 from moeforge.hub.whole import write_whole
 from moeforge.kernels.activation import activate
 from moeforge.kernels.allocator import return_freed_memory
-from moeforge.models.block import Block
-from moeforge.moe import Router, Routing
+from moeforge.moe import Routing
 from moeforge.moe.bank.mlp import MLPBank
 from moeforge.moe.route import Route
 
@@ -56,7 +56,7 @@ class Seen:
     hidden_moment: Tensor
     """[E, H] mean square of each hidden channel; H of the widest bank."""
     correlation: Tensor
-    """[E, E] of router logits; 0 where the router has none."""
+    """[E, E] of router logits; 0 where the router has none, or tells none."""
     together: Tensor
     """[E, E] tokens that two experts share."""
     joint: Tensor
@@ -70,13 +70,14 @@ class Seen:
     ratio: Tensor
     """[101] of tokens' choices after their first, the score as a share of the first one's: the smallest, those that 1,
     2, ... percent are under, the largest. Scores as they are compared, logits by their exponentials; zeros where tokens
-    have one choice."""
+    have one choice, and for a model of transformers."""
     energy: Tensor
     """[] mean square norm of the residual stream after the layer."""
     next_together: Tensor
     """[E, E'] tokens by expert here and in the next layer with experts; empty for the last."""
     predicted: Tensor
-    """[] share of this layer's choices that its router makes already from the stream before its attention."""
+    """[] share of this layer's choices that its router makes already from the stream before its attention; 0 for a
+    model of transformers, whose layers are not taken apart."""
 
 
 @dataclass
@@ -136,9 +137,11 @@ class Profile:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder} holds no profile: {error}") from error
 
-    def check(self, streamed: Streamed) -> None:
+    def check(self, streamed: Source) -> None:
         """Raises UserError unless it was made of this model."""
-        wanted = {layer: moe.config.num_experts for layer, moe in streamed.model.moe_layers.items()}
+        wanted = {
+            index: layer.moe.num_experts for index, layer in enumerate(streamed.config.all_layers) if layer.moe
+        }
         found = {layer: len(seen.count) for layer, seen in self.layers.items()}
         if wanted != found:
             raise UserError(f"the profile is of another model: it has experts {found}, {streamed.folder} has {wanted}")
@@ -152,24 +155,22 @@ def mask_of(route: Route) -> Tensor:
 
 
 @torch.no_grad()
-def profile(streamed: Streamed, batches: list[Batch], tell: Tell = silent) -> Profile:
+def profile(streamed: Source, batches: list[Batch], tell: Tell = silent) -> Profile:
     """One pass over ``batches``; ``tell(layer)`` is called after each layer.
 
     Raises UserError where experts are no banks of MLPs, or the text is too short to say anything.
     """
-    outside, config = streamed.outside(), streamed.config
-    text = Text.of(batches, outside, config)
+    config, text = streamed.config, streamed.text(batches)
     if text.num_tokens < FLOOR * max(layer.moe.num_experts for layer in config.all_layers if layer.moe):
         raise UserError(f"{text.num_tokens} tokens are too few: a profile needs {FLOOR} for each expert of a layer")
     layers: dict[int, Seen] = {}
     before_TE: Tensor | None = None
     for index in range(config.num_layers):
-        block = streamed.block(streamed.layer(index), index)
+        block: Any = streamed.block(index)
         if block.moe is None:
-            for _ in text.pass_layer(block, config):
-                pass
+            text.pass_layer(block)
         else:
-            seen, mask_TE = _see_layer(block, text, streamed)
+            seen, mask_TE = _see_layer(block, text)
             if before_TE is not None:
                 last = max(layers)
                 layers[last].next_together = before_TE.T @ mask_TE
@@ -181,27 +182,25 @@ def profile(streamed: Streamed, batches: list[Batch], tell: Tell = silent) -> Pr
     return Profile(layers, about)
 
 
-def _see_layer(block: Block, text: Text, streamed: Streamed) -> tuple[Seen, Tensor]:
-    assert block.moe is not None
+def _see_layer(block: Any, text: Any) -> tuple[Seen, Tensor]:
     banks: list[Any] = list(block.moe.banks)
     if not all(isinstance(bank, MLPBank) for bank in banks):
         raise UserError("only experts that are MLPs with matrices of their own can be profiled")
-    decisions = _Decisions(block.moe.router)  # of all that a router says, what is needed: a text may have many tokens
-    for x, context in zip(text.x, text.contexts, strict=True):
-        decisions.add(block.moe.decide(block.moe.split(block.mlp_norm(x).flatten(0, -2)), context))
-    early_TE, decisions = torch.cat(decisions.masks), _Decisions(block.moe.router)
+    router, num_experts = block.moe.router, sum(bank.config.num_experts for bank in banks)
+    early = [mask_of(routing.route) for routing in text.early(block) if isinstance(routing.route, Route)]
+    decisions = _Decisions(router, num_experts)  # of all that it says, what is needed: a text may have many tokens
     watches = [Watch(bank) for bank in banks]
-    hook = block.moe.router.register_forward_hook(lambda module, inputs, output: decisions.add(output))
-    for _ in text.pass_layer(block, streamed.config):
-        pass
+    hook = router.register_forward_hook(lambda module, inputs, output: decisions.add(output))
+    text.pass_layer(block)
     hook.remove()
     return_freed_memory()  # glibc keeps it otherwise, and experts ask for other sizes
-    parts = [_of_bank(bank, *watch.done()[:2]) for bank, watch in zip(banks, watches, strict=True)]
-    mask_TE = torch.cat(decisions.masks)
+    reads = [watch.done() for watch in watches]
+    mask_TE = torch.cat([mask_of(read.route) for read in reads], 1)
+    parts = [_of_bank(bank, read.rows, read.route) for bank, read in zip(banks, reads, strict=True)]
     energy = sum(float(x.float().square().sum()) for x in text.x) / text.num_tokens
-    gate = getattr(block.moe.router.gate, "weight", None)
-    has_rows = isinstance(gate, Tensor) and gate.dim() == 2 and len(gate) == mask_TE.shape[1]
-    norm = gate.float().norm(dim=1) if isinstance(gate, Tensor) and has_rows else torch.zeros(mask_TE.shape[1])
+    gate = getattr(getattr(router, "gate", router), "weight", None)  # theirs is the matrix itself
+    has_rows = isinstance(gate, Tensor) and gate.dim() == 2 and len(gate) == num_experts
+    norm = gate.float().norm(dim=1) if isinstance(gate, Tensor) and has_rows else torch.zeros(num_experts)
     widest = max(part["hidden_moment"].shape[1] for part in parts)
     for part in parts:
         part["hidden_moment"] = torch.nn.functional.pad(
@@ -212,31 +211,34 @@ def _see_layer(block: Block, text: Text, streamed: Streamed) -> tuple[Seen, Tens
     together = {
         "together": mask_TE.T @ mask_TE,
         "joint": joint,
-        "correlation": _correlation(decisions.logits, mask_TE.shape[1]),
+        "correlation": _correlation(decisions.logits, num_experts),
         "router_norm": norm.detach(),
         "ratio": _percentiles(torch.cat([torch.zeros(0), *decisions.ratios])),
     }
-    facts = {"energy": torch.tensor(energy), "predicted": (mask_TE * early_TE).sum() / mask_TE.sum()}
+    foreseen = (mask_TE * torch.cat(early)).sum() / mask_TE.sum() if early else torch.zeros(())
+    facts = {"energy": torch.tensor(energy), "predicted": foreseen}
     return Seen(**joined, **together, **facts, next_together=torch.zeros(0)), mask_TE
 
 
 class _Decisions:
-    """Who goes where, and by which logits, batch by batch."""
+    """By which logits tokens go where, batch by batch."""
 
-    def __init__(self, router: Router) -> None:
-        self.router = router
-        self.masks: list[Tensor] = []
+    def __init__(self, router: Any, num_experts: int) -> None:
+        self.router, self.num_experts = router, num_experts
         self.logits: list[Tensor | None] = []
         self.ratios: list[Tensor] = []
 
-    def add(self, routing: Routing) -> None:
-        """Of one batch. Routes without edges are for ``Watch`` to refuse."""
-        route = routing.route
-        if isinstance(route, Route):
-            self.masks.append(mask_of(route))
-            if routing.scores is not None and routing.scores.shape[1] == route.num_experts:
-                self.ratios.append(self._ratios(routing.scores, route))
-        self.logits.append(routing.logits)
+    def add(self, output: Any) -> None:
+        """Of one batch; transformers' routers tell logits first, as far as they tell them."""
+        if not isinstance(output, Routing):
+            told = output if isinstance(output, tuple | list) else [output]
+            logits = (some for some in told if isinstance(some, Tensor) and some.is_floating_point())
+            self.logits.append(next((some.flatten(0, -2) for some in logits if some.shape[-1] == self.num_experts), None))
+            return
+        route = output.route
+        if isinstance(route, Route) and output.scores is not None and output.scores.shape[1] == route.num_experts:
+            self.ratios.append(self._ratios(output.scores, route))
+        self.logits.append(output.logits)
 
     def _ratios(self, scores_TE: Tensor, route: Route) -> Tensor:
         """Of every choice but each token's first."""
@@ -259,7 +261,7 @@ def _percentiles(values: Tensor) -> Tensor:
 
 def _correlation(logits: list[Tensor | None], num_experts: int) -> Tensor:
     known = [some_TE.float() for some_TE in logits if some_TE is not None]
-    if len(known) < len(logits):
+    if len(known) < max(1, len(logits)):
         return torch.zeros(num_experts, num_experts)
     return torch.corrcoef(torch.cat(known).T).nan_to_num(0.0)
 

@@ -1,17 +1,16 @@
 """The rows that experts read of a text, one layer in memory at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from moeforge.compress.stream import Streamed, Text
+from moeforge.compress.source import Source
 from moeforge.config import Activation
 from moeforge.data.packing import Batch
 from moeforge.errors import UserError
 from moeforge.kernels.allocator import return_freed_memory
-from moeforge.models.block import Block
 from moeforge.moe.bank.mlp import MLPBank
 from moeforge.moe.route import Route
 
@@ -72,26 +71,18 @@ def tokens_of(route: Route, expert: int) -> tuple[Tensor, Tensor]:
 class Reading:
     """A model on its way through a text, for what comes to its experts."""
 
-    def __init__(self, streamed: Streamed, batches: Sequence[Batch]) -> None:
-        self.streamed, self.next = streamed, 0
-        self.text = Text.of(batches, streamed.outside(), streamed.config)
+    def __init__(self, streamed: Source, batches: Sequence[Batch]) -> None:
+        self.streamed, self.next, self.text = streamed, 0, streamed.text(batches)
 
-    def layer(self, index: int, banks: Sequence[str]) -> dict[str, Read]:
-        """What came to ``banks`` of layer ``index``, which lies ahead; by their names."""
+    def layer(self, index: int, banks: Mapping[str, int]) -> dict[str, Read]:
+        """What came to ``banks`` of layer ``index``, which lies ahead; by their names, given with their numbers."""
         read: dict[str, Read] = {}
         for at in range(self.next, index + 1):
-            block = self.streamed.block(self.streamed.layer(at), at)
-            watches = {name: Watch(_bank(block, name, index)) for name in banks if at == index}
-            for _ in self.text.pass_layer(block, self.streamed.config):
-                pass
+            block: Any = self.streamed.block(at)
+            watches = {name: Watch(block.moe.banks[number]) for name, number in banks.items() if at == index}
+            self.text.pass_layer(block)
             read = {name: watch.done() for name, watch in watches.items()}
             del block  # before there is the next one
             return_freed_memory()
         self.next = index + 1
         return read
-
-
-def _bank(block: Block, name: str, index: int) -> MLPBank:
-    module = block.get_submodule(name.removeprefix(f"blocks.{index}."))
-    assert isinstance(module, MLPBank)
-    return module

@@ -14,13 +14,14 @@ from moeforge.analyze.report import environment
 from moeforge.compress import export
 from moeforge.compress.dense import How, shares, to_dense
 from moeforge.compress.export import Export
-from moeforge.compress.measure import Quality, Reference, bytes_on_disk, tokens_per_second
+from moeforge.compress.measure import Quality, Reference, tokens_per_second
 from moeforge.compress.merge import join
 from moeforge.compress.page import page
 from moeforge.compress.plan import Plan, Rounding, Row, Skip, packable
 from moeforge.compress.profile import FORMATS, Profile, profile
 from moeforge.compress.prune import drop, since, skip
 from moeforge.compress.solve import CODEBOOK, WHOLE, Granularity, solve
+from moeforge.compress.source import open_source, ours
 from moeforge.compress.stream import Streamed, Tell, silent
 from moeforge.compress.write import Job
 from moeforge.config import Tree
@@ -78,7 +79,7 @@ class Task:
         self.rounding, self.to_hf = rounding, to_hf
         self.skip: dict[int, Skip] = {}
         self.formats: tuple[Format, ...] = export.FORMATS if to_hf else FORMATS
-        self.streamed, self.tell = Streamed(folder), tell
+        self.streamed, self.tell = open_source(folder), tell
         self.tokens, self.held_out, self.kept_profile = tokens, held_out, kept_profile
 
     def read_text(self, settings: Any) -> None:
@@ -91,7 +92,8 @@ class Task:
 
         def batches(documents: Any, most: int) -> list[Batch]:
             packed = pack(documents, tokenizer, self.streamed.config.domains)
-            return list(evaluation_batches(packed, settings.batch_size, settings.seq_len, most))
+            size = self.streamed.rows or settings.batch_size
+            return list(evaluation_batches(packed, size, settings.seq_len, most))
 
         self.calibration, self.validation = batches(train, self.tokens), batches(validation, self.held_out)
 
@@ -132,7 +134,7 @@ class Task:
             raise UserError("compressed-tensors has no vectors of a codebook: leave --codebooks out, or --to hf")
         if wish.codebooks:
             self.formats = (*self.formats, CODEBOOK)
-        self.skip = skip(self.profile, wish.skip, self.streamed.config) if wish.skip else {}
+        self.skip = skip(self.profile, wish.skip, ours(self.streamed, "--skip").config) if wish.skip else {}
         if wish.drop is not None:
             found = since(self.profile, Streamed(wish.base)) if wish.base else self.profile
             rows = drop(found, rows, wish.drop, wish.drop_by)
@@ -169,7 +171,7 @@ class Task:
                 job = self.solved(rows, middle, wish.granularity)
                 tried = Path(folder) / f"{number}"
                 job.run(tried, self._pass(f"plan {number + 1} of {SEARCHED}"))
-                lost = self.reference.compare(open_model(tried)).loss
+                lost = self.reference.compare(self.streamed.open(tried)).loss
                 shutil.rmtree(tried)
                 if lost <= wish.max_loss:
                     best, high = job, middle
@@ -205,12 +207,13 @@ class Task:
 
     @cached_property
     def _shapes(self) -> dict[tuple[int, int], tuple[tuple[int, int], ...]]:
-        meta, found = self.streamed.model.state_dict(), {}
+        found = {}
         for layer, expert in packable(self.streamed.config):
             moe = self.streamed.config.all_layers[layer].moe
             (index,) = (number for number, span in enumerate(moe.spans if moe else ()) if expert in span)
-            stacks = (meta[f"blocks.{layer}.moe.banks.{index}.{name}"] for name in EXPERTS)
-            found[layer, expert] = tuple((stack.shape[1], stack.shape[2]) for stack in stacks)
+            bank = self.streamed.bank(layer, index)
+            stacks = (self.streamed.stored[f"{bank}.{name}"][1] for name in EXPERTS)
+            found[layer, expert] = tuple((stack[1], stack[2]) for stack in stacks)
         return found
 
     @property
@@ -220,7 +223,7 @@ class Task:
 
     def table(self, job: Job | Export) -> Iterator[str]:
         """A line for each layer: what becomes of how many experts, and what cannot be packed."""
-        for layer in self.streamed.model.moe_layers:
+        for layer in (index for index, layer in enumerate(self.streamed.config.all_layers) if layer.moe):
             rows = job.plan.of_layer(layer).values()
             names = [row.format.name if row.action == "keep" else row.action for row in rows]
             counts = ", ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(sorted(names)))
@@ -231,16 +234,16 @@ class Task:
         environment()  # a package that the page needs is asked for before the work
         predicted, reference = job.bytes_by_class(), self.reference
         opened = job.run(target, self._pass("pack"))
-        found = bytes_on_disk(target)
+        found = self.streamed.bytes_on_disk(target)
         exact = {name: size for name, size in found.items() if not (self.to_hf and name == "other")}
         if exact != {name: predicted[name] for name in exact}:
             raise UserError(f"{target} has {found} bytes on disk, {predicted} were planned: please report this")
-        model = open_model(target)
+        model = self.streamed.open(target)
         quality: Quality = reference.compare(model)
         report: Tree = {
             "source": str(self.streamed.folder),
             "bytes": found,
-            "bytes_before": bytes_on_disk(self.streamed.folder),
+            "bytes_before": self.streamed.bytes_on_disk(self.streamed.folder),
             "bits_per_weight": 8 * found["experts"] / self.num_weights,
             "quality": asdict(quality),
             "tokens_per_second": tokens_per_second(model, open_tokenizer(target)),
@@ -255,6 +258,6 @@ class Task:
 
     def write_dense(self, how: How, target: Path) -> Tree:
         """Writes the model without experts, to be tuned with itself as a teacher, and measures it. Raises UserError."""
-        model, tokenizer = load(self.streamed.folder)
+        model, tokenizer = load(ours(self.streamed, "--to-dense").folder)
         save(to_dense(model, how, shares(model, self.calibration)), tokenizer, target)
         return asdict(self.reference.compare(open_model(target)))

@@ -5,7 +5,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -16,16 +16,17 @@ from moeforge.compress.plan import Plan, Row, can_pack
 from moeforge.compress.profile import Profile, Seen
 from moeforge.compress.rounding import expert_to_format, to_format
 from moeforge.compress.rows import Read, Reading, tokens_of
-from moeforge.compress.stream import Streamed, Tell, silent
+from moeforge.compress.source import Source
+from moeforge.compress.stream import CLASSES, Tell, silent
 from moeforge.config import Tree
 from moeforge.data.packing import Batch
 from moeforge.errors import UserError
-from moeforge.hub.folder import MODEL_TYPE, config_json, write_own_config
-from moeforge.hub.pretrained import SPECIAL, carry_files
+from moeforge.hub.pretrained import carry_files
 from moeforge.hub.shards import SAFE
-from moeforge.hub.store import PACKED, Format, Layout, header, record, to_record, write_file
+from moeforge.hub.store import Format, Layout, header, record, to_record, write_file
 from moeforge.hub.whole import replace_folder
 from moeforge.kernels.mixed import Part
+from moeforge.models.weights import EXPERTS
 
 
 def parts_of(rows: Mapping[int, Row]) -> list[tuple[Format, list[list[int]]]]:
@@ -57,17 +58,15 @@ class Job:
     """One plan for one model."""
 
     def __init__(
-        self, streamed: Streamed, plan: Plan, profile: Profile | None = None, text: Sequence[Batch] = ()
+        self, streamed: Source, plan: Plan, profile: Profile | None = None, text: Sequence[Batch] = ()
     ) -> None:
         """``text`` is what experts are rounded for. Raises UserError for a plan that is not one for this model."""
         plan.check(streamed.config)
+        streamed.check(plan)
         if plan.rounding == "gptq" and not text:
             raise UserError("rounding: gptq rounds experts for a text, and there is none: nearest needs no text")
         self.streamed, self.plan, self.profile, self.text = streamed, plan, profile, text
-        self.config = plan.config(streamed.config)
-        self.meta = streamed.model.state_dict()
-        shards, pieces = streamed.outline.shards, streamed.outline.pieces
-        self.stored = {piece.parameter: shards.dtypes[piece.name] for piece in pieces}
+        self.config, self.stored = plan.config(streamed.config), streamed.stored
 
     @property
     def reads(self) -> bool:
@@ -80,32 +79,32 @@ class Job:
 
     def dtype(self, name: str) -> torch.dtype:
         """What a tensor that is not packed is written as."""
-        narrowed = self.plan.dense == "bf16" and self.stored[name] == torch.float32 and ".router." not in name
-        return torch.bfloat16 if narrowed else self.stored[name]
+        stored = self.stored[name][0]
+        narrowed = self.plan.dense == "bf16" and stored == torch.float32 and self.streamed.narrows(name)
+        return torch.bfloat16 if narrowed else stored
 
-    def banks(self, layer: int) -> list[tuple[str, int, list[tuple[Format, list[list[int]]]]]]:
-        """Of each bank that is packed: its name, the number of its first expert, its formats and records."""
+    def banks(self, layer: int) -> list[tuple[str, int, int, list[tuple[Format, list[list[int]]]]]]:
+        """Of each bank that is packed: its name and number, that of its first expert, its formats and records."""
         config, rows, found = self.streamed.config.all_layers[layer], self.plan.of_layer(layer), []
         for index, span in enumerate(config.moe.spans if config.moe else ()):
             if config.moe and can_pack(config.moe.experts[index], config):
                 own = {expert - span.start: rows[expert] for expert in span}
-                found.append((f"blocks.{layer}.moe.banks.{index}", span.start, parts_of(own)))
+                found.append((self.streamed.bank(layer, index), index, span.start, parts_of(own)))
         return found
 
     def layout(self, layer: int | None) -> Layout:
         """The tensors of a file."""
-        prefix = f"blocks.{layer}." if layer is not None else ""
-        names = [name for name in self.meta if (name.startswith(prefix) if prefix else not name.startswith("blocks."))]
+        names = self.streamed.names(layer)
         found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         gone = self._dropped(layer)
         packed = self.banks(layer) if layer is not None else []
-        for bank, _, parts in packed:
+        for bank, _, _, parts in packed:
             shapes = self._shapes(bank)
             for format, records in parts:
                 found[f"{bank}.packed.{format.name}"] = torch.uint8, (len(records), record(format, shapes)[1])
             names = [name for name in names if not name.startswith(f"{bank}.")]
         for name in names:
-            shape = tuple(self.meta[name].shape)
+            shape = self.stored[name][1]
             if gone and ".moe.router." in name and shape:
                 shape = (shape[0] - len(gone), *shape[1:])
             found[name] = self.dtype(name), shape
@@ -115,22 +114,22 @@ class Job:
         return [row.expert for row in self.plan.rows if row.layer == layer and row.action == "drop"]
 
     def _shapes(self, bank: str) -> tuple[tuple[int, int], tuple[int, int]]:
-        up, down = (self.meta[f"{bank}.{name}"].shape for name in ("gate_up_proj", "down_proj"))
+        up, down = (self.stored[f"{bank}.{name}"][1] for name in EXPERTS)
         return (up[1], up[2]), (down[1], down[2])
 
     @property
     def parts(self) -> list[int | None]:
         """What is written one by one: what lies outside of layers, then each layer."""
-        return [None, *range(self.config.num_layers)]
+        return [part for part in (None, *range(self.config.num_layers)) if self.streamed.names(part)]
 
     def bytes_by_class(self) -> dict[str, int]:
         """Of the weight files: experts, router, embeddings, dense and other; their headers are ``other``."""
-        sums = dict.fromkeys(("experts", "dense", "embeddings", "router", "other"), 0)
+        sums = dict.fromkeys(CLASSES, 0)
         for part in self.parts:
             layout = self.layout(part)
             sums["other"] += len(header(layout)[1])
             for name, (dtype, shape) in layout.items():
-                sums[kind_of(name, shape)] += torch.Size(shape).numel() * dtype.itemsize
+                sums[self.streamed.kind(name, shape)] += torch.Size(shape).numel() * dtype.itemsize
         return sums
 
     @property
@@ -157,15 +156,15 @@ class Job:
         self, layer: int | None, reading: Reading | None = None
     ) -> tuple[dict[str, list[Made]], dict[str, Tensor]]:
         """Of one file: the experts of each bank that is packed, and all other tensors."""
+        own = self.streamed.read(layer)
         if layer is None:
-            return {}, {name: tensor.to(self.dtype(name)) for name, tensor in self.streamed.outside().items()}
-        own = {f"blocks.{layer}.{name}": tensor for name, tensor in self.streamed.layer(layer).items()}
+            return {}, {name: tensor.to(self.dtype(name)) for name, tensor in own.items()}
         seen = self.profile.layers.get(layer) if self.profile else None
         made: dict[str, list[Made]] = {}
         banks = self.banks(layer)
-        read = reading.layer(layer, [bank for bank, _, _ in banks]) if reading and banks else {}
-        for bank, first, parts in banks:
-            matrices = [own.pop(f"{bank}.{name}") for name in ("gate_up_proj", "down_proj")]
+        read = reading.layer(layer, {bank: index for bank, index, _, _ in banks}) if reading and banks else {}
+        for bank, _, first, parts in banks:
+            matrices = [own.pop(f"{bank}.{name}") for name in EXPERTS]
             left = [row.expert - first for row in self._rows(layer, first, len(matrices[0])) if row.action != "drop"]
             made[bank] = []
             for format, records in parts:
@@ -230,43 +229,30 @@ class Job:
                     write_file(half, self.tensors(part, reading))
                     half.replace(path)
                 tell(part)
-            self._finish(fresh)
+            said = self._finish(fresh)
             replace_folder(fresh, folder)
-            return MODEL_TYPE
+            return said
         except (OSError, SafetensorError) as error:
             again = f"what is done lies in {fresh.name}: the same command goes on from there"
             raise UserError(f"cannot write {folder}: {error}. The model is untouched; {again}") from error
 
-    def _finish(self, fresh: Path) -> None:
+    def _finish(self, fresh: Path) -> str:
         carry_files(self.streamed.folder, fresh)
         (fresh / "job").unlink()
-        write_own_config(fresh, self.config, self.dtype("embedding.weight"), self._fields())
+        said = self.streamed.write_config(fresh, self.config, self.dtype, self._packed())
         weight_map = {name: self.file(part) for part in self.parts for name in self.layout(part)}
         total = {"total_size": sum(self.bytes_by_class().values())}
         tree = {"metadata": total, "weight_map": dict(sorted(weight_map.items()))}
         (fresh / f"{SAFE}.index.json").write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
         self.plan.save(fresh / "plan.json")
+        return said
 
-    def _fields(self) -> Tree:
-        fields = config_json(self.streamed.folder)
-        if fields["model_type"] != MODEL_TYPE:
-            fields = {name: fields[name] for name in SPECIAL if name in fields}
-        packed: dict[str, Any] = {}
+    def _packed(self) -> Tree:
+        found: Tree = {}
         for layer in range(self.config.num_layers):
-            for bank, _, parts in self.banks(layer):
-                packed[bank] = [{"bits": f.bits, "group": f.group, "rows": records} for f, records in parts]
-        return {**fields, PACKED: packed}
-
-
-def kind_of(name: str, shape: tuple[int, ...]) -> str:
-    """The class of a tensor: experts, router, embeddings, dense or other."""
-    if ".banks." in name:
-        return "experts"
-    if ".router." in name:
-        return "router"
-    if name.startswith(("embedding.", "output.")):
-        return "embeddings"
-    return "dense" if len(shape) > 1 else "other"
+            for bank, _, _, parts in self.banks(layer):
+                found[bank] = [{"bits": f.bits, "group": f.group, "rows": records} for f, records in parts]
+        return found
 
 
 def _start(fresh: Path, fingerprint: str) -> None:

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from moeforge.data.tokenizers import Tokenizer
 from moeforge.errors import UserError
 from moeforge.generate.engine import Engine
 from moeforge.generate.runner import Passed, wants_all
@@ -59,14 +60,19 @@ def open_bridged_engine(folder: Path, settings: Settings, domain: str | None = N
         )
     if domain is not None:
         raise UserError(f"this model knows no domains: leave '{domain}' out")
-    tokenizer = open_tokenizer(folder)
     model, how = open_bridged(folder, TYPES[settings.weights])
+    engine = bridged_engine_for(model, how, open_tokenizer(folder), settings)
+    engine.name = folder.resolve().name
+    return engine
+
+
+def bridged_engine_for(model: Any, how: str, tokenizer: Tokenizer, settings: Settings) -> Engine:
+    """An engine over a model of transformers in memory; ``how`` it runs, in words."""
     config = model.config.get_text_config()
     max_len = int(getattr(config, "max_position_embeddings", None) or 4096)
     # Room for all texts at their longest: transformers' caches grow by themselves, and nobody is ever pushed out.
     blocks = settings.max_running * -(-max_len // settings.block_size)
     changes = {"prefix_reuse": False, "token_budget": settings.max_running * max_len, "kv_blocks": blocks}
-    whole = settings.replace(**changes)
-    engine = Engine(BridgedRunner(model, max_len), tokenizer, whole, blocks, folder.resolve().name)
+    engine = Engine(BridgedRunner(model, max_len), tokenizer, settings.replace(**changes), blocks)
     engine.about = f"{how}, one request at a time"
     return engine

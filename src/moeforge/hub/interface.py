@@ -48,21 +48,31 @@ def kernel_activation(module: Any) -> Activation | None:
     return (GATED if module.has_gate else PLAIN).get(getattr(function, "__name__", type(function).__name__))
 
 
+def names_of(module: Any) -> tuple[str, str]:
+    """Of the parameters with the matrices up to the hidden width, the gate's among them, and down again."""
+    return ("gate_up_proj" if module.has_gate else "up_proj"), "down_proj"
+
+
+def matrices_of(module: Any) -> tuple[Any, Any]:
+    """Up, gate first, and down as the kernels take them, [E, out, in]; of experts that lie packed, these."""
+    stacks = (getattr(module, name) for name in names_of(module))
+    up, down = (s.transpose(1, 2) if module.is_transposed and isinstance(s, Tensor) else s for s in stacks)
+    return up, down
+
+
 def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """[T, D] rows, [T, K] ids and weights -> [T, D] weighted sum. Ids from ``num_experts`` on are other processes'."""
-    route = _route(module, top_k_index, top_k_weights)
+    route = route_of(module, top_k_index, top_k_weights)
     activation = kernel_activation(module)
     if activation is None:
         y_TD = route.combine(_rows(module, route.gather(hidden_states), route.ends))
     else:
-        up, down = module.gate_up_proj if module.has_gate else module.up_proj, module.down_proj
-        if module.is_transposed:
-            up, down = up.transpose(1, 2), down.transpose(1, 2)
-        y_TD = expert_mlp(hidden_states, route, up, down, activation)
+        y_TD = expert_mlp(hidden_states, route, *matrices_of(module), activation)
     return y_TD.to(hidden_states.dtype)
 
 
-def _route(module: Any, ids_TK: Tensor, weights_TK: Tensor) -> Route:
+def route_of(module: Any, ids_TK: Tensor, weights_TK: Tensor) -> Route:
+    """[T, K] ids and weights -> the route."""
     weights_TK = weights_TK.to(torch.promote_types(weights_TK.dtype, torch.float32))
     if not module._is_expert_parallel:
         return Route.from_top_k(ids_TK, weights_TK, module.num_experts)

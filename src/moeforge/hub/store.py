@@ -21,13 +21,16 @@ from moeforge.kernels.activation import is_gated
 from moeforge.kernels.mixed import MixedWeight, Part
 from moeforge.kernels.native.coded import ZEROS, CodedWeight, capacity
 from moeforge.kernels.native.formats import BLOCK, FORMATS
-from moeforge.kernels.native.quantised import QuantisedWeight
+from moeforge.kernels.native.quantised import PackedWeight, QuantisedWeight
 from moeforge.kernels.native.vectors import LENGTH, VECTORS, VectorWeight
 from moeforge.models import Decoder, ModelConfig
+from moeforge.models.weights import EXPERTS
 from moeforge.moe.bank.mlp import MLPBank, MLPExperts
 
 PACKED = "packed_experts"
-"""The field of config.json."""
+"""The field of config.json, and of its ``quantization_config`` in folders for transformers."""
+METHOD = "moeforge"
+"""What ``quantization_config`` calls it there."""
 PAGE, LINE = 4096, 64
 LARGE = 64 << 10
 """Bytes of a record from which on it is padded to whole pages."""
@@ -194,8 +197,13 @@ def hold_packed(model: Decoder, packed: Mapping[str, Any], shards: Shards) -> se
         try:
             bank = model.get_submodule(name)
             assert isinstance(bank, MLPBank), "no bank of MLPs"
-            taken |= {f"{name}.packed.{format.name}" for format, _ in formats(parts)}
-            _hold(bank, name, list(formats(parts)), shards)
+            if bank.config.num_experts != sum(len(row) for _, rows in formats(parts) for row in rows):
+                raise ValueError(f"the model has {bank.config.num_experts}")
+            taken |= tensors_of(name, parts)
+            shapes = shapes_of(bank.config, bank.down_proj.shape[1])
+            for parameter, weight in zip(EXPERTS, read_packed(name, parts, shards, shapes), strict=True):
+                delattr(bank, parameter)
+                setattr(bank, parameter, weight)
         except (AttributeError, AssertionError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{shards.folder}: the packed experts of {name} do not fit: {error!r}") from error
     return taken
@@ -206,20 +214,25 @@ def formats(parts: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Format, list[l
     return ((Format(part["bits"], part["group"]), part["rows"]) for part in parts)
 
 
-def _hold(bank: MLPBank, name: str, parts: list[tuple[Format, list[list[int]]]], shards: Shards) -> None:
-    place = {expert: (p, r) for p, (_, rows) in enumerate(parts) for r, row in enumerate(rows) for expert in row}
-    if sorted(place) != list(range(bank.config.num_experts)):
-        raise ValueError(f"they are experts {sorted(place)} of {bank.config.num_experts}")
-    d_model = bank.down_proj.shape[1]
-    found = []
-    for format, rows in parts:
+def tensors_of(name: str, parts: Sequence[Mapping[str, Any]]) -> set[str]:
+    """What a bank's experts lie in."""
+    return {f"{name}.packed.{format.name}" for format, _ in formats(parts)}
+
+
+def read_packed(
+    name: str, parts: Sequence[Mapping[str, Any]], shards: Shards, shapes: tuple[tuple[int, int], tuple[int, int]]
+) -> Iterator[PackedWeight]:
+    """Up and down of a bank's experts, mapped. Raises KeyError, TypeError or ValueError where they do not fit."""
+    found, kept = [], list(formats(parts))
+    place = {expert: (p, r) for p, (_, rows) in enumerate(kept) for r, row in enumerate(rows) for expert in row}
+    if sorted(place) != list(range(len(place))):
+        raise ValueError(f"they are experts {sorted(place)}")
+    for format, rows in kept:
         raw = shards.get(f"{name}.packed.{format.name}")
         if len(raw) != len(rows):
             raise ValueError(f"{len(raw)} records for {len(rows)} rows")
-        found.append(from_record(format, raw, shapes_of(bank.config, d_model)))
+        found.append(from_record(format, raw, shapes))
     where = tuple(place[expert] for expert in range(len(place)))
     whole = len(found) == 1 and not isinstance(found[0][0], Tensor) and where == tuple((0, e) for e in place)
-    for index, parameter in enumerate(("gate_up_proj", "down_proj")):
-        delattr(bank, parameter)
-        stacks = tuple(part[index] for part in found)
-        setattr(bank, parameter, stacks[0] if whole else MixedWeight(stacks, where))
+    for stacks in zip(*found, strict=True):
+        yield stacks[0] if whole else MixedWeight(stacks, where)

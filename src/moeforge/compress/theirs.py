@@ -1,0 +1,262 @@
+"""A model of transformers, whole in memory, run layer by layer: what ``Streamed`` is to ours.
+
+Every layer is called with what the model's own pass would give it besides the residual stream: a pass in which layers
+hand on what comes to them tells that. Their experts run as banks of ours around the same weights.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moeforge.compress.plan import Plan
+from moeforge.compress.stream import by_class, check_tokens
+from moeforge.config import Tree
+from moeforge.data.packing import Batch
+from moeforge.errors import UserError
+from moeforge.hub.experts import LayerExperts, experts
+from moeforge.hub.folder import config_json
+from moeforge.hub.interface import kernel_activation, matrices_of, route_of
+from moeforge.hub.shards import Shards
+from moeforge.hub.store import METHOD, PACKED
+from moeforge.hub.theirs import Theirs
+from moeforge.models import ModelConfig
+from moeforge.models.weights import EXPERTS
+from moeforge.moe import Routing
+from moeforge.moe.bank.mlp import MLPBank, MLPExperts
+
+PROBE = 32
+"""Tokens on which passing layer by layer is compared with the model's own pass."""
+
+
+@dataclass(frozen=True)
+class TheirMoE:
+    """The experts of a layer."""
+
+    router: nn.Module
+    banks: list[MLPBank]
+    """One, around their weights, or none where they are no plain MLPs."""
+
+
+@dataclass(frozen=True)
+class TheirBlock:
+    """A layer."""
+
+    index: int
+    module: nn.Module
+    moe: TheirMoE | None
+
+
+class StreamedTheirs:
+    """The model in a folder.
+
+    Raises UserError as ``Theirs`` does, and for models that cannot be compressed: dense ones, those in few bits already,
+    and those whose layers pass on more than the residual stream.
+    """
+
+    rows: int | None = 1
+    """Texts of a batch: transformers tells what keeps them apart text by text."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.theirs = Theirs(folder)
+        self.folder, self.model, self.config = self.theirs.folder, self.theirs.model, self.theirs.config
+        if "quantization_config" in config_json(self.folder):
+            raise UserError(f"{folder} is compressed already: start from the folder that it was made of")
+        self.shards = Shards(self.folder)
+        self.found = {found.layer: found for found in experts(self.model)}
+        path = self.theirs.names[min(self.found)].split(f".{min(self.found)}.")[0]
+        self.layers: list[Any] = list(self.model.get_submodule(path))
+        self.banks = {layer: bank for layer, found in self.found.items() if (bank := _as_bank(found)) is not None}
+        lost = [name for layer in self.banks for name in self._of_experts(layer) if name not in self.shards.shapes]
+        if lost:
+            raise UserError(f"{folder}: {lost[0]} is not there: transformers would write these experts otherwise")
+        self._check_passes()
+
+    @torch.no_grad()
+    def _check_passes(self) -> None:
+        ids = torch.arange(PROBE)[None] * 7919 % (self.config.vocab_size or 1)
+        whole = self.theirs(ids).logits
+        x, calls = self._enter(ids, torch.arange(PROBE)[None])
+        for layer, call in zip(self.layers, calls, strict=True):
+            x = call(layer, x)
+        if not torch.allclose(whole[0], self.logits(x.flatten(0, 1)), rtol=1e-3, atol=1e-3):
+            raise UserError(f"{self.folder}: layers of {type(self.model).__name__} pass on more than one stream")
+
+    def _of_experts(self, layer: int) -> tuple[str, ...]:
+        """The tensors on disk that a layer's experts are joined from."""
+        return tuple(name for names in self.found[layer].stacks[0].on_disk.values() for name in names)
+
+    @cached_property
+    def _theirs_on_disk(self) -> set[str]:
+        return {name for layer in self.banks for name in self._of_experts(layer)}
+
+    @cached_property
+    def stored(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Type on disk and shape of every tensor; experts that can be packed by the names of their bank."""
+        shapes, dtypes = self.shards.shapes, self.shards.dtypes
+        found = {name: (dtypes[name], tuple(shapes[name])) for name in shapes if name not in self._theirs_on_disk}
+        for layer, bank in self.banks.items():
+            found |= {f"{self.bank(layer, 0)}.{name}": (w.dtype, tuple(w.shape)) for name, w in bank.named_parameters()}
+        return found
+
+    def names(self, layer: int | None) -> list[str]:
+        """The experts of a layer that can be packed; with None, all other tensors."""
+        if layer is not None:
+            return [f"{self.bank(layer, 0)}.{name}" for name in EXPERTS] if layer in self.banks else []
+        return [name for name in self.stored if name in self.shards.shapes]
+
+    def read(self, layer: int | None) -> dict[str, Tensor]:
+        """Those tensors, by name."""
+        if layer is None:
+            return {name: self.shards.get(name) for name in self.names(None)}
+        return {name: getattr(self.banks[layer], name.rpartition(".")[2]) for name in self.names(layer)}
+
+    def bank(self, layer: int, index: int) -> str:
+        """The name of transformers' module."""
+        return self.theirs.names[layer]
+
+    def kind(self, name: str, shape: tuple[int, ...]) -> str:
+        """The class of a tensor on disk, or of one in a folder that this became."""
+        if name in self._theirs_on_disk or name.startswith(tuple(f"{self.bank(layer, 0)}." for layer in self.banks)):
+            return "experts"
+        if name in self._routers:
+            return "router"
+        if len(shape) > 1 and shape[0] == self.config.vocab_size:
+            return "embeddings"
+        return "dense" if len(shape) > 1 else "other"
+
+    @cached_property
+    def _routers(self) -> set[str]:
+        routers = {id(weight) for found in self.found.values() for weight in found.router.parameters()}
+        return {name for name, weight in self.model.named_parameters() if id(weight) in routers}
+
+    def narrows(self, name: str) -> bool:
+        """Nothing: what transformers computes with stays as it is."""
+        return False
+
+    def bytes_on_disk(self, folder: Path) -> dict[str, int]:
+        """Bytes by class of the weight files in its folder, or in one that it became."""
+        return by_class(Shards(folder), self.kind)
+
+    def open(self, folder: Path) -> Theirs:
+        """What it became."""
+        return Theirs(folder)
+
+    def check(self, plan: Plan) -> None:
+        """Raises UserError for what would need routers of ours."""
+        if plan.skip or any(row.action == "drop" for row in plan.rows):
+            raise UserError(f"{self.folder}: transformers' routers keep all experts and choices: merge experts instead")
+
+    def write_config(
+        self, fresh: Path, config: ModelConfig, dtype: Callable[[str], torch.dtype], packed: Tree
+    ) -> str:
+        """The config.json of what it became, and its kind in words."""
+        tree = {**config_json(self.folder), "quantization_config": {"quant_method": METHOD, PACKED: packed}}
+        (fresh / "config.json").write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+        return f"{type(self.model).__name__} of transformers, where moeforge is imported"
+
+    def block(self, index: int) -> TheirBlock:
+        """A layer. Raises UserError where its experts are no plain MLPs: those stay as they are, and so does it."""
+        found = self.found.get(index)
+        banks = [self.banks[index]] if index in self.banks else []
+        return TheirBlock(index, self.layers[index], TheirMoE(found.router, banks) if found else None)
+
+    def text(self, batches: Sequence[Batch]) -> "TheirText":
+        """A text before the first layer. Raises UserError for tokens that the model does not have."""
+        check_tokens(batches, self.config)
+        entered = [self._enter(batch.input_ids, batch.position) for batch in batches]
+        return TheirText(list(batches), [x for x, _ in entered], [calls for _, calls in entered])
+
+    @torch.no_grad()
+    def _enter(self, ids: Tensor, position: Tensor) -> tuple[Tensor, list["Call"]]:
+        """What comes to the first layer, and how each is called."""
+        first: list[Tensor] = []
+        calls: list[Call] = []
+
+        def note(x: Tensor, *arguments: Any, **named: Any) -> Tensor:
+            first.append(x)
+            calls.append(Call(arguments, named))
+            return x
+
+        with _in_place_of(self.layers, note):
+            self.model(input_ids=ids, position_ids=position, use_cache=False, logits_to_keep=1)
+        return first[0], calls
+
+    @torch.no_grad()
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """[T, D] past the last layer -> [T, V]."""
+        with _in_place_of(self.layers, lambda x, *_, **__: x_TD[None]):
+            return self.model(input_ids=torch.zeros(1, len(x_TD), dtype=torch.long), use_cache=False).logits[0]
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a layer is called with besides the residual stream."""
+
+    arguments: tuple[Any, ...]
+    named: dict[str, Any]
+
+    def __call__(self, layer: Any, x: Tensor) -> Tensor:
+        """The stream past the layer."""
+        found = layer(x, *self.arguments, **self.named)
+        return found[0] if isinstance(found, tuple) else found
+
+
+@contextmanager
+def _in_place_of(layers: Sequence[nn.Module], run: Callable[..., Tensor]) -> Iterator[None]:
+    for layer in layers:
+        layer.forward = run  # ty: ignore
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+@dataclass
+class TheirText:
+    """Batches on their way through the layers."""
+
+    batches: list[Batch]
+    x: list[Tensor]
+    """Of each batch: the residual stream before the next layer."""
+    calls: list[list[Call]]
+    """Of each batch, by layer."""
+
+    @torch.no_grad()
+    def pass_layer(self, block: TheirBlock) -> None:
+        """Moves every batch past a layer."""
+        for index, (x, calls) in enumerate(zip(self.x, self.calls, strict=True)):
+            self.x[index] = calls[block.index](block.module, x)
+
+    def early(self, block: TheirBlock) -> Iterator[Routing]:
+        """Nothing: their layers are not taken apart."""
+        return iter(())
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all batches."""
+        return sum(batch.input_ids.numel() for batch in self.batches)
+
+
+def _as_bank(found: LayerExperts) -> MLPBank | None:
+    """A bank of ours around the experts' weights, which they run through from now on; None where they are no plain
+    MLPs."""
+    module: Any = found.stacks[0].module
+    activation = kernel_activation(module)
+    if activation is None:
+        return None
+    matrices = matrices_of(module)
+    shape = {"num_experts": module.num_experts, "d_expert": matrices[1].shape[2], "activation": activation}
+    with torch.device("meta"):
+        bank = MLPBank(MLPExperts.model_validate(shape), matrices[1].shape[1])
+    for name, weight in zip(EXPERTS, matrices, strict=True):
+        setattr(bank, name, nn.Parameter(weight.detach(), requires_grad=False))
+    module.forward = lambda x_TD, ids_TK, weights_TK: bank(x_TD, route_of(module, ids_TK, weights_TK)).to(x_TD.dtype)
+    return bank

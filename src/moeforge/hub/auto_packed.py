@@ -1,0 +1,75 @@
+"""Experts that lie packed as ``hub/store.py`` says, as a quantisation method of transformers: what it opens itself.
+
+``quantization_config`` of config.json has ``quant_method: moeforge`` and, by the name of each module of experts, its
+formats and records. They lie in the model's own files, are mapped, and run on our kernels as they are.
+"""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import nn
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from moeforge.errors import UserError
+from moeforge.hub.interface import kernel_activation, names_of
+from moeforge.hub.shards import Shards
+from moeforge.hub.store import METHOD, PACKED, read_packed, tensors_of
+from moeforge.kernels.activation import is_gated
+
+
+class PackedConfig(QuantizationConfigMixin):
+    """``quantization_config`` of config.json."""
+
+    def __init__(self, packed_experts: dict[str, Any], **_: Any) -> None:
+        self.quant_method: Any = METHOD
+        self.packed_experts = packed_experts
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields."""
+        return {"quant_method": METHOD, PACKED: self.packed_experts}
+
+
+class PackedExperts(HfQuantizer):
+    """Puts the experts where a model of transformers, still without weights, has parameters for them."""
+
+    requires_calibration: ClassVar[bool] = True
+    quantization_config: Any
+
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: list[str], **_: Any) -> None:
+        """Raises UserError where they do not fit the model."""
+        folder, packed = Path(checkpoint_files[0]).parent, self.quantization_config.packed_experts
+        shards, known = Shards(folder), list(model._keys_to_ignore_on_load_unexpected or ())
+        for name, parts in packed.items():
+            try:
+                _give(model.get_submodule(name), name, parts, shards)
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise UserError(f"{folder}: the packed experts of {name} do not fit: {error!r}") from error
+            known += sorted(tensors_of(name, parts))
+        model._keys_to_ignore_on_load_unexpected = known
+        model.set_experts_implementation("moeforge")
+
+    def is_serializable(self) -> bool:
+        """The folder that was opened has them already."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        """Weights in few bits take no gradient."""
+        return False
+
+
+def _give(experts: Any, name: str, parts: list[dict[str, Any]], shards: Shards) -> None:
+    activation = kernel_activation(experts)
+    if activation is None:
+        raise ValueError("they are no plain MLPs")
+    up, down = names_of(experts)
+    down_shape: tuple[int, ...] = getattr(experts, down).shape
+    count, (wide, narrow) = down_shape[0], down_shape[1:][:: -1 if experts.is_transposed else 1]
+    shapes = (narrow * (1 + is_gated(activation)), wide), (wide, narrow)
+    found = dict(zip((up, down), read_packed(name, parts, shards, shapes), strict=True))
+    if found[down].shape[0] != count:
+        raise ValueError(f"{found[down].shape[0]} where the model has {count}")
+    for parameter, weight in found.items():
+        nn.Module.__delattr__(experts, parameter)
+        setattr(experts, parameter, weight)

@@ -1,0 +1,98 @@
+"""A model of transformers whose family has no table here, called as our decoder is: what evaluates and compresses ours
+does so to it."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moeforge.errors import UserError
+from moeforge.hub.bridge import open_bridged
+from moeforge.hub.folder import config_json, model_folder
+from moeforge.hub.interface import is_experts, kernel_activation, matrices_of
+from moeforge.models import ModelConfig
+from moeforge.models.decoder import Output
+from moeforge.moe.bank.mlp import MLPExperts
+
+
+class Theirs(nn.Module):
+    """Any causal language model that ``open_bridged`` opens, in evaluation mode."""
+
+    def __init__(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Raises UserError as ``open_bridged`` does, and where one layer has several stacks of experts."""
+        super().__init__()
+        self.folder = model_folder(Path(folder))
+        self.model, self.how = open_bridged(self.folder, dtype)
+        stacks: dict[str, Any] = {name: module for name, module in self.model.named_modules() if is_experts(module)}
+        self.names = {_number(name): name for name in stacks}
+        """Of each layer's module of experts, by its number."""
+        if len(self.names) < len(stacks):
+            raise UserError(f"{folder}: a layer has several stacks of experts, of which transformers tells nothing")
+        self.config = _picture(self.model, {layer: stacks[name] for layer, name in self.names.items()})
+
+    @property
+    def experts(self) -> dict[int, Any]:
+        """transformers' module of experts, by layer."""
+        return {layer: self.model.get_submodule(name) for layer, name in self.names.items()}
+
+    @property
+    def embedding(self) -> nn.Module:
+        """Of tokens."""
+        return self.model.get_input_embeddings()
+
+    def forward(self, input_ids: Tensor, position: Tensor | None = None, **_: Any) -> Output:
+        """[B, L] ids -> logits, and the experts that tokens took. Where positions start anew a new text does, as far as
+        transformers' attention keeps such texts apart."""
+        taken: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def note(layer: int, ids_TK: Tensor, num_experts: int) -> None:
+            taken[layer] = ids_TK, ids_TK.flatten().bincount(minlength=num_experts).cumsum(0)
+
+        hooks = [
+            experts.register_forward_pre_hook(lambda module, inputs, layer=layer, count=count: note(layer, inputs[1], count))
+            for layer, experts in self.experts.items()
+            for count in [experts.num_experts]
+        ]
+        try:
+            found = self.model(input_ids=input_ids, position_ids=position, use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return Output(found.logits, {}, taken=taken)
+
+
+def is_theirs(folder: Path) -> bool:
+    """Whether the folder is of a family without a table."""
+    from moeforge.hub.families import FAMILIES
+    from moeforge.hub.folder import MODEL_TYPE
+
+    return config_json(model_folder(folder))["model_type"] not in (MODEL_TYPE, *FAMILIES)
+
+
+def _number(name: str) -> int:
+    found = re.search(r"\.(\d+)\.", f".{name}.")
+    if found is None:
+        raise UserError(f"{name}: no layer's number is in its name")
+    return int(found[1])
+
+
+def _picture(model: Any, experts: dict[int, Any]) -> ModelConfig:
+    """What verbs ask a config: sizes, and by layer its experts. Those that are no plain MLPs show as ones with biases,
+    which stay as they are wherever ours do."""
+    config = model.config.get_text_config()
+    table = model.get_input_embeddings().weight
+    sizes = {"vocab_size": table.shape[0], "d_model": table.shape[1], "num_heads": 1, "d_ff": 1}
+    sizes |= {
+        "num_layers": int(config.num_hidden_layers),
+        "max_seq_len": int(getattr(config, "max_position_embeddings", None) or 4096),
+    }
+    layers = {}
+    for layer, module in experts.items():
+        activation = kernel_activation(module)
+        shown: dict[str, Any] = {"num_experts": module.num_experts, "d_expert": 1, "bias": True}
+        if activation is not None:
+            shown |= {"d_expert": matrices_of(module)[1].shape[2], "bias": False, "activation": activation}
+        layers[layer] = {"moe": {"experts": MLPExperts.model_validate(shown), "router": {"select": {"k": 1}}}}
+    return ModelConfig.model_validate({**sizes, "layers": layers})
