@@ -1,7 +1,7 @@
 """moeforge: build, train, inspect and run Mixture-of-Experts models on one set of parts.
 
-Importing it makes ``experts_implementation="moeforge"``, models of type ``moeforge`` and experts that we packed known to
-transformers, in whichever order they are imported, and imports neither transformers nor torch to do so.
+Importing it makes ``experts_implementation="moeforge"``, models of type ``moeforge`` and experts that we packed known
+to transformers, in whichever order they are imported, and imports neither transformers nor torch to do so.
 """
 
 import sys

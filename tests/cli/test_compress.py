@@ -2,10 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from moeforge.cli.main import main
+from moeforge.data.tokenizers import Bytes, train_or_open
 from moeforge.hub import load
 from tests.compress.small import model_folder
 
@@ -179,3 +181,27 @@ def test_a_folder_for_transformers_is_opened_before_it_counts(place: Path, capsy
         assert why in capsys.readouterr().err and not (place / "none").exists()
     assert run(place, "--drop=25%", "--to=hf", f"--out={place / 'none'}") == 2
     assert "no class for this model" in capsys.readouterr().err and not (place / "none").exists()
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers would rather have kernels, and says so
+def test_the_command_packs_it_and_others_open_what_it_became(call: Any, tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="needs transformers: pip install 'moeforge[hf]'")
+    families = pytest.importorskip("tests.hub.families")
+    folder, out, text = tmp_path / "m", tmp_path / "out", tmp_path / "text.txt"
+    sizes = {"vocab_size": 300, "max_position_embeddings": 128, "hidden_size": 128, "intermediate_size": 128}
+    families.build("flex_olmo", **sizes).save_pretrained(folder)
+    train_or_open(Bytes(), []).save(folder)
+    text.write_text(TEXT)
+    asked = (f"--data.path={text}", "--seq_len=64", "--tokens=2000", "--held-out=1000")
+    code, said, err = call("compress", folder, "--bits-per-weight", 5, "--out", out, *asked)
+    assert code == 0, err
+    assert "FlexOlmoForCausalLM of transformers, where moeforge is imported" in said
+    assert (out / "report.html").exists() and (out / "plan.json").exists()
+    for verb in (("generate", out, "def", "--max-tokens", 4), ("evaluate", out, *asked[:2], "--tokens=500")):
+        code, said, err = call(*verb)
+        assert code == 0, err
+        assert said.strip()
+    for wish in (("--to", "hf", "--bits-per-weight", 5), ("--skip", "20%"), ("--to-dense", "mean")):
+        code, _, err = call("compress", folder, *wish, "--out", tmp_path / "no", *asked)
+        assert code == 2 and "needs a family that we have a table of" in err
+        assert not (tmp_path / "no").exists()

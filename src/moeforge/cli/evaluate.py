@@ -12,6 +12,7 @@ from moeforge.errors import UserError
 if TYPE_CHECKING:
     from moeforge.data.tokenizers import Tokenizer
     from moeforge.evaluate import Score
+    from moeforge.hub.theirs import Theirs
     from moeforge.models import Decoder
     from moeforge.train import RunConfig
 
@@ -34,6 +35,8 @@ def evaluate(
     --seq_len, --batch_size and --dtype work as in training. With --tasks, those are scored instead.
     """
     from moeforge.hub import load
+    from moeforge.hub.folder import open_tokenizer
+    from moeforge.hub.theirs import Theirs, is_theirs
 
     if tasks is not None:
         if tokens is not None:
@@ -43,7 +46,7 @@ def evaluate(
         raise UserError("--limit belongs to --tasks: --tokens says how much text")
     check(context.obj)
     most = None if tokens is None else count(tokens)
-    opened, tokenizer = load(model)
+    opened, tokenizer = (Theirs(model), open_tokenizer(model)) if is_theirs(model) else load(model)
     config = text_settings(model, opened.config, context.obj)
     score = _score(opened, tokenizer, config, most)
     found = {
@@ -94,7 +97,7 @@ def _tasks(folder: Path, tasks: list[str], settings: list[str], limit: int | Non
         print(f"{scored.truncated:,} requests were longer than the context of {room} tokens: their ends were read")
 
 
-def _score(model: "Decoder", tokenizer: "Tokenizer", config: "RunConfig", tokens: int | None) -> "Score":
+def _score(model: "Decoder | Theirs", tokenizer: "Tokenizer", config: "RunConfig", tokens: int | None) -> "Score":
     import torch
 
     from moeforge.data.corpora import split

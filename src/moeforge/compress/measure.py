@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +55,8 @@ class Reference:
             raise UserError("there is no text to measure on")
         self.batches, self.logits, text = batches, streamed.logits, streamed.text(batches)
         for index in range(streamed.config.num_layers):
-            text.pass_layer(streamed.block(index))
+            block: Any = streamed.block(index)
+            text.pass_layer(block)
             tell(index)
         self.x = text.x
 

@@ -139,9 +139,7 @@ class Profile:
 
     def check(self, streamed: Source) -> None:
         """Raises UserError unless it was made of this model."""
-        wanted = {
-            index: layer.moe.num_experts for index, layer in enumerate(streamed.config.all_layers) if layer.moe
-        }
+        wanted = {index: layer.moe.num_experts for index, layer in enumerate(streamed.config.all_layers) if layer.moe}
         found = {layer: len(seen.count) for layer, seen in self.layers.items()}
         if wanted != found:
             raise UserError(f"the profile is of another model: it has experts {found}, {streamed.folder} has {wanted}")
@@ -186,7 +184,7 @@ def _see_layer(block: Any, text: Any) -> tuple[Seen, Tensor]:
     banks: list[Any] = list(block.moe.banks)
     if not all(isinstance(bank, MLPBank) for bank in banks):
         raise UserError("only experts that are MLPs with matrices of their own can be profiled")
-    router, num_experts = block.moe.router, sum(bank.config.num_experts for bank in banks)
+    router, num_experts = block.moe.router, sum(len(bank.down_proj) for bank in banks)
     early = [mask_of(routing.route) for routing in text.early(block) if isinstance(routing.route, Route)]
     decisions = _Decisions(router, num_experts)  # of all that it says, what is needed: a text may have many tokens
     watches = [Watch(bank) for bank in banks]
@@ -233,7 +231,9 @@ class _Decisions:
         if not isinstance(output, Routing):
             told = output if isinstance(output, tuple | list) else [output]
             logits = (some for some in told if isinstance(some, Tensor) and some.is_floating_point())
-            self.logits.append(next((some.flatten(0, -2) for some in logits if some.shape[-1] == self.num_experts), None))
+            self.logits.append(
+                next((some.flatten(0, -2) for some in logits if some.shape[-1] == self.num_experts), None)
+            )
             return
         route = output.route
         if isinstance(route, Route) and output.scores is not None and output.scores.shape[1] == route.num_experts:

@@ -92,8 +92,7 @@ class Task:
 
         def batches(documents: Any, most: int) -> list[Batch]:
             packed = pack(documents, tokenizer, self.streamed.config.domains)
-            size = self.streamed.rows or settings.batch_size
-            return list(evaluation_batches(packed, size, settings.seq_len, most))
+            return list(evaluation_batches(packed, settings.batch_size, settings.seq_len, most))
 
         self.calibration, self.validation = batches(train, self.tokens), batches(validation, self.held_out)
 

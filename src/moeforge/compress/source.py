@@ -20,6 +20,6 @@ def ours(source: Source, asked: str) -> Streamed:
     if isinstance(source, Streamed):
         return source
     raise UserError(
-        f"{asked} needs a family that we have a table of: leave it out, and {source.folder} is packed into a folder that "
-        f"transformers opens where moeforge is imported"
+        f"{asked} needs a family that we have a table of: leave it out, and {source.folder} is packed into a folder "
+        f"that transformers opens where moeforge is imported"
     )

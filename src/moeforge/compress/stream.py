@@ -38,9 +38,6 @@ class Streamed:
     and those that pass their layers more than once or with momentum.
     """
 
-    rows: int | None = None
-    """Texts of a batch, where a run's settings do not say."""
-
     def __init__(self, folder: str | Path) -> None:
         self.folder = model_folder(Path(folder))
         if PACKED in config_json(self.folder):
@@ -74,7 +71,7 @@ class Streamed:
         """Those tensors, by name, as they are on disk."""
         if layer is not None:
             found = self.outline.read(f"blocks.{layer}.")
-            self.outline.shards.close()  # mapped anew for each layer: pages that were read leave memory with its tensors
+            self.outline.shards.close()  # mapped anew for each layer: pages that were read leave memory with it
             return found
         parts = {name.split(".")[0] for name in self.names(None)}
         return {key: tensor for name in sorted(parts) for key, tensor in self.outline.read(name).items()}
@@ -98,9 +95,7 @@ class Streamed:
     def check(self, plan: Any) -> None:
         """Raises UserError for what this kind of model cannot be made to: nothing that ``Plan.check`` does not know."""
 
-    def write_config(
-        self, fresh: Path, config: ModelConfig, dtype: Callable[[str], torch.dtype], packed: Tree
-    ) -> str:
+    def write_config(self, fresh: Path, config: ModelConfig, dtype: Callable[[str], torch.dtype], packed: Tree) -> str:
         """The config.json of what it became, and its kind in words; ``dtype`` is that of a tensor, by name."""
         fields = config_json(self.folder)
         if fields["model_type"] != MODEL_TYPE:

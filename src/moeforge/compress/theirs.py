@@ -20,8 +20,9 @@ from moeforge.compress.stream import by_class, check_tokens
 from moeforge.config import Tree
 from moeforge.data.packing import Batch
 from moeforge.errors import UserError
+from moeforge.hub.bridge import names_on_disk
 from moeforge.hub.experts import LayerExperts, experts
-from moeforge.hub.folder import config_json
+from moeforge.hub.folder import config_json, model_folder
 from moeforge.hub.interface import kernel_activation, matrices_of, route_of
 from moeforge.hub.shards import Shards
 from moeforge.hub.store import METHOD, PACKED
@@ -40,8 +41,8 @@ class TheirMoE:
     """The experts of a layer."""
 
     router: nn.Module
-    banks: list[MLPBank]
-    """One, around their weights, or none where they are no plain MLPs."""
+    banks: list[nn.Module]
+    """One, around their weights; where they are no plain MLPs, what transformers has."""
 
 
 @dataclass(frozen=True)
@@ -56,18 +57,15 @@ class TheirBlock:
 class StreamedTheirs:
     """The model in a folder.
 
-    Raises UserError as ``Theirs`` does, and for models that cannot be compressed: dense ones, those in few bits already,
-    and those whose layers pass on more than the residual stream.
+    Raises UserError as ``Theirs`` does, and for models that cannot be compressed: dense ones, those in few bits, and
+    those whose layers pass on more than the residual stream.
     """
 
-    rows: int | None = 1
-    """Texts of a batch: transformers tells what keeps them apart text by text."""
-
     def __init__(self, folder: str | Path) -> None:
+        if "quantization_config" in config_json(model_folder(Path(folder))):
+            raise UserError(f"{folder} is compressed already: start from the folder that it was made of")
         self.theirs = Theirs(folder)
         self.folder, self.model, self.config = self.theirs.folder, self.theirs.model, self.theirs.config
-        if "quantization_config" in config_json(self.folder):
-            raise UserError(f"{folder} is compressed already: start from the folder that it was made of")
         self.shards = Shards(self.folder)
         self.found = {found.layer: found for found in experts(self.model)}
         path = self.theirs.names[min(self.found)].split(f".{min(self.found)}.")[0]
@@ -78,15 +76,24 @@ class StreamedTheirs:
             raise UserError(f"{folder}: {lost[0]} is not there: transformers would write these experts otherwise")
         self._check_passes()
 
-    @torch.no_grad()
     def _check_passes(self) -> None:
+        if not self._passes_one_stream():
+            raise UserError(
+                f"{self.folder}: layers of {type(self.model).__name__} pass on more than the residual stream, so it "
+                f"cannot be calibrated layer by layer"
+            )
+
+    @torch.no_grad()
+    def _passes_one_stream(self) -> bool:
         ids = torch.arange(PROBE)[None] * 7919 % (self.config.vocab_size or 1)
         whole = self.theirs(ids).logits
-        x, calls = self._enter(ids, torch.arange(PROBE)[None])
-        for layer, call in zip(self.layers, calls, strict=True):
-            x = call(layer, x)
-        if not torch.allclose(whole[0], self.logits(x.flatten(0, 1)), rtol=1e-3, atol=1e-3):
-            raise UserError(f"{self.folder}: layers of {type(self.model).__name__} pass on more than one stream")
+        try:
+            x, calls = self._enter(ids, torch.arange(PROBE)[None])
+            for layer, call in zip(self.layers, calls, strict=True):
+                x = call(layer, x)
+            return torch.allclose(whole[0], self.logits(x.flatten(0, 1)), rtol=1e-3, atol=1e-3)
+        except (TypeError, ValueError):  # the model, or a layer, wants to be handed more
+            return False
 
     def _of_experts(self, layer: int) -> tuple[str, ...]:
         """The tensors on disk that a layer's experts are joined from."""
@@ -100,7 +107,7 @@ class StreamedTheirs:
     def stored(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Type on disk and shape of every tensor; experts that can be packed by the names of their bank."""
         shapes, dtypes = self.shards.shapes, self.shards.dtypes
-        found = {name: (dtypes[name], tuple(shapes[name])) for name in shapes if name not in self._theirs_on_disk}
+        found = {name: (dtypes[name], tuple(shapes[name])) for name in self.names(None)}
         for layer, bank in self.banks.items():
             found |= {f"{self.bank(layer, 0)}.{name}": (w.dtype, tuple(w.shape)) for name, w in bank.named_parameters()}
         return found
@@ -109,7 +116,7 @@ class StreamedTheirs:
         """The experts of a layer that can be packed; with None, all other tensors."""
         if layer is not None:
             return [f"{self.bank(layer, 0)}.{name}" for name in EXPERTS] if layer in self.banks else []
-        return [name for name in self.stored if name in self.shards.shapes]
+        return [name for name in self.shards.shapes if name not in self._theirs_on_disk]
 
     def read(self, layer: int | None) -> dict[str, Tensor]:
         """Those tensors, by name."""
@@ -134,7 +141,8 @@ class StreamedTheirs:
     @cached_property
     def _routers(self) -> set[str]:
         routers = {id(weight) for found in self.found.values() for weight in found.router.parameters()}
-        return {name for name, weight in self.model.named_parameters() if id(weight) in routers}
+        own = [name for name, weight in self.model.named_parameters() if id(weight) in routers]
+        return {there for name in own for there in names_on_disk(self.model, name)}
 
     def narrows(self, name: str) -> bool:
         """Nothing: what transformers computes with stays as it is."""
@@ -153,19 +161,17 @@ class StreamedTheirs:
         if plan.skip or any(row.action == "drop" for row in plan.rows):
             raise UserError(f"{self.folder}: transformers' routers keep all experts and choices: merge experts instead")
 
-    def write_config(
-        self, fresh: Path, config: ModelConfig, dtype: Callable[[str], torch.dtype], packed: Tree
-    ) -> str:
+    def write_config(self, fresh: Path, config: ModelConfig, dtype: Callable[[str], torch.dtype], packed: Tree) -> str:
         """The config.json of what it became, and its kind in words."""
         tree = {**config_json(self.folder), "quantization_config": {"quant_method": METHOD, PACKED: packed}}
         (fresh / "config.json").write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
         return f"{type(self.model).__name__} of transformers, where moeforge is imported"
 
     def block(self, index: int) -> TheirBlock:
-        """A layer. Raises UserError where its experts are no plain MLPs: those stay as they are, and so does it."""
+        """A layer."""
         found = self.found.get(index)
-        banks = [self.banks[index]] if index in self.banks else []
-        return TheirBlock(index, self.layers[index], TheirMoE(found.router, banks) if found else None)
+        moe = TheirMoE(found.router, [self.banks.get(index, found.stacks[0].module)]) if found else None
+        return TheirBlock(index, self.layers[index], moe)
 
     def text(self, batches: Sequence[Batch]) -> "TheirText":
         """A text before the first layer. Raises UserError for tokens that the model does not have."""

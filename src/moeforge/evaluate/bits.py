@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from moeforge.data.packing import Batch
 from moeforge.errors import UserError
+from moeforge.hub.theirs import Theirs
 from moeforge.models import Decoder, Output
 
 
@@ -40,7 +41,10 @@ def summed_loss(output: Output, labels_BL: Tensor) -> Tensor:
 
 @torch.no_grad()
 def bits_per_byte(
-    model: Decoder, batches: Iterable[Batch], dtype: torch.dtype = torch.float32, device: torch.device | None = None
+    model: Decoder | Theirs,
+    batches: Iterable[Batch],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
 ) -> Score:
     """Scores ``model`` on batches that cover a text once; on ``device``, where its weights are not where it computes.
 

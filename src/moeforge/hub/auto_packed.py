@@ -4,8 +4,9 @@
 formats and records. They lie in the model's own files, are mapped, and run on our kernels as they are.
 """
 
+import re
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
@@ -33,29 +34,26 @@ class PackedConfig(QuantizationConfigMixin):
 class PackedExperts(HfQuantizer):
     """Puts the experts where a model of transformers, still without weights, has parameters for them."""
 
-    requires_calibration: ClassVar[bool] = True
+    requires_calibration = True
+    is_trainable: Any = False
     quantization_config: Any
 
-    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: list[str], **_: Any) -> None:
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """Raises UserError where they do not fit the model."""
-        folder, packed = Path(checkpoint_files[0]).parent, self.quantization_config.packed_experts
-        shards, known = Shards(folder), list(model._keys_to_ignore_on_load_unexpected or ())
+        folder, packed = Path(kwargs["checkpoint_files"][0]).parent, self.quantization_config.packed_experts
+        shards, known = Shards(folder), set(model._keys_to_ignore_on_load_unexpected or ())
         for name, parts in packed.items():
             try:
                 _give(model.get_submodule(name), name, parts, shards)
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise UserError(f"{folder}: the packed experts of {name} do not fit: {error!r}") from error
-            known += sorted(tensors_of(name, parts))
+            known |= {re.escape(tensor) for tensor in tensors_of(name, parts)}
         model._keys_to_ignore_on_load_unexpected = known
         model.set_experts_implementation("moeforge")
+        return model
 
-    def is_serializable(self) -> bool:
+    def is_serializable(self) -> Any:
         """The folder that was opened has them already."""
-        return False
-
-    @property
-    def is_trainable(self) -> bool:
-        """Weights in few bits take no gradient."""
         return False
 
 
@@ -73,3 +71,4 @@ def _give(experts: Any, name: str, parts: list[dict[str, Any]], shards: Shards) 
     for parameter, weight in found.items():
         nn.Module.__delattr__(experts, parameter)
         setattr(experts, parameter, weight)
+    experts._is_hf_initialized = True  # nothing is left that could start at random

@@ -144,6 +144,8 @@ def _sibling(model: nn.Module, name: str, wanted: tuple[str, ...], levels: int) 
 
 def _matrices(module: Any) -> dict[str, Tensor | None]:
     """Gate, up and down apart and the output dimension first, however the family stores them."""
+    if not isinstance(module.down_proj, Tensor):
+        raise UserError("experts are held in few bits: start from the model that this was made of")
     up = (module.gate_up_proj if module.has_gate else module.up_proj).detach()
     down, biases = module.down_proj.detach(), {}
     up, down = (up.transpose(1, 2), down.transpose(1, 2)) if module.is_transposed else (up, down)

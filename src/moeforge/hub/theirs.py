@@ -2,6 +2,7 @@
 does so to it."""
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ class Theirs(nn.Module):
         return {layer: self.model.get_submodule(name) for layer, name in self.names.items()}
 
     @property
-    def embedding(self) -> nn.Module:
+    def embedding(self) -> Any:
         """Of tokens."""
         return self.model.get_input_embeddings()
 
@@ -47,14 +48,10 @@ class Theirs(nn.Module):
         transformers' attention keeps such texts apart."""
         taken: dict[int, tuple[Tensor, Tensor]] = {}
 
-        def note(layer: int, ids_TK: Tensor, num_experts: int) -> None:
-            taken[layer] = ids_TK, ids_TK.flatten().bincount(minlength=num_experts).cumsum(0)
+        def note(layer: int, experts: Any, inputs: tuple[Any, ...]) -> None:
+            taken[layer] = inputs[1], inputs[1].flatten().bincount(minlength=experts.num_experts).cumsum(0)
 
-        hooks = [
-            experts.register_forward_pre_hook(lambda module, inputs, layer=layer, count=count: note(layer, inputs[1], count))
-            for layer, experts in self.experts.items()
-            for count in [experts.num_experts]
-        ]
+        hooks = [experts.register_forward_pre_hook(partial(note, layer)) for layer, experts in self.experts.items()]
         try:
             found = self.model(input_ids=input_ids, position_ids=position, use_cache=False)
         finally:

@@ -1,0 +1,180 @@
+"""Models of transformers without a table of ours: calibrated layer by layer, packed, and opened by transformers."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import moeforge
+from moeforge.compress.measure import Reference
+from moeforge.compress.plan import Plan, Row, packable
+from moeforge.compress.profile import profile
+from moeforge.compress.source import open_source
+from moeforge.compress.stream import Streamed
+from moeforge.compress.theirs import StreamedTheirs
+from moeforge.compress.write import Job
+from moeforge.data.packing import Batch
+from moeforge.errors import UserError
+from moeforge.hub.families import FAMILIES as OURS
+from moeforge.hub.theirs import Theirs
+from moeforge.kernels.mixed import MixedWeight
+from tests.compress.small import batches as ours
+
+transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'moeforge[hf]'")
+families = pytest.importorskip("tests.hub.families")
+
+CAUSAL = {name for name, (kind, _) in families.FAMILIES.items() if kind.endswith("ForCausalLM")} - OURS.keys()
+UNKNOWN = {"mistral4"}
+"""Not known to AutoModelForCausalLM."""
+LOOPED = CAUSAL & families.LOOPED
+"""Whose experts are no plain MLPs."""
+ENTWINED = {"glm_moe_dsa", "zaya"}
+"""Whose layers hand on more than the residual stream."""
+PACKED = sorted(CAUSAL - UNKNOWN - LOOPED - ENTWINED)
+Change = Callable[[int, int], dict[str, object]]
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # transformers would rather have kernels, and says so
+
+
+def batches() -> list[Batch]:
+    """A text in the 64 tokens that these models have."""
+    found = ours(400)
+    return [
+        replace(b, input_ids=b.input_ids % 64, labels=torch.where(b.labels < 0, -100, b.labels % 64)) for b in found
+    ]
+
+
+def saved(family: str, folder: Path) -> Path:
+    families.build(family).save_pretrained(folder)
+    return folder
+
+
+def mixed(layer: int, expert: int) -> dict[str, object]:
+    return {"bits": 4, "group": 32} if expert % 2 else {"bits": 8, "group": 128}
+
+
+def merged(layer: int, expert: int) -> dict[str, object]:
+    return {"action": "merge_into", "into": 1} if expert in (2, 3) else {"bits": 16, "group": None}
+
+
+def plan(streamed: StreamedTheirs | Streamed, change: Change, **settings: Any) -> Plan:
+    rows = (Row.model_validate({"layer": at, "expert": e, **change(at, e)}) for at, e in packable(streamed.config))
+    return Plan(rows=tuple(rows), **settings)
+
+
+def watched(model: Any, text: list[Batch]) -> dict[str, list[tuple[Tensor, ...]]]:
+    """What came to transformers' own experts."""
+    seen: dict[str, list[tuple[Tensor, ...]]] = {}
+    model.set_experts_implementation("eager")
+    for name, module in model.named_modules():
+        if name.endswith("experts") and hasattr(module, "is_transposed"):
+            note = seen.setdefault(name, [])
+            module.register_forward_pre_hook(lambda module, inputs, note=note: note.append(inputs))
+    with torch.no_grad():
+        for batch in text:
+            model(input_ids=batch.input_ids, position_ids=batch.position, use_cache=False)
+    return seen
+
+
+@pytest.mark.parametrize("family", PACKED)
+def test_a_family_is_calibrated_packed_and_opened_by_transformers(family: str, tmp_path: Path) -> None:
+    text, folder, out = batches(), saved(family, tmp_path / "m"), tmp_path / "out"
+    streamed = open_source(folder)
+    assert isinstance(streamed, StreamedTheirs)
+    made, reference = profile(streamed, text), Reference(streamed, text)
+    assert reference.compare(streamed.theirs).kl == 0, "layer by layer, and at once"
+
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    came = watched(model, text)
+    for layer, inputs in zip(made.layers, came.values(), strict=True):
+        ids, weights = (torch.cat([some[at].flatten() for some in inputs]) for at in (1, 2))
+        seen = made.layers[layer]
+        assert torch.equal(seen.count, ids.bincount(minlength=len(seen.count)).float())
+        summed = torch.zeros_like(seen.count).index_add(0, ids, weights.float())
+        torch.testing.assert_close(seen.weight, summed, rtol=1e-3, atol=1e-3)
+        assert float(seen.correlation.abs().sum()) > 0 and float(seen.joint.abs().sum()) > 0
+
+    job = Job(streamed, plan(streamed, mixed, rounding="gptq"), made, text)
+    assert "where moeforge is imported" in job.run(out)
+    found = streamed.bytes_on_disk(out)
+    assert found == job.bytes_by_class() and sum(found.values()) == sum(
+        f.stat().st_size for f in out.glob("*.safetens*s")
+    )
+    assert min(found[kind] for kind in ("experts", "router", "dense", "embeddings")) > 0
+    assert {**found, "experts": 0, "other": 0} == {**streamed.bytes_on_disk(folder), "experts": 0, "other": 0}
+
+    packed: Any = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
+    for name, inputs in came.items():
+        module, wide = packed.get_submodule(name), model.get_submodule(name)
+        for own in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
+            weight: Any = getattr(module, own)
+            assert isinstance(weight, MixedWeight)
+            stack = weight.dequantise()
+            getattr(wide, own).data = stack.transpose(1, 2).contiguous() if module.is_transposed else stack
+        with torch.no_grad():
+            ours, wanted = module(*inputs[0]), wide(*inputs[0])
+        assert float((ours - wanted).norm() / wanted.norm()) < 2e-2
+    assert 0 < reference.compare(streamed.open(out)).kl < 0.1
+
+
+def test_every_family_is_packed_or_said_why_not(tmp_path: Path) -> None:
+    assert len(PACKED) > 25 and CAUSAL - set(PACKED) - UNKNOWN == LOOPED | ENTWINED
+    for family in ENTWINED:
+        with pytest.raises(UserError, match="pass on more than the residual stream"):
+            open_source(saved(family, tmp_path / family))
+    looped = open_source(saved("beam", tmp_path / "beam"))
+    assert not list(packable(looped.config))
+    with pytest.raises(UserError, match="only experts that are MLPs"):
+        profile(looped, batches())
+
+
+def test_merged_experts_are_one_and_run_in_transformers(tmp_path: Path) -> None:
+    text, folder = batches(), saved("flex_olmo", tmp_path / "m")
+    streamed = open_source(folder)
+    Job(streamed, plan(streamed, merged), profile(streamed, text)).run(tmp_path / "out")
+    opened = streamed.open(tmp_path / "out")
+    assert isinstance(opened, Theirs)
+    weight = opened.experts[0].down_proj
+    assert weight.place[1] == weight.place[2] == weight.place[3] != weight.place[0]
+    quality = Reference(streamed, text).compare(opened)
+    assert quality.kl > 0 and quality.experts_per_token == 2
+    with pytest.raises(UserError, match="held in few bits"):
+        moeforge.experts(opened.model)
+    with pytest.raises(UserError, match="is compressed already"):
+        open_source(tmp_path / "out")
+
+
+def test_a_text_does_not_feel_the_one_before_it_in_its_row(tmp_path: Path) -> None:
+    model = Theirs(saved("flex_olmo", tmp_path / "m"))
+    ids, position = torch.arange(12)[None], torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]])
+    with torch.no_grad():
+        both, alone = model(ids, position).logits[0, 5:], model(ids[:, 5:], position[:, 5:]).logits[0]
+    torch.testing.assert_close(both, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_what_its_routers_cannot_is_refused(tmp_path: Path) -> None:
+    streamed = open_source(saved("dots1", tmp_path / "m"))
+    with pytest.raises(UserError, match="routers keep all experts and choices: merge"):
+        Job(streamed, plan(streamed, lambda layer, expert: {"action": "drop"} if expert < 1 else {}))
+
+
+@pytest.mark.parametrize("damage", ["fewer", "more", "bits"])
+def test_packed_experts_that_do_not_fit_are_named(tmp_path: Path, damage: str) -> None:
+    streamed = open_source(saved("dots1", tmp_path / "m"))
+    Job(streamed, plan(streamed, mixed)).run(tmp_path / "out")
+    config = tmp_path / "out" / "config.json"
+    before, after = {
+        "fewer": ('"rows": [[0], [2], [4]]', '"rows": [[0], [2], [3]]'),
+        "more": ('"moe_intermediate_size": 16', '"moe_intermediate_size": 24'),
+        "bits": ('"bits": 8', '"bits": 3'),
+    }[damage]
+    text = "".join(line.strip() for line in config.read_text().splitlines())
+    text = text.replace("[[0],[2],[4]]", "[[0], [2], [4]]")
+    assert before in text
+    config.write_text(text.replace(before, after))
+    with pytest.raises(UserError, match=r"packed experts of model\.layers\.1\.mlp\.experts do not fit"):
+        Theirs(tmp_path / "out")
