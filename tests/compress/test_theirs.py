@@ -1,5 +1,7 @@
 """Models of transformers without a table of ours: calibrated layer by layer, packed, and opened by transformers."""
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -119,6 +121,32 @@ def test_a_family_is_calibrated_packed_and_opened_by_transformers(family: str, t
             ours, wanted = module(*inputs[0]), wide(*inputs[0])
         assert float((ours - wanted).norm() / wanted.norm()) < 2e-2
     assert 0 < reference.compare(streamed.open(out)).kl < 0.1
+
+
+def test_the_same_weights_show_the_same_whether_they_run_here_or_there(tmp_path: Path) -> None:
+    text, folders = batches(), (saved("solar_open", tmp_path / "theirs"), tmp_path / "ours")
+    shutil.copytree(*folders)  # Solar Open is GLM-4.5 with whole heads rotating and no dense layer
+    fields = json.loads((folders[1] / "config.json").read_text())
+    fields |= {"model_type": "glm4_moe", "architectures": ["Glm4MoeForCausalLM"], "first_k_dense_replace": 0}
+    fields["rope_parameters"]["partial_rotary_factor"] = 1.0
+    (folders[1] / "config.json").write_text(json.dumps(fields))
+    theirs, ours = map(open_source, folders)
+    assert isinstance(theirs, StreamedTheirs) and isinstance(ours, Streamed)
+    profiles = [profile(source, text) for source in (theirs, ours)]
+    assert profiles[0].layers.keys() == profiles[1].layers.keys() == {0, 1}
+    for layer, seen in profiles[0].layers.items():
+        for name, found in vars(seen).items():
+            if name not in ("ratio", "predicted"):  # of routers and layers that are taken apart
+                wanted = getattr(profiles[1].layers[layer], name)
+                torch.testing.assert_close(
+                    found, wanted, rtol=1e-3, atol=1e-4, msg=lambda said, name=name: f"{name}: {said}"
+                )
+    found = []
+    for source, made, out in zip((theirs, ours), profiles, ("packed theirs", "packed ours"), strict=True):
+        Job(source, plan(source, mixed, rounding="gptq", dense="as stored"), made, text).run(tmp_path / out)
+        found.append(Reference(source, text).compare(source.open(tmp_path / out)))
+    assert found[0].bits_before == pytest.approx(found[1].bits_before, rel=1e-5)
+    assert found[0].kl == pytest.approx(found[1].kl, rel=0.1) and found[0].kl > 0
 
 
 def test_every_family_is_packed_or_said_why_not(tmp_path: Path) -> None:
