@@ -34,9 +34,9 @@ UNKNOWN = {"mistral4"}
 """Not known to AutoModelForCausalLM."""
 LOOPED = CAUSAL & families.LOOPED
 """Whose experts are no plain MLPs."""
-ENTWINED = {"glm_moe_dsa", "zaya"}
-"""Whose layers hand on more than the residual stream."""
-PACKED = sorted(CAUSAL - UNKNOWN - LOOPED - ENTWINED)
+SILENT = {"zaya"}
+"""Whose router tells no logits."""
+PACKED = sorted(CAUSAL - UNKNOWN - LOOPED)
 Change = Callable[[int, int], dict[str, object]]
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers would rather have kernels, and says so
@@ -98,7 +98,7 @@ def test_a_family_is_calibrated_packed_and_opened_by_transformers(family: str, t
         assert torch.equal(seen.count, ids.bincount(minlength=len(seen.count)).float())
         summed = torch.zeros_like(seen.count).index_add(0, ids, weights.float())
         torch.testing.assert_close(seen.weight, summed, rtol=1e-3, atol=1e-3)
-        assert float(seen.correlation.abs().sum()) > 0 and float(seen.joint.abs().sum()) > 0
+        assert float(seen.joint.abs().sum()) > 0 and (float(seen.correlation.abs().sum()) > 0) == (family not in SILENT)
 
     job = Job(streamed, plan(streamed, mixed, rounding="gptq"), made, text)
     assert "where moeforge is imported" in job.run(out)
@@ -150,10 +150,7 @@ def test_the_same_weights_show_the_same_whether_they_run_here_or_there(tmp_path:
 
 
 def test_every_family_is_packed_or_said_why_not(tmp_path: Path) -> None:
-    assert len(PACKED) > 25 and CAUSAL - set(PACKED) - UNKNOWN == LOOPED | ENTWINED
-    for family in ENTWINED:
-        with pytest.raises(UserError, match="pass on more than the residual stream"):
-            open_source(saved(family, tmp_path / family))
+    assert len(PACKED) > 30
     looped = open_source(saved("beam", tmp_path / "beam"))
     assert not list(packable(looped.config))
     with pytest.raises(UserError, match="only experts that are MLPs"):

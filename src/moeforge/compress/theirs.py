@@ -34,6 +34,8 @@ from moeforge.moe.bank.mlp import MLPBank, MLPExperts
 
 PROBE = 32
 """Tokens on which passing layer by layer is compared with the model's own pass."""
+MOST_HANDED = 2
+"""Values that layers may hand on besides the stream, as a choice of keys, or the state of a router."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class StreamedTheirs:
     """The model in a folder.
 
     Raises UserError as ``Theirs`` does, and for models that cannot be compressed: dense ones, those in few bits, and
-    those whose layers pass on more than the residual stream.
+    those that cannot be passed layer by layer.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -74,26 +76,27 @@ class StreamedTheirs:
         lost = [name for layer in self.banks for name in self._of_experts(layer) if name not in self.shards.shapes]
         if lost:
             raise UserError(f"{folder}: {lost[0]} is not there: transformers would write these experts otherwise")
-        self._check_passes()
+        self.handed = self._handed()
 
-    def _check_passes(self) -> None:
-        if not self._passes_one_stream():
-            raise UserError(
-                f"{self.folder}: layers of {type(self.model).__name__} pass on more than the residual stream, so it "
-                f"cannot be calibrated layer by layer"
-            )
-
-    @torch.no_grad()
-    def _passes_one_stream(self) -> bool:
+    def _handed(self) -> int:
+        """What layers hand to the next ones besides the residual stream: so many values. Raises UserError where calling
+        layer by layer does not compute what the model does."""
         ids = torch.arange(PROBE)[None] * 7919 % (self.config.vocab_size or 1)
-        whole = self.theirs(ids).logits
-        try:
-            x, calls = self._enter(ids, torch.arange(PROBE)[None])
-            for layer, call in zip(self.layers, calls, strict=True):
-                x = call(layer, x)
-            return torch.allclose(whole[0], self.logits(x.flatten(0, 1)), rtol=1e-3, atol=1e-3)
-        except (TypeError, ValueError):  # the model, or a layer, wants to be handed more
-            return False
+        with torch.no_grad():
+            whole = self.theirs(ids).logits[0]
+        for self.handed in range(MOST_HANDED + 1):
+            try:
+                text = self._enter([ids], [torch.arange(PROBE)[None]])
+                for index in range(self.config.num_layers):
+                    text.pass_layer(self.block(index))
+                if torch.allclose(whole, self.logits(text.x[0].flatten(0, 1)), rtol=1e-3, atol=1e-3):
+                    return self.handed
+            except (TypeError, ValueError):  # the model, or a layer, wants to be handed more
+                continue
+        raise UserError(
+            f"{self.folder}: {type(self.model).__name__} called layer by layer computes something else than whole, "
+            f"so it cannot be calibrated"
+        )
 
     def _of_experts(self, layer: int) -> tuple[str, ...]:
         """The tensors on disk that a layer's experts are joined from."""
@@ -176,29 +179,42 @@ class StreamedTheirs:
     def text(self, batches: Sequence[Batch]) -> "TheirText":
         """A text before the first layer. Raises UserError for tokens that the model does not have."""
         check_tokens(batches, self.config)
-        entered = [self._enter(batch.input_ids, batch.position) for batch in batches]
-        return TheirText(list(batches), [x for x, _ in entered], [calls for _, calls in entered])
+        return self._enter([batch.input_ids for batch in batches], [batch.position for batch in batches])
 
     @torch.no_grad()
-    def _enter(self, ids: Tensor, position: Tensor) -> tuple[Tensor, list["Call"]]:
-        """What comes to the first layer, and how each is called."""
-        first: list[Tensor] = []
-        calls: list[Call] = []
+    def _enter(self, ids: Sequence[Tensor], positions: Sequence[Tensor]) -> "TheirText":
+        text = TheirText([], [], [])
 
-        def note(x: Tensor, *arguments: Any, **named: Any) -> Tensor:
-            first.append(x)
+        def note(x: Tensor, *arguments: Any, **named: Any) -> Any:
+            if not calls:
+                text.x.append(x)
             calls.append(Call(arguments, named))
-            return x
+            return self._returned(x)
 
-        with _in_place_of(self.layers, note):
-            self.model(input_ids=ids, position_ids=position, use_cache=False, logits_to_keep=1)
-        return first[0], calls
+        for own, position in zip(ids, positions, strict=True):
+            calls: list[Call] = []
+            with _in_place_of(self.layers, note):
+                self.model(input_ids=own, position_ids=position, use_cache=False, logits_to_keep=1)
+            text.calls.append(calls)
+            text.rest.append(())
+        return text
+
+    def _returned(self, x: Tensor) -> Any:
+        """What a layer returns, with a mark for all but the stream."""
+        return (x, *map(Handed, range(self.handed))) if self.handed else x
 
     @torch.no_grad()
     def logits(self, x_TD: Tensor) -> Tensor:
         """[T, D] past the last layer -> [T, V]."""
-        with _in_place_of(self.layers, lambda x, *_, **__: x_TD[None]):
+        with _in_place_of(self.layers, lambda x, *_, **__: self._returned(x_TD[None])):
             return self.model(input_ids=torch.zeros(1, len(x_TD), dtype=torch.long), use_cache=False).logits[0]
+
+
+@dataclass(frozen=True)
+class Handed:
+    """Stands for what the layer before has returned after the stream."""
+
+    index: int
 
 
 @dataclass(frozen=True)
@@ -208,14 +224,18 @@ class Call:
     arguments: tuple[Any, ...]
     named: dict[str, Any]
 
-    def __call__(self, layer: Any, x: Tensor) -> Tensor:
-        """The stream past the layer."""
-        found = layer(x, *self.arguments, **self.named)
-        return found[0] if isinstance(found, tuple) else found
+    def __call__(self, layer: Any, x: Tensor, rest: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What the layer returns, the stream first; ``rest`` is what the one before did."""
+
+        def known(value: Any) -> Any:
+            return rest[value.index] if isinstance(value, Handed) else value
+
+        found = layer(x, *map(known, self.arguments), **{name: known(value) for name, value in self.named.items()})
+        return found if isinstance(found, tuple) else (found,)
 
 
 @contextmanager
-def _in_place_of(layers: Sequence[nn.Module], run: Callable[..., Tensor]) -> Iterator[None]:
+def _in_place_of(layers: Sequence[nn.Module], run: Callable[..., Any]) -> Iterator[None]:
     for layer in layers:
         layer.forward = run  # ty: ignore
     try:
@@ -229,17 +249,19 @@ def _in_place_of(layers: Sequence[nn.Module], run: Callable[..., Tensor]) -> Ite
 class TheirText:
     """Batches on their way through the layers."""
 
-    batches: list[Batch]
     x: list[Tensor]
     """Of each batch: the residual stream before the next layer."""
+    rest: list[tuple[Any, ...]]
+    """What came with it from the layer before."""
     calls: list[list[Call]]
     """Of each batch, by layer."""
 
     @torch.no_grad()
     def pass_layer(self, block: TheirBlock) -> None:
         """Moves every batch past a layer."""
-        for index, (x, calls) in enumerate(zip(self.x, self.calls, strict=True)):
-            self.x[index] = calls[block.index](block.module, x)
+        for index, (x, rest, calls) in enumerate(zip(self.x, self.rest, self.calls, strict=True)):
+            self.x[index], *others = calls[block.index](block.module, x, rest)
+            self.rest[index] = tuple(others)
 
     def early(self, block: TheirBlock) -> Iterator[Routing]:
         """Nothing: their layers are not taken apart."""
@@ -248,7 +270,7 @@ class TheirText:
     @property
     def num_tokens(self) -> int:
         """Of all batches."""
-        return sum(batch.input_ids.numel() for batch in self.batches)
+        return sum(x.shape[0] * x.shape[1] for x in self.x)
 
 
 def _as_bank(found: LayerExperts) -> MLPBank | None:
