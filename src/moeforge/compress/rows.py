@@ -50,8 +50,11 @@ class Watch:
     def done(self) -> Read:
         """Of all batches."""
         self.hook.remove()
-        rows_TD, starts = torch.cat(self.rows), torch.tensor([0, *(len(r) for r in self.rows)]).cumsum(0)
-        self.rows.clear()
+        starts = torch.tensor([0, *map(len, self.rows)]).cumsum(0)
+        rows_TD = self.rows[0].new_empty(int(starts[-1]), self.rows[0].shape[1])
+        for start in starts[:-1].tolist():  # each leaves memory when it is copied: a text may have many rows
+            rows = self.rows.pop(0)
+            rows_TD[start : start + len(rows)] = rows
         token_N = torch.cat([route.token + start for route, start in zip(self.routes, starts, strict=False)])
         expert_N = torch.cat([route.expert for route in self.routes])
         weight_N = torch.cat([route.weight for route in self.routes])

@@ -121,6 +121,9 @@ class Task:
 
     def plan(self, wish: Wish) -> Job | Export:
         """The job that is wished for. Raises UserError, with the smallest size, where a budget is too small."""
+        for asked, wanted in {"--to hf": self.to_hf, "--skip": wish.skip, "--drop": wish.drop}.items():
+            if wanted:
+                ours(self.streamed, asked)  # before the work
         if wish.plan is not None:
             plan = Plan.load(wish.plan)
             return self._job(plan.replace(rounding=self.rounding) if self.rounding else plan)
@@ -133,7 +136,7 @@ class Task:
             raise UserError("compressed-tensors has no vectors of a codebook: leave --codebooks out, or --to hf")
         if wish.codebooks:
             self.formats = (*self.formats, CODEBOOK)
-        self.skip = skip(self.profile, wish.skip, ours(self.streamed, "--skip").config) if wish.skip else {}
+        self.skip = skip(self.profile, wish.skip, self.streamed.config) if wish.skip else {}
         if wish.drop is not None:
             found = since(self.profile, Streamed(wish.base)) if wish.base else self.profile
             rows = drop(found, rows, wish.drop, wish.drop_by)

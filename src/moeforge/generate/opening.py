@@ -12,8 +12,8 @@ from moeforge.generate.engine import Engine
 from moeforge.generate.runner import BlockRunner, blocks_wanted, bytes_per_block
 from moeforge.generate.settings import Settings
 from moeforge.hub import load
-from moeforge.hub.families import FAMILIES
-from moeforge.hub.folder import MODEL_TYPE, config_json, model_folder, outline, read_config
+from moeforge.hub.folder import model_folder, outline, read_config
+from moeforge.hub.theirs import is_theirs
 from moeforge.models import Decoder
 from moeforge.models.memory import pass_bytes
 from moeforge.models.weights import bytes_by_class, hold, turn
@@ -30,7 +30,7 @@ def open_engine(
     """
     settings, name = settings or Settings(), Path(folder).resolve().name
     folder = model_folder(Path(folder))
-    if config_json(folder)["model_type"] not in (MODEL_TYPE, *FAMILIES):
+    if is_theirs(folder):
         return open_bridged_engine(folder, settings, domain)
     config, itemsize = read_config(folder)
     held = int({"float32": 4, "bf16": 2}.get(settings.weights, itemsize))

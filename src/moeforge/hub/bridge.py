@@ -131,7 +131,16 @@ def open_bridged(folder: Path, dtype: torch.dtype | None = None) -> tuple[Any, s
         bridge(model)
     except UserError as error:
         return model.eval(), f"transformers' {type(model).__name__} as it is ({error})"
+    _let_go(model)
     return model.eval(), f"transformers' {type(model).__name__} with our expert kernels"
+
+
+def _let_go(model: nn.Module) -> None:
+    """Copies what still lies in the mapped file: experts were joined from it, and it would stay in memory with them."""
+    joined = {id(weight) for module in model.modules() if is_experts(module) for weight in module.parameters()}
+    for weight in model.parameters():
+        if id(weight) not in joined:
+            weight.data = weight.data.clone()
 
 
 def new_cache(model: Any) -> Any:

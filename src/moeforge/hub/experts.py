@@ -1,6 +1,5 @@
 """``experts``: the same picture of the experts of any model, ours or one of transformers, for every verb to work on."""
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from moeforge.config import Activation
 from moeforge.errors import UserError
 from moeforge.hub.bridge import names_on_disk, why_not
-from moeforge.hub.interface import is_experts
+from moeforge.hub.interface import is_experts, layer_of
 from moeforge.hub.layout import plan
 from moeforge.hub.pretrained import Pretrained
 from moeforge.kernels.activation import is_gated
@@ -121,13 +120,13 @@ def _theirs(model: nn.Module) -> Iterator[LayerExperts]:
         if is_experts(module):
             holder = name.rpartition(".")[0]
             router = _sibling(model, name, ROUTERS, 1)
-            number = re.search(r"\.(\d+)\.", f".{name}.")
+            number = layer_of(name)
             if router is None or number is None:
                 raise UserError(f"{name}: no {' or '.join(ROUTERS)} beside it, or no layer's number in its name")
             names = [f"{name}.{parameter}" for parameter, _ in module.named_parameters()]
             on_disk = {parameter: names_on_disk(model, parameter) for parameter in names}
             stack = Stack("mlp", module, module.num_experts, on_disk=on_disk, **_matrices(module))
-            yield LayerExperts(holder, int(number[1]), router, (stack,), _sibling(model, name, SHARED, 2))
+            yield LayerExperts(holder, number, router, (stack,), _sibling(model, name, SHARED, 2))
 
 
 def _sibling(model: nn.Module, name: str, wanted: tuple[str, ...], levels: int) -> nn.Module | None:

@@ -5,6 +5,7 @@ and ``has_post_expert_norm``. A plain or gated MLP with an activation that the k
 every other variant runs expert by expert over the sorted rows, in ordinary autograd.
 """
 
+import re
 from typing import Any
 
 import torch
@@ -46,6 +47,12 @@ def kernel_activation(module: Any) -> Activation | None:
         return None  # a gate of the family's own: clamped, scaled or computed in float32
     function = module.act_fn
     return (GATED if module.has_gate else PLAIN).get(getattr(function, "__name__", type(function).__name__))
+
+
+def layer_of(name: str) -> int | None:
+    """The layer's number in a module's name."""
+    found = re.search(r"\.(\d+)\.", f".{name}.")
+    return int(found[1]) if found else None
 
 
 def names_of(module: Any) -> tuple[str, str]:

@@ -1,7 +1,6 @@
 """A model of transformers whose family has no table here, called as our decoder is: what evaluates and compresses ours
 does so to it."""
 
-import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,9 @@ from torch import Tensor, nn
 
 from moeforge.errors import UserError
 from moeforge.hub.bridge import open_bridged
-from moeforge.hub.folder import config_json, model_folder
-from moeforge.hub.interface import is_experts, kernel_activation, matrices_of
+from moeforge.hub.families import FAMILIES
+from moeforge.hub.folder import MODEL_TYPE, config_json, model_folder
+from moeforge.hub.interface import is_experts, kernel_activation, layer_of, matrices_of
 from moeforge.models import ModelConfig
 from moeforge.models.decoder import Output
 from moeforge.moe.bank.mlp import MLPExperts
@@ -27,10 +27,10 @@ class Theirs(nn.Module):
         self.folder = model_folder(Path(folder))
         self.model, self.how = open_bridged(self.folder, dtype)
         stacks: dict[str, Any] = {name: module for name, module in self.model.named_modules() if is_experts(module)}
-        self.names = {_number(name): name for name in stacks}
+        self.names = {number: name for name in stacks if (number := layer_of(name)) is not None}
         """Of each layer's module of experts, by its number."""
         if len(self.names) < len(stacks):
-            raise UserError(f"{folder}: a layer has several stacks of experts, of which transformers tells nothing")
+            raise UserError(f"{folder}: its experts are not one stack in each layer: {', '.join(stacks)}")
         self.config = _picture(self.model, {layer: stacks[name] for layer, name in self.names.items()})
 
     @property
@@ -62,17 +62,7 @@ class Theirs(nn.Module):
 
 def is_theirs(folder: Path) -> bool:
     """Whether the folder is of a family without a table."""
-    from moeforge.hub.families import FAMILIES
-    from moeforge.hub.folder import MODEL_TYPE
-
     return config_json(model_folder(folder))["model_type"] not in (MODEL_TYPE, *FAMILIES)
-
-
-def _number(name: str) -> int:
-    found = re.search(r"\.(\d+)\.", f".{name}.")
-    if found is None:
-        raise UserError(f"{name}: no layer's number is in its name")
-    return int(found[1])
 
 
 def _picture(model: Any, experts: dict[int, Any]) -> ModelConfig:
