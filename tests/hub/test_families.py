@@ -58,3 +58,11 @@ def test_two_names_of_one_field_must_agree():
     assert row.read({"k": 8, "top": 2}) == row.read({"k": 2, "top": 2}) == {"moe.router.select.k": 2}
     with pytest.raises(ValueError, match="k is 4 and top is 2"):
         row.read({"k": 4, "top": 2})
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.5, 0.25])
+def test_how_much_of_a_head_rotates_comes_back_whatever_the_family_takes_for_granted(fraction):
+    glm = FAMILIES["glm4_moe"]
+    sizes = {"vocab_size": 64, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 8}
+    config = glm.read({**sizes, "model_type": "glm4_moe", "rope_parameters": {"partial_rotary_factor": fraction}})
+    assert config.rope_fraction == fraction and differences(config, glm.read(glm.write(config))) == []

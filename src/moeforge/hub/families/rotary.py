@@ -37,7 +37,7 @@ def rotary(theta: float, fraction: float = 1.0, silent: Tree | None = None, shor
         rope = {name: value for name, value in (ours.get("rope") or {}).items() if value is not None}
         (kind,) = [theirs for theirs, here in KINDS.items() if here == rope["type"]] if rope else ["default"]
         named = {LENGTH if name == "original_max_seq_len" else name: rope[name] for name in rope if name != "type"}
-        part = {} if ours["rope_fraction"] == 1.0 else {"partial_rotary_factor": ours["rope_fraction"]}
+        part = {} if ours["rope_fraction"] == fraction == 1.0 else {"partial_rotary_factor": ours["rope_fraction"]}
         return {"rope_parameters": {"rope_type": kind, "rope_theta": ours["rope_theta"], **part, **named}}
 
     return Joint(defaults, read, write)
