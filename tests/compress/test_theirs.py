@@ -14,7 +14,7 @@ from torch import Tensor
 
 import moeforge
 from moeforge.compress.measure import Reference
-from moeforge.compress.plan import Plan, Row, packable
+from moeforge.compress.plan import Plan, packable
 from moeforge.compress.profile import profile
 from moeforge.compress.source import open_source
 from moeforge.compress.stream import Streamed
@@ -37,6 +37,8 @@ LOOPED = CAUSAL & families.LOOPED
 """Whose experts are no plain MLPs."""
 SILENT = {"zaya"}
 """Whose router tells no logits."""
+KEPT = {"inkling", "zaya"}
+"""Whose routers have rows for more than experts, so that none can go."""
 PACKED = sorted(CAUSAL - UNKNOWN - LOOPED)
 Change = Callable[[int, int], dict[str, object]]
 
@@ -65,8 +67,8 @@ def merged(layer: int, expert: int) -> dict[str, object]:
 
 
 def plan(streamed: StreamedTheirs | Streamed, change: Change, **settings: Any) -> Plan:
-    rows = (Row.model_validate({"layer": at, "expert": e, **change(at, e)}) for at, e in packable(streamed.config))
-    return Plan(rows=tuple(rows), **settings)
+    rows = [{"layer": layer, "expert": expert, **change(layer, expert)} for layer, expert in packable(streamed.config)]
+    return Plan.model_validate({"rows": rows, **settings})
 
 
 def watched(model: Any, text: list[Batch]) -> dict[str, list[tuple[Tensor, ...]]]:
@@ -142,12 +144,13 @@ def test_the_same_weights_show_the_same_whether_they_run_here_or_there(tmp_path:
                 torch.testing.assert_close(
                     found, wanted, rtol=1e-3, atol=1e-4, msg=lambda said, name=name: f"{name}: {said}"
                 )
-    found = []
-    for source, made, out in zip((theirs, ours), profiles, ("packed theirs", "packed ours"), strict=True):
-        Job(source, plan(source, mixed, rounding="gptq", dense="as stored"), made, text).run(tmp_path / out)
-        found.append(Reference(source, text).compare(source.open(tmp_path / out)))
-    assert found[0].bits_before == pytest.approx(found[1].bits_before, rel=1e-5)
-    assert found[0].kl == pytest.approx(found[1].kl, rel=0.1) and found[0].kl > 0
+    for change in (mixed, merged, dropped):
+        found = []
+        for source, made, out in zip((theirs, ours), profiles, ("packed theirs", "packed ours"), strict=True):
+            Job(source, plan(source, change, rounding="gptq", dense="as stored"), made, text).run(tmp_path / out)
+            found.append(Reference(source, text).compare(source.open(tmp_path / out)))
+        assert found[0].bits_before == pytest.approx(found[1].bits_before, rel=1e-5)
+        assert found[0].kl == pytest.approx(found[1].kl, rel=0.1) and found[0].kl > 0
 
 
 def test_every_family_is_packed_or_said_why_not(tmp_path: Path) -> None:
@@ -185,10 +188,44 @@ def test_a_text_does_not_feel_the_one_before_it_in_its_row(tmp_path: Path) -> No
     torch.testing.assert_close(both, alone, rtol=1e-4, atol=1e-4)
 
 
-def test_what_its_routers_cannot_is_refused(tmp_path: Path) -> None:
-    streamed = open_source(saved("dots1", tmp_path / "m"))
-    with pytest.raises(UserError, match="routers keep all experts and choices: merge"):
-        Job(streamed, plan(streamed, lambda layer, expert: {"action": "drop"} if expert < 1 else {}))
+def dropped(layer: int, expert: int) -> dict[str, object]:
+    return {"action": "drop"} if expert in (1, 4) else {"bits": 16, "group": None}
+
+
+@pytest.mark.parametrize("family", PACKED)
+def test_dropped_experts_are_gone_and_the_others_chosen_as_before(family: str, tmp_path: Path) -> None:
+    streamed, text = open_source(saved(family, tmp_path / "m")), batches()
+    before, batch = Theirs(tmp_path / "m"), text[0]
+    layer = min(before.names)
+    with torch.no_grad():
+        chosen = before(batch.input_ids, batch.position).taken[layer][0]
+    counts = chosen.flatten().bincount(minlength=6)
+    gone = {int(counts[:3].argmin()), 3 + int(counts[3:].argmin())}  # one of each group, where there are groups
+    change = {False: {"bits": 16, "group": None}, True: {"action": "drop"}}
+    job = Job(streamed, plan(streamed, lambda _, expert: change[expert in gone]))
+    if family in KEPT:
+        with pytest.raises(UserError, match=r"transformers does not take \w+ with this plan: "):
+            job.run(tmp_path / "out")
+        assert [path.name for path in tmp_path.iterdir()] == ["m"]
+        return
+    job.run(tmp_path / "out")
+    assert streamed.bytes_on_disk(tmp_path / "out") == job.bytes_by_class()
+    after = streamed.open(tmp_path / "out")
+    with torch.no_grad():
+        left = after(batch.input_ids, batch.position).taken[layer][0]
+    stays = torch.tensor([expert for expert in range(6) if expert not in gone])
+    assert [found.num_experts for found in after.experts.values()] == [4] * len(after.experts)
+    untouched = (chosen[..., None] == stays).any(-1).all(-1)
+    assert int(untouched.sum()) > 3
+    assert torch.equal(chosen[untouched].sort().values, stays[left[untouched]].sort().values)
+
+
+def test_what_its_routers_or_its_config_cannot_is_refused(tmp_path: Path) -> None:
+    streamed = open_source(saved("flex_olmo", tmp_path / "m"))
+    with pytest.raises(UserError, match=r"as many experts in each layer, not \[5, 6\]"):
+        Job(streamed, plan(streamed, lambda layer, expert: {"action": "drop"} if expert < 1 - layer else {}))
+    with pytest.raises(UserError, match="keep all choices"):
+        Job(streamed, plan(streamed, mixed, skip={0: {"min_ratio": 0.5, "typical": 1.5}}))
 
 
 @pytest.mark.parametrize("damage", ["fewer", "more", "bits"])

@@ -121,7 +121,7 @@ class Task:
 
     def plan(self, wish: Wish) -> Job | Export:
         """The job that is wished for. Raises UserError, with the smallest size, where a budget is too small."""
-        for asked, wanted in {"--to hf": self.to_hf, "--skip": wish.skip, "--drop": wish.drop}.items():
+        for asked, wanted in {"--to hf": self.to_hf, "--skip": wish.skip}.items():
             if wanted:
                 ours(self.streamed, asked)  # before the work
         if wish.plan is not None:

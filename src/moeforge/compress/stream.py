@@ -92,6 +92,9 @@ class Streamed:
         """What it became."""
         return open_model(folder)
 
+    def check_opens(self, fresh: Path) -> None:
+        """Raises UserError where what it became cannot be opened, which ``Plan.check`` has seen to."""
+
     def check(self, plan: Any) -> None:
         """Raises UserError for what this kind of model cannot be made to: nothing that ``Plan.check`` does not know."""
 
@@ -102,6 +105,10 @@ class Streamed:
             fields = {name: fields[name] for name in SPECIAL if name in fields}
         write_own_config(fresh, config, dtype("embedding.weight"), {**fields, PACKED: packed})
         return MODEL_TYPE
+
+    def router_of(self, name: str) -> int | None:
+        """The layer for each of whose experts a tensor has a row."""
+        return int(name.split(".")[1]) if ".moe.router." in name else None
 
     def narrows(self, name: str) -> bool:
         """Whether a tensor may be written in fewer bits than it is stored in."""

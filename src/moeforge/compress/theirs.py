@@ -34,6 +34,8 @@ from moeforge.moe.bank.mlp import MLPBank, MLPExperts
 
 PROBE = 32
 """Tokens on which passing layer by layer is compared with the model's own pass."""
+COUNTED = ("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts")
+"""What families call the number of experts."""
 MOST_HANDED = 2
 """Values that layers may hand on besides the stream, as a choice of keys, or the state of a router."""
 
@@ -91,7 +93,12 @@ class StreamedTheirs:
                     text.pass_layer(self.block(index))
                 if torch.allclose(whole, self.logits(text.x[0].flatten(0, 1)), rtol=1e-3, atol=1e-3):
                     return self.handed
-            except (TypeError, ValueError):  # the model, or a layer, wants to be handed more
+            except (
+                AttributeError,
+                RuntimeError,
+                TypeError,
+                ValueError,
+            ):  # it wants to be handed more, or something else
                 continue
         raise UserError(
             f"{self.folder}: {type(self.model).__name__} called layer by layer computes something else than whole, "
@@ -142,10 +149,21 @@ class StreamedTheirs:
         return "dense" if len(shape) > 1 else "other"
 
     @cached_property
-    def _routers(self) -> set[str]:
-        routers = {id(weight) for found in self.found.values() for weight in found.router.parameters()}
-        own = [name for name, weight in self.model.named_parameters() if id(weight) in routers]
-        return {there for name in own for there in names_on_disk(self.model, name)}
+    def _routers(self) -> dict[str, int]:
+        """By tensor on disk of a router, or beside it and the experts, the layer."""
+        layers = dict[int, int]()
+        for layer, found in self.found.items():
+            holder = self.model.get_submodule(found.name)
+            tensors = *found.router.parameters(), *found.router.buffers(), *holder._parameters.values()
+            layers |= {id(tensor): layer for tensor in (*tensors, *holder._buffers.values()) if tensor is not None}
+        named = self.model.state_dict(keep_vars=True).items()
+        own = {name: layers[id(tensor)] for name, tensor in named if id(tensor) in layers}
+        return {there: layer for name, layer in own.items() for there in names_on_disk(self.model, name)}
+
+    def router_of(self, name: str) -> int | None:
+        """The layer for each of whose experts a tensor has a row."""
+        layer, shape = self._routers.get(name), self.stored[name][1]
+        return layer if layer is not None and shape[:1] == (self.found[layer].num_experts,) else None
 
     def narrows(self, name: str) -> bool:
         """Nothing: what transformers computes with stays as it is."""
@@ -160,13 +178,34 @@ class StreamedTheirs:
         return Theirs(folder)
 
     def check(self, plan: Plan) -> None:
-        """Raises UserError for what would need routers of ours."""
-        if plan.skip or any(row.action == "drop" for row in plan.rows):
-            raise UserError(f"{self.folder}: transformers' routers keep all experts and choices: merge experts instead")
+        """Raises UserError for what would need routers of ours, or that a config of transformers has no words for."""
+        if plan.skip:
+            raise UserError(f"{self.folder}: transformers' routers keep all choices: leave skip out of the plan")
+        left = {sum(row.action != "drop" for row in plan.of_layer(layer).values()) for layer in self.banks}
+        if any(row.action == "drop" for row in plan.rows) and (len(left) > 1 or self.banks.keys() < self.found.keys()):
+            raise UserError(f"{self.folder}: transformers wants as many experts in each layer, not {sorted(left)}")
+
+    def check_opens(self, fresh: Path) -> None:
+        """Raises UserError where transformers does not open, or cannot run, what it became."""
+        try:
+            Theirs(fresh)(torch.arange(PROBE)[None] % (self.config.vocab_size or 1))
+        except (UserError, RuntimeError) as error:
+            said = str(error).removeprefix(f"{fresh}: ")
+            raise UserError(f"transformers does not take {type(self.model).__name__} with this plan: {said}") from error
 
     def write_config(self, fresh: Path, config: ModelConfig, dtype: Callable[[str], torch.dtype], packed: Tree) -> str:
         """The config.json of what it became, and its kind in words."""
         tree = {**config_json(self.folder), "quantization_config": {"quant_method": METHOD, PACKED: packed}}
+        before, after = (
+            next(layer.moe.num_experts for layer in c.all_layers if layer.moe) for c in (self.config, config)
+        )
+        if after < before:
+            named = [name for name in COUNTED if tree.get(name) == before]
+            if len(named) != 1:
+                raise UserError(
+                    f"{self.folder}: {before} experts are dropped from one field of config.json, not {named}"
+                )
+            tree[named[0]] = after
         (fresh / "config.json").write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
         return f"{type(self.model).__name__} of transformers, where moeforge is imported"
 

@@ -61,8 +61,8 @@ class Job:
         self, streamed: Source, plan: Plan, profile: Profile | None = None, text: Sequence[Batch] = ()
     ) -> None:
         """``text`` is what experts are rounded for. Raises UserError for a plan that is not one for this model."""
-        plan.check(streamed.config)
         streamed.check(plan)
+        plan.check(streamed.config)
         if plan.rounding == "gptq" and not text:
             raise UserError("rounding: gptq rounds experts for a text, and there is none: nearest needs no text")
         self.streamed, self.plan, self.profile, self.text = streamed, plan, profile, text
@@ -96,7 +96,6 @@ class Job:
         """The tensors of a file."""
         names = self.streamed.names(layer)
         found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-        gone = self._dropped(layer)
         packed = self.banks(layer) if layer is not None else []
         for bank, _, _, parts in packed:
             shapes = self._shapes(bank)
@@ -104,14 +103,19 @@ class Job:
                 found[f"{bank}.packed.{format.name}"] = torch.uint8, (len(records), record(format, shapes)[1])
             names = [name for name in names if not name.startswith(f"{bank}.")]
         for name in names:
-            shape = self.stored[name][1]
-            if gone and ".moe.router." in name and shape:
-                shape = (shape[0] - len(gone), *shape[1:])
-            found[name] = self.dtype(name), shape
+            shape, left = self.stored[name][1], self._left(name)
+            found[name] = self.dtype(name), shape if left is None else (len(left), *shape[1:])
         return found
 
-    def _dropped(self, layer: int | None) -> list[int]:
-        return [row.expert for row in self.plan.rows if row.layer == layer and row.action == "drop"]
+    def _left(self, name: str) -> list[int] | None:
+        """Of a tensor that has a row for each expert of a layer, the rows that stay; None where all do."""
+        shape, layer = self.stored[name][1], self.streamed.router_of(name)
+        gone = {row.expert for row in self.plan.rows if row.layer == layer and row.action == "drop"} if shape else set()
+        return [expert for expert in range(shape[0]) if expert not in gone] if gone else None
+
+    def _other(self, name: str, tensor: Tensor) -> Tensor:
+        left = self._left(name)
+        return (tensor if left is None else tensor[left]).to(self.dtype(name))
 
     def _shapes(self, bank: str) -> tuple[tuple[int, int], tuple[int, int]]:
         up, down = (self.stored[f"{bank}.{name}"][1] for name in EXPERTS)
@@ -156,13 +160,14 @@ class Job:
         self, layer: int | None, reading: Reading | None = None
     ) -> tuple[dict[str, list[Made]], dict[str, Tensor]]:
         """Of one file: the experts of each bank that is packed, and all other tensors."""
-        own = self.streamed.read(layer)
-        if layer is None:
-            return {}, {name: tensor.to(self.dtype(name)) for name, tensor in own.items()}
-        seen = self.profile.layers.get(layer) if self.profile else None
-        made: dict[str, list[Made]] = {}
-        banks = self.banks(layer)
-        read = reading.layer(layer, {bank: index for bank, index, _, _ in banks}) if reading and banks else {}
+        own, made = self.streamed.read(layer), dict[str, list[Made]]()
+        seen = self.profile.layers.get(layer) if self.profile and layer is not None else None
+        banks = self.banks(layer) if layer is not None else []
+        read = (
+            reading.layer(layer, {bank: at for bank, at, _, _ in banks})
+            if reading and banks and layer is not None
+            else {}
+        )
         for bank, _, first, parts in banks:
             matrices = [own.pop(f"{bank}.{name}") for name in EXPERTS]
             left = [row.expert - first for row in self._rows(layer, first, len(matrices[0])) if row.action != "drop"]
@@ -171,14 +176,9 @@ class Job:
                 members = [[left[number] for number in numbers] for numbers in records]
                 experts = self._experts(format, matrices, members, first, seen, read.get(bank))
                 made[bank].append(Made(format, records, experts))
-        gone, others = self._dropped(layer), {}
-        for name, tensor in own.items():
-            if gone and ".moe.router." in name and tensor.dim():
-                tensor = tensor[[expert for expert in range(len(tensor)) if expert not in gone]]
-            others[name] = tensor.to(self.dtype(name))
-        return made, others
+        return made, {name: self._other(name, tensor) for name, tensor in own.items()}
 
-    def _rows(self, layer: int, first: int, count: int) -> list[Row]:
+    def _rows(self, layer: int | None, first: int, count: int) -> list[Row]:
         rows = self.plan.of_layer(layer)
         return [rows[first + expert] for expert in range(count)]
 
@@ -230,6 +230,11 @@ class Job:
                     half.replace(path)
                 tell(part)
             said = self._finish(fresh)
+            try:
+                self.streamed.check_opens(fresh)
+            except UserError:
+                shutil.rmtree(fresh)  # the same command would end here again
+                raise
             replace_folder(fresh, folder)
             return said
         except (OSError, SafetensorError) as error:

@@ -64,13 +64,15 @@ def why_not(model: nn.Module) -> str:
 
 
 def names_on_disk(model: Any, name: str) -> tuple[str, ...]:
-    """The tensors in a checkpoint of transformers that the parameter ``name`` is joined from, in order; none where they
-    cannot be told apart from those of another parameter."""
+    """The tensors in a checkpoint of transformers that the parameter or buffer ``name`` is joined from, in order; none
+    where they cannot be told apart from those of another parameter."""
     from transformers.core_model_loading import revert_weight_conversion
 
     # Undone as saving would undo it, on a tensor without data.
     try:
-        return tuple(revert_weight_conversion(model, {name: model.get_parameter(name).to("meta")}))
+        inside, _, last = name.rpartition(".")
+        tensor = getattr(model.get_submodule(inside), last)
+        return tuple(revert_weight_conversion(model, {name: tensor.to("meta")}))
     except ValueError:  # some tensors hold the experts of two stacks, and only both together give them back
         return ()
 
