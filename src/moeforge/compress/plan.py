@@ -76,7 +76,7 @@ class Plan(Config):
     skip: dict[int, Skip] = Field(default_factory=dict)
     """By layer."""
 
-    def of_layer(self, layer: int | None) -> dict[int, Row]:
+    def of_layer(self, layer: int) -> dict[int, Row]:
         """Rows by expert."""
         return {row.expert: row for row in self.rows if row.layer == layer}
 

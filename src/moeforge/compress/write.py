@@ -110,7 +110,8 @@ class Job:
     def _left(self, name: str) -> list[int] | None:
         """Of a tensor that has a row for each expert of a layer, the rows that stay; None where all do."""
         shape, layer = self.stored[name][1], self.streamed.router_of(name)
-        gone = {row.expert for row in self.plan.rows if row.layer == layer and row.action == "drop"} if shape else set()
+        rows = self.plan.of_layer(layer) if shape and layer is not None else {}
+        gone = {expert for expert, row in rows.items() if row.action == "drop"}
         return [expert for expert in range(shape[0]) if expert not in gone] if gone else None
 
     def _other(self, name: str, tensor: Tensor) -> Tensor:
@@ -160,14 +161,16 @@ class Job:
         self, layer: int | None, reading: Reading | None = None
     ) -> tuple[dict[str, list[Made]], dict[str, Tensor]]:
         """Of one file: the experts of each bank that is packed, and all other tensors."""
-        own, made = self.streamed.read(layer), dict[str, list[Made]]()
-        seen = self.profile.layers.get(layer) if self.profile and layer is not None else None
-        banks = self.banks(layer) if layer is not None else []
-        read = (
-            reading.layer(layer, {bank: at for bank, at, _, _ in banks})
-            if reading and banks and layer is not None
-            else {}
-        )
+        own = self.streamed.read(layer)
+        made = {} if layer is None else self._banks(layer, own, reading)
+        return made, {name: self._other(name, tensor) for name, tensor in own.items()}
+
+    def _banks(self, layer: int, own: dict[str, Tensor], reading: Reading | None) -> dict[str, list[Made]]:
+        """The experts of a layer's banks, whose tensors leave ``own``."""
+        seen = self.profile.layers.get(layer) if self.profile else None
+        made: dict[str, list[Made]] = {}
+        banks = self.banks(layer)
+        read = reading.layer(layer, {bank: at for bank, at, _, _ in banks}) if reading and banks else {}
         for bank, _, first, parts in banks:
             matrices = [own.pop(f"{bank}.{name}") for name in EXPERTS]
             left = [row.expert - first for row in self._rows(layer, first, len(matrices[0])) if row.action != "drop"]
@@ -176,9 +179,9 @@ class Job:
                 members = [[left[number] for number in numbers] for numbers in records]
                 experts = self._experts(format, matrices, members, first, seen, read.get(bank))
                 made[bank].append(Made(format, records, experts))
-        return made, {name: self._other(name, tensor) for name, tensor in own.items()}
+        return made
 
-    def _rows(self, layer: int | None, first: int, count: int) -> list[Row]:
+    def _rows(self, layer: int, first: int, count: int) -> list[Row]:
         rows = self.plan.of_layer(layer)
         return [rows[first + expert] for expert in range(count)]
 
