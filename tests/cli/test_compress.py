@@ -205,3 +205,6 @@ def test_the_command_packs_it_and_others_open_what_it_became(call: Any, tmp_path
         code, _, err = call("compress", folder, *wish, "--out", tmp_path / "no", *asked)
         assert code == 2 and "needs a family that we have a table of" in err
         assert not (tmp_path / "no").exists()
+    families.build("flex_olmo", **sizes | {"vocab_size": 200}).save_pretrained(folder)
+    code, _, err = call("evaluate", folder, *asked[:2])
+    assert code == 2 and "the model has vocab_size 200, its tokenizer 257" in err

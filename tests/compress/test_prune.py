@@ -8,20 +8,22 @@ import pytest
 import torch
 
 from moeforge.compress import prune
-from moeforge.compress.plan import Row
+from moeforge.compress.plan import Plan, Row, packable
 from moeforge.compress.profile import Profile, Seen, profile
 from moeforge.compress.prune import ORDERS, drop, since
 from moeforge.compress.stream import Streamed
+from moeforge.config import build
 from moeforge.errors import UserError
 from moeforge.hub import load, save
-from tests.compress.small import batches, model_folder
+from moeforge.models import ModelConfig
+from tests.compress.small import SHAPE, batches, model_folder
 
 
 def seen(outputs_ETD: torch.Tensor) -> Seen:
     """Of experts with such weighted outputs."""
     blank: dict[str, Any] = {name: torch.zeros(len(outputs_ETD)) for name in Seen.__dataclass_fields__}
     flat = outputs_ETD.flatten(1)
-    return Seen(**blank | {"joint": flat @ flat.T / outputs_ETD.shape[1]})
+    return Seen(**blank | {"joint": flat @ flat.T / outputs_ETD.shape[1], "router_norm": torch.ones(len(outputs_ETD))})
 
 
 @pytest.mark.parametrize("tried", [prune.TRIED, 0])
@@ -51,6 +53,31 @@ def test_every_order_drops_its_share_of_each_layer(order: str) -> None:
     assert dropped == [1, 1, 2, 2]
     with pytest.raises(UserError, match="drops no expert"):
         drop(found, rows, 0.01, order)
+
+
+def test_of_each_group_as_many_go() -> None:
+    found = Profile({layer: seen(torch.randn(8, 30, 4)) for layer in (1, 2)})
+    found.layers[1].count[:4] = 1  # alone, the last four would go
+    rows = [Row(layer=layer, expert=expert) for layer in (1, 2) for expert in range(8)]
+    dropped = {row.place for row in drop(found, rows, 0.5, "frequency", {1: 4, 2: 1}) if row.action == "drop"}
+    assert dropped == {(1, 0), (1, 2), (1, 4), (1, 6), (2, 0), (2, 1), (2, 2), (2, 3)}
+    router = {"select": {"k": 2, "num_groups": 2}}
+    grouped = build(ModelConfig, SHAPE | {"layers": {2: {"moe": {"experts": {"num_experts": 6}, "router": router}}}})
+    plan = Plan(rows=tuple(Row(layer=layer, expert=e) for layer, e in packable(grouped)))
+    for gone, lost in (((0, 1), r"\[2, 0\]"), ((0, 5), None)):
+        rows = [row.replace(action="drop") if row.layer == 2 and row.expert in gone else row for row in plan.rows]
+        if lost is None:
+            Plan(rows=tuple(rows)).check(grouped)
+        else:
+            with pytest.raises(UserError, match=f"layer 2: as many experts have to go .* 2 groups, not {lost}"):
+                Plan(rows=tuple(rows)).check(grouped)
+
+
+def test_an_order_that_the_router_says_nothing_of_is_refused() -> None:
+    found = Profile({1: seen(torch.randn(4, 30, 4))})
+    found.layers[1].router_norm.zero_()
+    with pytest.raises(UserError, match="layer 1: its router has no row for each expert"):
+        drop(found, [Row(layer=1, expert=expert) for expert in range(4)], 0.5, "router_norm")
 
 
 def test_an_unknown_order_is_refused() -> None:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 import moeforge
 from moeforge.compress.measure import Reference
-from moeforge.compress.plan import Plan, packable
+from moeforge.compress.plan import Plan, groups, packable
 from moeforge.compress.profile import profile
+from moeforge.compress.prune import drop
 from moeforge.compress.source import open_source
 from moeforge.compress.stream import Streamed
 from moeforge.compress.theirs import StreamedTheirs
@@ -37,6 +38,8 @@ LOOPED = CAUSAL & families.LOOPED
 """Whose experts are no plain MLPs."""
 SILENT = {"zaya"}
 """Whose router tells no logits."""
+LINEAR = {"bailing_hybrid", "kimi_linear", "qwen3_5_moe", "qwen3_next", "qwen4_exp"}
+"""Whose two layers have no attention that keeps keys: transformers writes with no such model."""
 KEPT = {"inkling", "zaya"}
 """Whose routers have rows for more than experts, so that none can go."""
 PACKED = sorted(CAUSAL - UNKNOWN - LOOPED)
@@ -64,6 +67,17 @@ def mixed(layer: int, expert: int) -> dict[str, object]:
 
 def merged(layer: int, expert: int) -> dict[str, object]:
     return {"action": "merge_into", "into": 1} if expert in (2, 3) else {"bits": 16, "group": None}
+
+
+SIZES = {
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 
 
 def plan(streamed: StreamedTheirs | Streamed, change: Change, **settings: Any) -> Plan:
@@ -123,7 +137,15 @@ def test_a_family_is_calibrated_packed_and_opened_by_transformers(family: str, t
         with torch.no_grad():
             ours, wanted = module(*inputs[0]), wide(*inputs[0])
         assert float((ours - wanted).norm() / wanted.norm()) < 2e-2
-    assert 0 < reference.compare(streamed.open(out)).kl < 0.1
+    again = streamed.open(out)
+    assert 0 < reference.compare(again).kl < 0.1
+    ids = text[0].input_ids[:1, :9]
+    with torch.no_grad():  # as the engine writes
+        if family in LINEAR:
+            return
+        start = again.model(input_ids=ids[:, :8], use_cache=True)
+        end = again.model(input_ids=ids[:, 8:], past_key_values=start.past_key_values, use_cache=True).logits
+        torch.testing.assert_close(end[0, -1], again.model(input_ids=ids).logits[0, -1], rtol=0.02, atol=0.02)
 
 
 def test_the_same_weights_show_the_same_whether_they_run_here_or_there(tmp_path: Path) -> None:
@@ -226,6 +248,56 @@ def test_what_its_routers_or_its_config_cannot_is_refused(tmp_path: Path) -> Non
         Job(streamed, plan(streamed, lambda layer, expert: {"action": "drop"} if expert < 1 - layer else {}))
     with pytest.raises(UserError, match="keep all choices"):
         Job(streamed, plan(streamed, mixed, skip={0: {"min_ratio": 0.5, "typical": 1.5}}))
+
+
+def test_experts_of_groups_go_from_each_and_never_more_than_a_token_has(tmp_path: Path) -> None:
+    streamed = open_source(saved("solar_open", tmp_path / "m"))
+    assert groups(streamed.config) == {0: 2, 1: 2}
+
+    def without(*gone: int) -> Plan:
+        return plan(streamed, lambda layer, expert: {"action": "drop"} if expert in gone else {"bits": 8, "group": 128})
+
+    with pytest.raises(UserError, match=r"from each of its router's 2 groups, not \[2, 0\]"):
+        Job(streamed, without(0, 1))
+    with pytest.raises(UserError, match=r"select.k = 2 is more than the 1 experts"):
+        Job(streamed, without(0, 1, 3, 4))
+    rows = drop(profile(streamed, batches()), list(plan(streamed, mixed).rows), 0.34, "output_error", {0: 2, 1: 2})
+    Job(streamed, Plan(rows=tuple(rows)))
+
+
+def test_a_number_of_experts_that_config_json_leaves_to_its_class_is_written(tmp_path: Path) -> None:
+    folder, file = saved("flex_olmo", tmp_path / "m"), tmp_path / "m" / "config.json"
+    model = transformers.AutoModelForCausalLM.from_config(
+        type(transformers.AutoConfig.from_pretrained(folder))(**SIZES)
+    )
+    model.save_pretrained(folder)
+    fields = json.loads(file.read_text())
+    number = fields.pop("num_experts")
+    file.write_text(json.dumps(fields))
+    streamed = open_source(folder)
+    Job(streamed, plan(streamed, dropped)).run(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_experts"] == number - 2
+
+
+def test_nothing_is_left_behind_where_a_pass_is_interrupted(tmp_path: Path) -> None:
+    streamed = open_source(saved("dots1", tmp_path / "m"))
+    assert isinstance(streamed, StreamedTheirs)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    streamed.found[1].router.register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        profile(streamed, batches())
+    assert not streamed.banks[1]._forward_hooks and not streamed.found[1].router._forward_hooks
+
+
+def test_the_mapped_file_is_let_go(tmp_path: Path) -> None:
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("only Linux says what is mapped")
+    model = Theirs(saved("dots1", tmp_path / "m"))  # joined experts, and a bias that is a buffer
+    assert model.names and str(tmp_path) not in maps.read_text()
 
 
 @pytest.mark.parametrize("damage", ["fewer", "more", "bits"])

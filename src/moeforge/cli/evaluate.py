@@ -34,9 +34,7 @@ def evaluate(
     The corpus is the run's own, or the standard library; --data=stdlib or --data.path=FILE names another.
     --seq_len, --batch_size and --dtype work as in training. With --tasks, those are scored instead.
     """
-    from moeforge.hub import load
-    from moeforge.hub.folder import open_tokenizer
-    from moeforge.hub.theirs import Theirs, is_theirs
+    from moeforge.hub.theirs import load_any
 
     if tasks is not None:
         if tokens is not None:
@@ -46,7 +44,7 @@ def evaluate(
         raise UserError("--limit belongs to --tasks: --tokens says how much text")
     check(context.obj)
     most = None if tokens is None else count(tokens)
-    opened, tokenizer = (Theirs(model), open_tokenizer(model)) if is_theirs(model) else load(model)
+    opened, tokenizer = load_any(model)
     config = text_settings(model, opened.config, context.obj)
     score = _score(opened, tokenizer, config, most)
     found = {

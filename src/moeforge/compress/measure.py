@@ -104,5 +104,7 @@ def tokens_per_second(model: Decoder | Theirs, tokenizer: Tokenizer) -> float | 
         rate = 0.0
         for _ in range(2):
             moments = [time.perf_counter() for event in engine.write([0], sampling) if isinstance(event, Token)]
+            if len(moments) < 2:  # transformers may refuse to write with a model that it can read with
+                return None
             rate = (len(moments) - 1) / (moments[-1] - moments[0])
         return rate

@@ -19,12 +19,12 @@ def join(profile: Profile, rows: Sequence[Row], share: float, config: ModelConfi
     into: dict[tuple[int, int], int] = {}
     for layer, seen in profile.layers.items():
         moe = config.all_layers[layer].moe
-        if not seen.correlation.any():
-            raise UserError(f"layer {layer}: its router tells no logits, by which experts to merge are found")
         for span in moe.spans if moe else ():
             own = [row.expert for row in rows if row.layer == layer and row.expert in span]
             keep = len(own) - round(share * len(own))
             if 0 < keep < len(own):
+                if not seen.correlation.any():
+                    raise UserError(f"layer {layer}: its router tells no logits, by which experts to merge are found")
                 found = groups(seen.count[own], seen.correlation[own][:, own], keep)
                 into |= {(layer, own[at]): own[to] for at, to in enumerate(found) if at != to}
     if not into:

@@ -153,8 +153,20 @@ def _skipping(index: int, layer: LayerConfig, skip: Skip) -> LayerConfig:
         raise UserError(f"layer {index} cannot skip choices: {error}") from error
 
 
+def groups(config: ModelConfig) -> dict[int, int]:
+    """By layer with experts, how many equal groups of them its router chooses among, in order."""
+    layers = {index: layer.moe for index, layer in enumerate(config.all_layers) if layer.moe}
+    return {index: getattr(moe.router.select, "num_groups", 1) for index, moe in layers.items()}
+
+
 def _without(index: int, layer: LayerConfig, gone: set[int]) -> LayerConfig:
     assert layer.moe is not None
+    count = getattr(layer.moe.router.select, "num_groups", 1)
+    lost = [sum(expert * count // layer.moe.num_experts == group for expert in gone) for group in range(count)]
+    if len({*lost}) > 1:
+        raise UserError(
+            f"layer {index}: as many experts have to go from each of its router's {count} groups, not {lost}"
+        )
     gate = layer.moe.router.gate
     if gate.type != "linear" or gate.previous:
         raise UserError(

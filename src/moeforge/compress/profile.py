@@ -189,16 +189,21 @@ def _see_layer(block: Any, text: Any) -> tuple[Seen, Tensor]:
     decisions = _Decisions(router, num_experts)  # of all that it says, what is needed: a text may have many tokens
     watches = [Watch(bank) for bank in banks]
     hook = router.register_forward_hook(lambda module, inputs, output: decisions.add(output))
-    text.pass_layer(block)
-    hook.remove()
+    try:
+        text.pass_layer(block)
+    finally:
+        for one in (hook, *(watch.hook for watch in watches)):
+            one.remove()
     return_freed_memory()  # glibc keeps it otherwise, and experts ask for other sizes
     reads = [watch.done() for watch in watches]
     mask_TE = torch.cat([mask_of(read.route) for read in reads], 1)
     parts = [_of_bank(bank, read.rows, read.route) for bank, read in zip(banks, reads, strict=True)]
     energy = sum(float(x.float().square().sum()) for x in text.x) / text.num_tokens
-    gate = getattr(getattr(router, "gate", router), "weight", None)  # theirs is the matrix itself
-    has_rows = isinstance(gate, Tensor) and gate.dim() == 2 and len(gate) == num_experts
-    norm = gate.float().norm(dim=1) if isinstance(gate, Tensor) and has_rows else torch.zeros(num_experts)
+    named = [getattr(router.gate, "weight", None)] if hasattr(router, "gate") else [*router.parameters()]
+    rows = [
+        weight for weight in named if isinstance(weight, Tensor) and weight.dim() == 2 and len(weight) == num_experts
+    ]
+    norm = rows[0].float().norm(dim=1) if len(rows) == 1 else torch.zeros(num_experts)
     widest = max(part["hidden_moment"].shape[1] for part in parts)
     for part in parts:
         part["hidden_moment"] = torch.nn.functional.pad(

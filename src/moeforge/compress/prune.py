@@ -1,6 +1,6 @@
 """Which experts to drop: orders in which a layer's experts can be missed; and which choices need not be run."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 from math import comb
@@ -88,17 +88,26 @@ def skip(profile: Profile, share: float, config: ModelConfig) -> dict[int, Skip]
     return found
 
 
-def drop(profile: Profile, rows: Sequence[Row], share: float, order: str) -> list[Row]:
-    """``rows`` with the ``share`` of each layer's experts that is worth least dropped.
+def drop(
+    profile: Profile, rows: Sequence[Row], share: float, order: str, groups: Mapping[int, int] | None = None
+) -> list[Row]:
+    """``rows`` with the ``share`` of each layer's experts that is worth least dropped; of each group of them, where
+    ``groups`` has several for a layer.
 
-    Raises UserError for an unknown order, and where no expert would be dropped.
+    Raises UserError for an unknown order, for one that a layer's router says nothing of, and where no expert would be
+    dropped.
     """
     if order not in ORDERS:
         raise UserError(f"experts are ordered by one of {', '.join(ORDERS)}, not by {order}")
     gone: set[tuple[int, int]] = set()
     for layer, seen in profile.layers.items():
-        own = [row.expert for row in rows if row.layer == layer]
-        gone |= {(layer, expert) for expert in ORDERS[order](seen, own, round(share * len(own)))}
+        if order == "router_norm" and not seen.router_norm.any():
+            raise UserError(f"layer {layer}: its router has no row for each expert, by whose length they are ordered")
+        count = (groups or {}).get(layer, 1)
+        for group in range(count):
+            named = (row.expert for row in rows if row.layer == layer)
+            own = [expert for expert in named if expert * count // len(seen.count) == group]
+            gone |= {(layer, expert) for expert in ORDERS[order](seen, own, round(share * len(own)))}
     if not gone:
         raise UserError(f"a share of {share:.3g} drops no expert of any layer")
     return [row.replace(action="drop") if row.place in gone else row for row in rows]

@@ -83,7 +83,11 @@ class Reading:
         for at in range(self.next, index + 1):
             block: Any = self.streamed.block(at)
             watches = {name: Watch(block.moe.banks[number]) for name, number in banks.items() if at == index}
-            self.text.pass_layer(block)
+            try:
+                self.text.pass_layer(block)
+            finally:
+                for watch in watches.values():
+                    watch.hook.remove()
             read = {name: watch.done() for name, watch in watches.items()}
             del block  # before there is the next one
             return_freed_memory()

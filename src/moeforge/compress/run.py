@@ -17,7 +17,7 @@ from moeforge.compress.export import Export
 from moeforge.compress.measure import Quality, Reference, tokens_per_second
 from moeforge.compress.merge import join
 from moeforge.compress.page import page
-from moeforge.compress.plan import Plan, Rounding, Row, Skip, packable
+from moeforge.compress.plan import Plan, Rounding, Row, Skip, groups, packable
 from moeforge.compress.profile import FORMATS, Profile, profile
 from moeforge.compress.prune import drop, since, skip
 from moeforge.compress.solve import CODEBOOK, WHOLE, Granularity, solve
@@ -121,7 +121,7 @@ class Task:
 
     def plan(self, wish: Wish) -> Job | Export:
         """The job that is wished for. Raises UserError, with the smallest size, where a budget is too small."""
-        for asked, wanted in {"--to hf": self.to_hf, "--skip": wish.skip}.items():
+        for asked, wanted in {"--to hf": self.to_hf, "--skip": wish.skip, "--base": wish.base}.items():
             if wanted:
                 ours(self.streamed, asked)  # before the work
         if wish.plan is not None:
@@ -139,7 +139,7 @@ class Task:
         self.skip = skip(self.profile, wish.skip, self.streamed.config) if wish.skip else {}
         if wish.drop is not None:
             found = since(self.profile, Streamed(wish.base)) if wish.base else self.profile
-            rows = drop(found, rows, wish.drop, wish.drop_by)
+            rows = drop(found, rows, wish.drop, wish.drop_by, groups(self.streamed.config))
         if wish.merge is not None:
             rows = join(self.profile, rows, wish.merge, self.streamed.config)
         if wish.fit is not None:
@@ -191,7 +191,8 @@ class Task:
 
     def job(self, rows: list[Row]) -> Job | Export:
         """For rows."""
-        return self._job(Plan(rows=tuple(rows), rounding=self.rounding or "gptq", skip=self.skip))
+        rounding, dense = self.rounding or "gptq", self.streamed.dense
+        return self._job(Plan(rows=tuple(rows), rounding=rounding, skip=self.skip, dense=dense))
 
     def _job(self, plan: Plan) -> Job | Export:
         job = Job(self.streamed, plan, self.profile, self.calibration if plan.rounding == "gptq" else ())

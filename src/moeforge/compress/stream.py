@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,9 @@ class Streamed:
     Raises UserError as ``hub.load`` does, and for models that cannot be compressed: dense ones, those packed already,
     and those that pass their layers more than once or with momentum.
     """
+
+    dense: Literal["bf16", "as stored"] = "bf16"
+    """What a plan keeps the other weights as, where nobody says."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = model_folder(Path(folder))

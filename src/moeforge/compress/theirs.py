@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,9 @@ class StreamedTheirs:
     Raises UserError as ``Theirs`` does, and for models that cannot be compressed: dense ones, those in few bits, and
     those that cannot be passed layer by layer.
     """
+
+    dense: Literal["bf16", "as stored"] = "as stored"
+    """What a plan keeps the other weights as."""
 
     def __init__(self, folder: str | Path) -> None:
         if "quantization_config" in config_json(model_folder(Path(folder))):
@@ -181,31 +184,37 @@ class StreamedTheirs:
         """Raises UserError for what would need routers of ours, or that a config of transformers has no words for."""
         if plan.skip:
             raise UserError(f"{self.folder}: transformers' routers keep all choices: leave skip out of the plan")
-        left = {sum(row.action != "drop" for row in plan.of_layer(layer).values()) for layer in self.banks}
-        if any(row.action == "drop" for row in plan.rows) and (len(left) > 1 or self.banks.keys() < self.found.keys()):
-            raise UserError(f"{self.folder}: transformers wants as many experts in each layer, not {sorted(left)}")
+        if any(row.action == "drop" for row in plan.rows):
+            left = {sum(row.action != "drop" for row in plan.of_layer(layer).values()) for layer in self.banks}
+            if len(left) > 1 or self.banks.keys() < self.found.keys():
+                raise UserError(f"{self.folder}: transformers wants as many experts in each layer, not {sorted(left)}")
+            _ = self._counted
+
+    @cached_property
+    def _counted(self) -> str:
+        """The field of config.json with the number of experts."""
+        before = {found.num_experts for found in self.found.values()}
+        for fields in (config_json(self.folder), self.model.config.to_dict()):  # a default may be left out of the file
+            named = [name for name in COUNTED if {fields.get(name)} == before]
+            if len(named) == 1:
+                return named[0]
+        raise UserError(f"{self.folder}: config.json does not tell in one field that there are {before} experts")
 
     def check_opens(self, fresh: Path) -> None:
         """Raises UserError where transformers does not open, or cannot run, what it became."""
         try:
             Theirs(fresh)(torch.arange(PROBE)[None] % (self.config.vocab_size or 1))
-        except (UserError, RuntimeError) as error:
+        except (UserError, RuntimeError, ValueError, IndexError) as error:
             said = str(error).removeprefix(f"{fresh}: ")
             raise UserError(f"transformers does not take {type(self.model).__name__} with this plan: {said}") from error
 
     def write_config(self, fresh: Path, config: ModelConfig, dtype: Callable[[str], torch.dtype], packed: Tree) -> str:
         """The config.json of what it became, and its kind in words."""
         tree = {**config_json(self.folder), "quantization_config": {"quant_method": METHOD, PACKED: packed}}
-        before, after = (
-            next(layer.moe.num_experts for layer in c.all_layers if layer.moe) for c in (self.config, config)
-        )
-        if after < before:
-            named = [name for name in COUNTED if tree.get(name) == before]
-            if len(named) != 1:
-                raise UserError(
-                    f"{self.folder}: {before} experts are dropped from one field of config.json, not {named}"
-                )
-            tree[named[0]] = after
+        counts = ({layer.moe.num_experts for layer in c.all_layers if layer.moe} for c in (self.config, config))
+        before, after = counts
+        if before != after:
+            (tree[self._counted],) = after
         (fresh / "config.json").write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
         return f"{type(self.model).__name__} of transformers, where moeforge is imported"
 

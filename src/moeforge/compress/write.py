@@ -238,6 +238,7 @@ class Job:
             except UserError:
                 shutil.rmtree(fresh)  # the same command would end here again
                 raise
+            (fresh / "job").unlink()
             replace_folder(fresh, folder)
             return said
         except (OSError, SafetensorError) as error:
@@ -246,7 +247,6 @@ class Job:
 
     def _finish(self, fresh: Path) -> str:
         carry_files(self.streamed.folder, fresh)
-        (fresh / "job").unlink()
         said = self.streamed.write_config(fresh, self.config, self.dtype, self._packed())
         weight_map = {name: self.file(part) for part in self.parts for name in self.layout(part)}
         total = {"total_size": sum(self.bytes_by_class().values())}

@@ -18,7 +18,7 @@ from moeforge.generate.runner import Passed, wants_all
 from moeforge.generate.sample import Sampling
 from moeforge.generate.schedule import Piece, Text
 from moeforge.generate.settings import Settings
-from moeforge.hub.bridge import new_cache, open_bridged
+from moeforge.hub.bridge import open_bridged
 from moeforge.hub.folder import open_tokenizer
 
 TYPES = {"as stored": None, "float32": torch.float32, "bf16": torch.bfloat16}
@@ -38,10 +38,11 @@ class BridgedRunner:
         return Passed([self._read(piece) for piece in pieces], None, {})
 
     def _read(self, piece: Piece) -> Tensor:
-        if piece.start == 0:
-            self._caches[piece.text] = new_cache(self.model)
+        # The model makes its own kind of cache where it is given none.
+        cache = self._caches[piece.text] if piece.start else None
         ids = torch.tensor([piece.text.tokens[piece.start : piece.end]], device=self.model.device)
-        output = self.model(input_ids=ids, past_key_values=self._caches[piece.text], use_cache=True)
+        output = self.model(input_ids=ids, past_key_values=cache, use_cache=True)
+        self._caches[piece.text] = output.past_key_values
         logits = output.logits[0] if wants_all(piece) else output.logits[0, -1:]
         return logits.float().cpu()
 

@@ -22,7 +22,9 @@ from moeforge.kernels.activation import is_gated
 class PackedConfig(QuantizationConfigMixin):
     """``quantization_config`` of config.json."""
 
-    def __init__(self, packed_experts: dict[str, Any], **_: Any) -> None:
+    def __init__(self, packed_experts: dict[str, Any] | None = None, **_: Any) -> None:
+        if not isinstance(packed_experts, dict):
+            raise UserError(f"config.json: quantization_config.{PACKED} names no module of experts")
         self.quant_method: Any = METHOD
         self.packed_experts = packed_experts
 
@@ -44,7 +46,8 @@ class PackedExperts(HfQuantizer):
         shards, known = Shards(folder), set(model._keys_to_ignore_on_load_unexpected or ())
         for name, parts in packed.items():
             try:
-                _give(model.get_submodule(name), name, parts, shards)
+                own = name if hasattr(model, name.split(".")[0]) else name.removeprefix(f"{model.base_model_prefix}.")
+                _give(model.get_submodule(own), name, parts, shards)
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise UserError(f"{folder}: the packed experts of {name} do not fit: {error!r}") from error
             known |= {re.escape(tensor) for tensor in tensors_of(name, parts)}

@@ -124,8 +124,11 @@ def open_bridged(folder: Path, dtype: torch.dtype | None = None) -> tuple[Any, s
     try:
         wanted: Any = dtype or "auto"
         model, loading = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted, output_loading_info=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"{folder}: transformers cannot open it: {str(error).strip().splitlines()[0]}") from error
+    except UserError:
+        raise
+    except Exception as error:  # configs are checked by many hands
+        said = (str(error).strip() or repr(error)).splitlines()
+        raise UserError(f"{folder}: transformers cannot open it: {said[0]} {' '.join(said[1:2]).strip()}") from error
     amiss = {what: sorted(map(str, names)) for what, names in loading.items() if names}
     if amiss:
         raise UserError(f"{type(model).__name__} does not take {folder} as it is: {amiss}")
@@ -143,10 +146,7 @@ def _let_go(model: nn.Module) -> None:
     for weight in model.parameters():
         if id(weight) not in joined:
             weight.data = weight.data.clone()
-
-
-def new_cache(model: Any) -> Any:
-    """An empty cache of transformers for one text."""
-    from transformers import DynamicCache
-
-    return DynamicCache(config=model.config)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:  # a view of the file, which ``data`` would still hold
+                module._buffers[name] = buffer.clone()

@@ -8,14 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moeforge.data.tokenizers import Tokenizer
 from moeforge.errors import UserError
 from moeforge.hub.bridge import open_bridged
 from moeforge.hub.families import FAMILIES
-from moeforge.hub.folder import MODEL_TYPE, config_json, model_folder
+from moeforge.hub.folder import MODEL_TYPE, config_json, load, model_folder, open_tokenizer
 from moeforge.hub.interface import is_experts, kernel_activation, layer_of, matrices_of
-from moeforge.models import ModelConfig
+from moeforge.models import Decoder, ModelConfig
 from moeforge.models.decoder import Output
 from moeforge.moe.bank.mlp import MLPExperts
+
+CHOSEN = (
+    *("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts"),
+    *("num_selected_experts", "experts_per_token"),
+)
+"""What families call the number of a token's experts."""
+GROUPS = ("n_group", "num_expert_group", "n_groups")
+"""What they call the number of groups, in the best of which experts are chosen."""
 
 
 class Theirs(nn.Module):
@@ -81,5 +90,28 @@ def _picture(model: Any, experts: dict[int, Any]) -> ModelConfig:
         shown: dict[str, Any] = {"num_experts": module.num_experts, "d_expert": 1, "bias": True}
         if activation is not None:
             shown |= {"d_expert": matrices_of(module)[1].shape[2], "bias": False, "activation": activation}
-        layers[layer] = {"moe": {"experts": MLPExperts.model_validate(shown), "router": {"select": {"k": 1}}}}
+        select = _choice(config, module.num_experts)
+        layers[layer] = {"moe": {"experts": MLPExperts.model_validate(shown), "router": {"select": select}}}
     return ModelConfig.model_validate({**sizes, "layers": layers})
+
+
+def _choice(config: Any, num_experts: int) -> dict[str, int]:
+    """How many experts a token has, and among which groups."""
+    k, groups, top = (
+        next((found for name in names if isinstance(found := getattr(config, name, None), int)), 1)
+        for names in (CHOSEN, GROUPS, ("topk_group",))
+    )
+    grouped = {"num_groups": groups, "top_groups": top}
+    fits = top < groups and num_experts % groups == 0 and k <= num_experts // groups * top
+    return {"k": min(k, num_experts)} | (grouped if fits else {})
+
+
+def load_any(folder: Path) -> tuple[Decoder | Theirs, Tokenizer]:
+    """``hub.load``, and models of transformers without a table. Raises UserError as that does."""
+    if not is_theirs(folder):
+        return load(folder)
+    model, tokenizer = Theirs(folder), open_tokenizer(model_folder(folder))
+    ours, known = model.config.vocab_size or 0, tokenizer.vocab_size
+    if known > ours:
+        raise UserError(f"{folder}: the model has vocab_size {ours}, its tokenizer {known}")
+    return model, tokenizer
