@@ -34,8 +34,6 @@ from moeforge.moe.bank.mlp import MLPBank, MLPExperts
 
 PROBE = 32
 """Tokens on which passing layer by layer is compared with the model's own pass."""
-COUNTED = ("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts")
-"""What families call the number of experts."""
 MOST_HANDED = 2
 """Values that layers may hand on besides the stream, as a choice of keys, or the state of a router."""
 
@@ -188,17 +186,7 @@ class StreamedTheirs:
             left = {sum(row.action != "drop" for row in plan.of_layer(layer).values()) for layer in self.banks}
             if len(left) > 1 or self.banks.keys() < self.found.keys():
                 raise UserError(f"{self.folder}: transformers wants as many experts in each layer, not {sorted(left)}")
-            _ = self._counted
-
-    @cached_property
-    def _counted(self) -> str:
-        """The field of config.json with the number of experts."""
-        before = {found.num_experts for found in self.found.values()}
-        for fields in (config_json(self.folder), self.model.config.to_dict()):  # a default may be left out of the file
-            named = [name for name in COUNTED if {fields.get(name)} == before]
-            if len(named) == 1:
-                return named[0]
-        raise UserError(f"{self.folder}: config.json does not tell in one field that there are {before} experts")
+            _ = self.theirs.counted
 
     def check_opens(self, fresh: Path) -> None:
         """Raises UserError where transformers does not open, or cannot run, what it became."""
@@ -214,7 +202,7 @@ class StreamedTheirs:
         counts = ({layer.moe.num_experts for layer in c.all_layers if layer.moe} for c in (self.config, config))
         before, after = counts
         if before != after:
-            (tree[self._counted],) = after
+            (tree[self.theirs.counted],) = after
         (fresh / "config.json").write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
         return f"{type(self.model).__name__} of transformers, where moeforge is imported"
 

@@ -18,6 +18,8 @@ from moeforge.models import Decoder, ModelConfig
 from moeforge.models.decoder import Output
 from moeforge.moe.bank.mlp import MLPExperts
 
+COUNTED = ("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts")
+"""What families call the number of experts."""
 CHOSEN = (
     *("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts"),
     *("num_selected_experts", "experts_per_token"),
@@ -46,6 +48,17 @@ class Theirs(nn.Module):
     def experts(self) -> dict[int, Any]:
         """transformers' module of experts, by layer."""
         return {layer: self.model.get_submodule(name) for layer, name in self.names.items()}
+
+    @property
+    def counted(self) -> str:
+        """The field of config.json with the number of experts. Raises UserError where there is not the one."""
+        count = {experts.num_experts for experts in self.experts.values()}
+        for fields in (config_json(self.folder), self.model.config.to_dict()):  # a default may be left out of the file
+            named = [name for name in COUNTED if {fields.get(name)} == count]
+            if len(named) == 1:
+                return named[0]
+        said = " or ".join(map(str, sorted(count)))
+        raise UserError(f"{self.folder}: config.json does not tell in one field that there are {said} experts")
 
     @property
     def embedding(self) -> Any:
