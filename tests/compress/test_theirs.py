@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -200,6 +202,20 @@ def test_merged_experts_are_one_and_run_in_transformers(tmp_path: Path) -> None:
         moeforge.experts(opened.model)
     with pytest.raises(UserError, match="is compressed already"):
         open_source(tmp_path / "out")
+
+
+def test_without_our_import_transformers_takes_experts_at_random_and_a_model_without_a_head_finds_them(
+    tmp_path: Path,
+) -> None:
+    streamed = open_source(saved("flex_olmo", tmp_path / "m"))
+    Job(streamed, plan(streamed, mixed)).run(tmp_path / "out")
+    program = "import sys, transformers; model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1]); "
+    program += "print(type(model.model.layers[0].mlp.experts.down_proj).__name__, 'moeforge' in sys.modules)"
+    command = [sys.executable, "-c", program, str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["Parameter", "False"] and "Unknown quantization type, got moeforge" in done.stderr
+    headless = transformers.AutoModel.from_pretrained(tmp_path / "out")
+    assert isinstance(headless.layers[0].mlp.experts.down_proj, MixedWeight)
 
 
 def test_a_text_does_not_feel_the_one_before_it_in_its_row(tmp_path: Path) -> None:

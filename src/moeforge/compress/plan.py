@@ -11,6 +11,7 @@ from moeforge.config import Config, build, read_yaml
 from moeforge.errors import UserError
 from moeforge.hub.store import Bits, Format
 from moeforge.models import LayerConfig, ModelConfig
+from moeforge.moe import MoEConfig
 from moeforge.moe.bank.mlp import MLPExperts
 from moeforge.moe.scores import Softmax
 from moeforge.moe.select import Confident, TopK
@@ -156,12 +157,16 @@ def _skipping(index: int, layer: LayerConfig, skip: Skip) -> LayerConfig:
 def groups(config: ModelConfig) -> dict[int, int]:
     """By layer with experts, how many equal groups of them its router chooses among, in order."""
     layers = {index: layer.moe for index, layer in enumerate(config.all_layers) if layer.moe}
-    return {index: getattr(moe.router.select, "num_groups", 1) for index, moe in layers.items()}
+    return {index: _num_groups(moe) for index, moe in layers.items()}
+
+
+def _num_groups(moe: MoEConfig) -> int:
+    return getattr(moe.router.select, "num_groups", 1)
 
 
 def _without(index: int, layer: LayerConfig, gone: set[int]) -> LayerConfig:
     assert layer.moe is not None
-    count = getattr(layer.moe.router.select, "num_groups", 1)
+    count = _num_groups(layer.moe)
     lost = [sum(expert * count // layer.moe.num_experts == group for expert in gone) for group in range(count)]
     if len({*lost}) > 1:
         raise UserError(

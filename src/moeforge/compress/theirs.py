@@ -94,13 +94,8 @@ class StreamedTheirs:
                     text.pass_layer(self.block(index))
                 if torch.allclose(whole, self.logits(text.x[0].flatten(0, 1)), rtol=1e-3, atol=1e-3):
                     return self.handed
-            except (
-                AttributeError,
-                RuntimeError,
-                TypeError,
-                ValueError,
-            ):  # it wants to be handed more, or something else
-                continue
+            except (AttributeError, RuntimeError, TypeError, ValueError):
+                continue  # it wants to be handed more, or something else
         raise UserError(
             f"{self.folder}: {type(self.model).__name__} called layer by layer computes something else than whole, "
             f"so it cannot be calibrated"
@@ -186,7 +181,7 @@ class StreamedTheirs:
             left = {sum(row.action != "drop" for row in plan.of_layer(layer).values()) for layer in self.banks}
             if len(left) > 1 or self.banks.keys() < self.found.keys():
                 raise UserError(f"{self.folder}: transformers wants as many experts in each layer, not {sorted(left)}")
-            _ = self.theirs.counted
+            self.theirs.counted()  # before the work
 
     def check_opens(self, fresh: Path) -> None:
         """Raises UserError where transformers does not open, or cannot run, what it became."""
@@ -202,7 +197,7 @@ class StreamedTheirs:
         counts = ({layer.moe.num_experts for layer in c.all_layers if layer.moe} for c in (self.config, config))
         before, after = counts
         if before != after:
-            (tree[self.theirs.counted],) = after
+            (tree[self.theirs.counted()],) = after
         (fresh / "config.json").write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
         return f"{type(self.model).__name__} of transformers, where moeforge is imported"
 

@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from moeforge.data.tokenizers import Tokenizer
@@ -32,11 +31,11 @@ GROUPS = ("n_group", "num_expert_group", "n_groups")
 class Theirs(nn.Module):
     """Any causal language model that ``open_bridged`` opens, in evaluation mode."""
 
-    def __init__(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, folder: str | Path) -> None:
         """Raises UserError as ``open_bridged`` does, and where one layer has several stacks of experts."""
         super().__init__()
         self.folder = model_folder(Path(folder))
-        self.model, self.how = open_bridged(self.folder, dtype)
+        self.model, self.how = open_bridged(self.folder)
         stacks: dict[str, Any] = {name: module for name, module in self.model.named_modules() if is_experts(module)}
         self.names = {number: name for name in stacks if (number := layer_of(name)) is not None}
         """Of each layer's module of experts, by its number."""
@@ -49,7 +48,6 @@ class Theirs(nn.Module):
         """transformers' module of experts, by layer."""
         return {layer: self.model.get_submodule(name) for layer, name in self.names.items()}
 
-    @property
     def counted(self) -> str:
         """The field of config.json with the number of experts. Raises UserError where there is not the one."""
         count = {experts.num_experts for experts in self.experts.values()}
